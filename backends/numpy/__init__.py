@@ -1,0 +1,3 @@
+"""The NumPy backend: needs no framework, differentiates with autograd."""
+
+from ._backend import backend as backend

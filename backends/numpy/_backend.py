@@ -1,0 +1,251 @@
+"""The backend's face: layer statistics and gradients of functional models on NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import autograd.numpy as anp
+import numpy as np
+from autograd.numpy.numpy_boxes import ArrayBox
+
+from mgs_core import _batch
+from mgs_core._errors import ArgumentError, SamplesInteractError
+from mgs_core._namespace import register_namespace
+from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
+from mgs_core._tree import flatten, select, unflatten
+from mgs_core._types import Array, Namespace, Tree
+from mgs_core.functional import FunctionalModel
+
+from . import tape as tapes
+from .layout import Layout, find_layout, noise_floor
+from .namespace import TracedNamespace
+from .tape import Tape, TapeNode, plain
+from .uses import Use, find_uses
+
+_traced = TracedNamespace()
+register_namespace(lambda array: isinstance(array, ArrayBox), _traced)
+_layouts: WeakKeyDictionary[Any, dict[Any, list[Layout | None]]] = WeakKeyDictionary()
+
+
+class NumpyBackend:
+    """Implement `Backend` on NumPy, with autograd."""
+
+    name = "numpy"
+    namespace: Namespace = _traced
+
+    def asarray(self, value: Any) -> Array:
+        """Return the value as a NumPy array; a traced array stays traced."""
+        return value if isinstance(value, ArrayBox) else np.asarray(value)
+
+    def to_numpy(self, array: Array) -> Any:
+        """Return the NumPy array below every trace."""
+        return np.asarray(plain(array))
+
+    def parameters(self, model: Any) -> dict[str, Array]:
+        """Return the parameters by name."""
+        leaves = flatten(_functional(model).parameters)
+        for name, value in leaves.items():
+            dtype = getattr(plain(value), "dtype", None)
+            if dtype is None or not np.issubdtype(dtype, np.floating):
+                kind = type(value).__name__ if dtype is None else f"dtype {dtype}"
+                raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
+        return leaves
+
+    def statistics(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
+    ) -> list[LayerStatistics]:
+        """Return the layer statistics, as `Backend.statistics` says."""
+        leaves = self.parameters(model)
+        chosen = select(leaves, parameters)
+        if not differentiable:
+            leaves = {name: plain(value) for name, value in leaves.items()}
+        scalars = _Scalars(model, leaves, head, inputs, targets)
+        tape = Tape(scalars, {name: leaves[name] for name in chosen})
+        n, k = anp.shape(tape.value)
+        uses, stop = find_uses(tape.nodes)
+        layouts = _known_layouts(model.function, tape, uses, stop, chosen, n)
+        slow = {use.parameter for use, layout in zip(uses, layouts, strict=True) if layout is None}
+        fast = [
+            (use, layout) for use, layout in zip(uses, layouts, strict=True) if layout is not None and use.parameter not in slow
+        ]
+        found = _gradients(tape, [use.node for use, _ in fast], stop)
+        statistics: list[LayerStatistics] = []
+        for use, layout in fast:
+            if use.node in found[0]:
+                statistics.append(_layer(use, layout, [gradients[use.node] for gradients in found], n))
+        if slow:
+            statistics += _rows(scalars, {name: leaves[name] for name in chosen if name in slow}, n, k)
+        return statistics or [Rows(chosen[0], np.zeros((n, k, 1), dtype=plain(leaves[chosen[0]]).dtype))]
+
+    def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
+        """Return a function that gives the value and the gradient in the first argument."""
+
+        def both(parameters: Tree, *arguments: Any) -> tuple[Array, Tree]:
+            leaves = flatten(parameters)
+            value, gradient = tapes.value_and_gradient(lambda boxes: function(unflatten(parameters, boxes), *arguments), leaves)
+            return value, unflatten(parameters, gradient)
+
+        return both
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function itself: NumPy has no compiler."""
+        return function
+
+
+class _Scalars:
+    """Be the function from parameters to heads (n, k), for the whole batch or a slice of it."""
+
+    def __init__(self, model: FunctionalModel, leaves: dict[str, Array], head: HeadFunction, inputs: Any, targets: Any) -> None:
+        self._model, self._leaves, self._head = model, leaves, head
+        self._inputs, self._targets = inputs, targets
+        for name, leaf in flatten(inputs, "inputs").items():
+            values = plain(leaf)
+            if np.issubdtype(values.dtype, np.inexact) and not np.all(np.isfinite(values)):
+                raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Clean the data first.")
+            if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
+                raise ArgumentError(f"`{name}` must hold real numbers; got dtype {values.dtype}. Convert it.")
+
+    def __call__(self, parameters: dict[str, Array], samples: slice = slice(None)) -> Array:
+        inputs, targets = _batch.take(self._inputs, samples), _batch.take(self._targets, samples)
+        n = _batch.count(inputs)
+        outputs = self._model.function(unflatten(self._model.parameters, {**self._leaves, **parameters}), inputs)
+        if anp.ndim(outputs) != 2 or outputs.shape[0] != n:
+            raise ArgumentError(
+                f"`model` must return outputs of shape (n, c) with n = {n}; got {anp.shape(outputs)}. "
+                "Keep the samples first and flatten the outputs of each."
+            )
+        return self._head(outputs, targets)
+
+
+def _functional(model: Any) -> FunctionalModel:
+    if not isinstance(model, FunctionalModel):
+        raise ArgumentError(f"`model` must be a FunctionalModel for the NumPy backend; got {type(model).__name__}.")
+    return model
+
+
+def _gradients(tape: Tape, nodes: list[TapeNode], stop: Callable[[TapeNode, TapeNode], bool]) -> list[dict[TapeNode, Array]]:
+    """Return, for each head, the gradients of its sum over the samples at the nodes."""
+    n, k = anp.shape(tape.value)
+    found = []
+    for head in range(k):
+        seed = np.zeros((n, k), dtype=plain(tape.value).dtype)
+        seed[:, head] = 1.0
+        found.append(tape.pull(seed, nodes, stop))
+    return found
+
+
+def _known_layouts(
+    function: Any, tape: Tape, uses: Sequence[Use], stop: Callable[[TapeNode, TapeNode], bool], chosen: list[str], n: int
+) -> list[Layout | None]:
+    """Return the layout of each use, from the cache where the same operations met the same shapes before."""
+    key = (tuple(chosen), n, tuple((getattr(node.function, "__name__", node.name), anp.shape(node.value)) for node in tape.nodes))
+    try:
+        cache = _layouts.setdefault(function, {})
+    except TypeError:  # a function that takes no weak reference
+        cache = {}
+    if key in cache:
+        return cache[key]
+    k = anp.shape(tape.value)[1]
+    random = np.random.default_rng(0)
+    weights = random.permutation(0.5 + (np.arange(n) + 1.0) / n)
+    # distinct factors keep heads from cancelling, as the outputs of a softmax would
+    heads = np.broadcast_to(1.0 + random.random(k), (n, k)).astype(plain(tape.value).dtype)
+    nodes = [use.node for use in uses]
+    flat, weighted = (tape.pull(seed, nodes, stop) for seed in (heads, (heads * weights[:, None]).astype(heads.dtype)))
+    layouts, certain = [], True
+    for use in uses:
+        layout, sure = None, True
+        if use.site is not None and use.node in flat:
+            a, b = (use.site.arrange(plain(gradients[use.node])) for gradients in (flat, weighted))
+            layout, sure = find_layout(plain(a), plain(b), weights)
+        elif use.site is not None:
+            layout = Layout(-1)  # no gradient reaches it: it adds nothing
+        layouts.append(layout)
+        certain = certain and sure
+    if certain:
+        cache[key] = layouts
+    return layouts
+
+
+def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerStatistics:
+    site = use.site
+    if site is None:
+        raise TypeError("`use` must have a site; got none. Uses without one belong to the rows.")
+    d = anp.stack([layout.split(site.arrange(gradient), n) for gradient in gradients], axis=1)  # (n, k, g, s, o)
+    common: dict[str, Any] = {"parameter": use.parameter, "view": use.view_key, "restore": _restore(use)}
+    if site.kind == "outer":
+        return Outer(gradients=d, inputs=layout.split(site.inputs, n), **common)
+    if site.kind == "sum":
+        return Sum(gradients=d[:, :, 0], **common)
+    if site.kind == "scale":
+        return Scale(gradients=d[:, :, 0], inputs=layout.split(site.inputs, n)[:, 0], **common)
+    if site.kind == "lookup":
+        indices = layout.split(site.inputs[..., None], n)[:, 0, :, 0]
+        return Lookup(gradients=d[:, :, 0], indices=indices, size=site.size, **common)
+    raise TypeError(f"`use` must be outer, sum, scale or lookup; got {site.kind!r}.")
+
+
+def _restore(use: Use) -> Restore:
+    """Return the map from rows of the use to rows of the parameter: the pull-back of the views between them."""
+    if not use.views and not (use.site is not None and use.site.transposed):
+        return None
+    transposed = use.site is not None and use.site.transposed
+    shape = anp.shape(use.node.arguments[0]) if transposed else anp.shape(use.views[-1].value)
+
+    def restore(rows: Array) -> Array:
+        n, k, size = rows.shape
+        pulled = []
+        for row in anp.reshape(rows, (n * k, size)):
+            at_view = anp.transpose(anp.reshape(row, shape[::-1])) if transposed else anp.reshape(row, shape)
+            for view in reversed(use.views):
+                (at_view,) = view.pull(at_view, (0,))
+            pulled.append(anp.ravel(at_view))
+        return anp.reshape(anp.stack(pulled), (n, k, -1))
+
+    return restore
+
+
+def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[LayerStatistics]:
+    """Return explicit gradients of the parameters, sample by sample, after a check that samples do not interact."""
+    rows: dict[str, list[Array]] = {name: [] for name in leaves}
+    for sample in range(n):
+        with np.errstate(invalid="ignore", divide="ignore"):  # statistics of a batch of one: refused below
+            tape = Tape(partial(scalars, samples=slice(sample, sample + 1)), leaves)
+        roots = {node.name: node for node in tape.nodes if node.name}
+        found = _gradients(tape, list(roots.values()), lambda node, parent: False)
+        for name, value in leaves.items():
+            zero = np.zeros(value.shape, dtype=plain(value).dtype)
+            of_heads = [gradients.get(roots[name], zero) if name in roots else zero for gradients in found]
+            rows[name].append(anp.stack([anp.ravel(gradient) for gradient in of_heads]))
+    statistics: list[LayerStatistics] = [Rows(name, anp.stack(row)) for name, row in rows.items()]
+    _refuse_interaction(scalars, leaves, statistics, n, k)
+    return statistics
+
+
+def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[LayerStatistics], n: int, k: int) -> None:
+    """Check `Σ_a w_a g_a = ∇ Σ_a w_a h_a`, which fails exactly when a sample's head depends on another sample."""
+    weights = 0.5 + np.random.default_rng(0).random((n, k))
+    values = {name: plain(value) for name, value in leaves.items()}
+    _, whole = tapes.value_and_gradient(lambda boxes: anp.sum(scalars(boxes) * weights.astype(_dtype(values))), values)
+    for use in rows:
+        single = np.einsum("nk,nkp->p", weights, plain(use.gradients))
+        batch = np.ravel(plain(whole[use.parameter]))
+        size = float(np.max(np.abs(plain(use.gradients)), initial=0.0))
+        tolerance = n * (1e3 * float(np.finfo(_dtype(values)).eps) * size + noise_floor(_dtype(values)))
+        # written so that NaN, which a batch of one can give, is refused too
+        if not np.max(np.abs(single - batch), initial=0.0) <= tolerance:
+            raise SamplesInteractError(
+                f"`model` must treat each sample by itself; got samples that interact in front of parameter {use.parameter!r} "
+                "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
+                "parameters out by `parameters=`."
+            )
+
+
+def _dtype(values: dict[str, Array]) -> Any:
+    return np.result_type(*(value.dtype for value in values.values()))
+
+
+backend = NumpyBackend()

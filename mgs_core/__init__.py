@@ -1,0 +1,62 @@
+"""Model Gradient Similarity: watch, explain and regularise learning by the kernel of per-sample model gradients."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mgs_core._errors import ArgumentError as ArgumentError
+from mgs_core._errors import BackendError as BackendError
+from mgs_core._errors import MgsError as MgsError
+from mgs_core._errors import SamplesInteractError as SamplesInteractError
+from mgs_core._errors import UnsupportedModelError as UnsupportedModelError
+from mgs_core._registry import available_backends as available_backends
+from mgs_core._registry import get_backend as get_backend
+from mgs_core.agreement import agreement as agreement
+from mgs_core.agreement import agreement_weights as agreement_weights
+from mgs_core.check import check as check
+from mgs_core.functional import FunctionalModel as FunctionalModel
+from mgs_core.heads import cross_entropy as cross_entropy
+from mgs_core.kernel import kernel as kernel
+from mgs_core.kernel import kernel_blocks as kernel_blocks
+from mgs_core.monitor import CallbackSink as CallbackSink
+from mgs_core.monitor import JSONLinesSink as JSONLinesSink
+from mgs_core.monitor import Recorder as Recorder
+from mgs_core.monitor import Schedule as Schedule
+from mgs_core.monitor import tracker_sink as tracker_sink
+from mgs_core.penalty import Penalty as Penalty
+from mgs_core.summary import Summary as Summary
+from mgs_core.summary import summarize as summarize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CallbackSink",
+    "FunctionalModel",
+    "JSONLinesSink",
+    "MgsError",
+    "Penalty",
+    "Recorder",
+    "SamplesInteractError",
+    "Schedule",
+    "Summary",
+    "UnsupportedModelError",
+    "agreement",
+    "agreement_weights",
+    "available_backends",
+    "check",
+    "cross_entropy",
+    "get_backend",
+    "kernel",
+    "kernel_blocks",
+    "summarize",
+    "tracker_sink",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "onnx":  # loaded on first use: it needs the onnx package
+        return importlib.import_module("mgs_core.onnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

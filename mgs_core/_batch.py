@@ -1,0 +1,52 @@
+"""Count and slice the samples of a batch: an array, or a dict, list or tuple of arrays with the samples first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mgs_core._errors import ArgumentError
+from mgs_core._tree import flatten, unflatten
+
+
+def count(inputs: Any, targets: Any = None) -> int:
+    """Return the number of samples n.
+
+    Args:
+        inputs: array or tree of arrays, samples first.
+        targets: targets of the same samples, or None.
+
+    Returns:
+        n, at least 1.
+
+    Raises:
+        ArgumentError: when there is no sample axis, no sample, or the counts differ.
+    """
+    sizes = {}
+    for name, leaf in {**_named("inputs", inputs), **_named("targets", targets)}.items():
+        if not hasattr(leaf, "shape"):
+            raise ArgumentError(
+                f"`{name}` must be an array; got {type(leaf).__name__}. Convert it, for instance by numpy.asarray."
+            )
+        if not leaf.shape:
+            raise ArgumentError(f"`{name}` must have samples along its first axis; got a scalar. Add the axis: value[None].")
+        sizes[name] = int(leaf.shape[0])
+    if len(set(sizes.values())) != 1:
+        raise ArgumentError(f"`inputs` and `targets` must have the same number of samples; got {sizes}. Slice them alike.")
+    n = next(iter(sizes.values()))
+    if n == 0:
+        raise ArgumentError("`inputs` must hold at least one sample; got 0. Check the batch or the selection that made it.")
+    return n
+
+
+def take(batch: Any, samples: slice) -> Any:
+    """Return the samples in the slice, of every leaf."""
+    if batch is None:
+        return None
+    return unflatten(batch, {name: leaf[samples, ...] for name, leaf in flatten(batch).items()})
+
+
+def _named(prefix: str, batch: Any) -> dict[str, Any]:
+    if batch is None:
+        return {}
+    leaves = flatten(batch)
+    return {prefix if name == "parameter" else f"{prefix}[{name}]": leaf for name, leaf in leaves.items()}

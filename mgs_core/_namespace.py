@@ -1,0 +1,59 @@
+"""Find the array-API namespace of arrays: array-api-compat knows most, backends register the rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import cast
+
+import array_api_compat
+
+from mgs_core._errors import ArgumentError
+from mgs_core._types import Array, Namespace
+
+# array types whose namespace a backend registers: root of their module → backend
+_FROM_BACKEND = {"autograd": "numpy"}
+_registered: list[tuple[Callable[[Array], bool], Namespace]] = []
+
+
+def register_namespace(matches: Callable[[Array], bool], namespace: Namespace) -> None:
+    """Register the namespace of an array type that array-api-compat does not know.
+
+    Args:
+        matches: predicate on one array.
+        namespace: object with the array-API functions for the arrays that match.
+    """
+    _registered.append((matches, namespace))
+
+
+def array_namespace(*arrays: Array) -> Namespace:
+    """Return the array-API namespace in which the arrays live.
+
+    A registered type (a traced array, say) wins over a plain one, because its functions accept both.
+
+    Args:
+        *arrays: arrays; Python scalars and None are ignored.
+
+    Returns:
+        The namespace: a module or module-like object.
+
+    Raises:
+        ArgumentError: when there is no array, or arrays of two frameworks meet.
+    """
+    found = [a for a in arrays if a is not None and not isinstance(a, (int, float, complex, bool))]
+    for array in found:
+        backend = _FROM_BACKEND.get(type(array).__module__.partition(".")[0])
+        if backend is not None and f"mgs_core.backends.{backend}" not in sys.modules:
+            from mgs_core._registry import get_backend  # here, because the registry rests on this module's users
+
+            get_backend(backend)
+    for matches, namespace in _registered:
+        if any(matches(a) for a in found):
+            return namespace
+    try:
+        return cast(Namespace, array_api_compat.array_namespace(*found))
+    except TypeError as error:
+        kinds = sorted({f"{type(a).__module__}.{type(a).__name__}" for a in found})
+        raise ArgumentError(
+            f"`arrays` must be arrays of one framework; got {', '.join(kinds) or 'none'}. Convert them first."
+        ) from error

@@ -1,0 +1,121 @@
+"""What a backend supplies, and what it hands to the mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from mgs_core._types import Array, Namespace, Tree
+
+#: Map rows of a use, (n, k, size of the use), to rows of the parameter, (n, k, p); None when they are the same.
+Restore: TypeAlias = Callable[[Array], Array] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Use:
+    """One way in which one parameter is used.
+
+    Attributes:
+        parameter: the parameter's name.
+        gradients: gradient of each head at the output of the use, samples first, then heads.
+        view: what lies between the parameter and its use (transposes, reshapes); uses with equal views share coordinates.
+        restore: maps rows in the coordinates of the use to those of the parameter.
+    """
+
+    parameter: str
+    gradients: Array
+    view: tuple[Any, ...] = ()
+    restore: Restore = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(_Use):
+    """A weight used as `y = a W`: gradients (n, k, g, s, o), inputs (n, g, s, i); the use is (g, i, o)."""
+
+    inputs: Array = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(_Use):
+    """A weight that is added: gradients (n, k, s, o); the use is (o,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(_Use):
+    """A weight that multiplies elementwise: gradients (n, k, s, o), inputs (n, s, o); the use is (o,)."""
+
+    inputs: Array = None
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(_Use):
+    """A table whose rows are looked up: gradients (n, k, s, o), indices (n, s) of integers; the use is (size, o)."""
+
+    indices: Array = None
+    size: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(_Use):
+    """Explicit per-sample gradients: gradients (n, k, p)."""
+
+
+LayerStatistics: TypeAlias = Outer | Sum | Scale | Lookup | Rows
+
+#: `(outputs (n, c), targets) → (n, k)`: the scalars whose gradients make the kernel.
+HeadFunction: TypeAlias = Callable[[Array, Any], Array]
+#: None for all trainable parameters, names, or a predicate on names.
+ParameterChoice: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Say how one parameter enters the kernel.
+
+    Attributes:
+        parameter: its name.
+        kind: how it is used: outer, sum, scale, lookup, rows.
+        route: "statistics", "rows" or "refused".
+        size: its number of elements.
+        remedy: what to do when it is slow or refused; empty otherwise.
+    """
+
+    parameter: str
+    kind: str
+    route: str
+    size: int
+    remedy: str = ""
+
+
+class Backend(Protocol):
+    """Supply gradients in one framework, on its own devices and dtypes."""
+
+    name: str
+    namespace: Namespace
+
+    def asarray(self, value: Any) -> Array:
+        """Return the value as an array of this framework."""
+        ...
+
+    def to_numpy(self, array: Array) -> Any:
+        """Return the array as a NumPy array on the host."""
+        ...
+
+    def parameters(self, model: Any) -> dict[str, Array]:
+        """Return the trainable parameters by name."""
+        ...
+
+    def statistics(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
+    ) -> list[LayerStatistics]:
+        """Return statistics that together cover every chosen parameter exactly once per use, or raise."""
+        ...
+
+    def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
+        """Return a function that gives the scalar value and the gradient in the first argument; it can be nested."""
+        ...
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function compiled for repeated calls, or the function itself."""
+        ...

@@ -1,0 +1,79 @@
+"""Find a backend by name, by array or by model, and import it only then."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any, cast
+
+from mgs_core._errors import ArgumentError, BackendError
+from mgs_core._protocol import Backend
+from mgs_core._tree import flatten
+from mgs_core.functional import FunctionalModel
+
+# name → (module that must be importable, roots of the modules whose types belong to it)
+_BACKENDS: dict[str, tuple[str, frozenset[str]]] = {"numpy": ("autograd", frozenset({"numpy", "autograd"}))}
+_loaded: dict[str, Backend] = {}
+
+
+def available_backends() -> dict[str, bool]:
+    """Return the backends by name, and whether the framework of each is installed.
+
+    Returns:
+        name → installed.
+
+    Example:
+        >>> import mgs_core as mgs
+        >>> mgs.available_backends()["numpy"]
+        True
+    """
+    return {name: importlib.util.find_spec(module) is not None for name, (module, _) in _BACKENDS.items()}
+
+
+def get_backend(source: Any) -> Backend:
+    """Return the backend for a name, an array or a model.
+
+    Args:
+        source: a name from `available_backends()`, an array, or a model.
+
+    Returns:
+        The backend; imported on its first use.
+
+    Raises:
+        BackendError: when the name is unknown or its framework is not installed.
+        ArgumentError: when no backend knows the type of `source`.
+
+    Example:
+        >>> import mgs_core as mgs
+        >>> mgs.get_backend("numpy").name
+        'numpy'
+    """
+    name = source if isinstance(source, str) else _name_of(source)
+    if name not in _BACKENDS:
+        raise BackendError(f"`backend` must be one of {', '.join(_BACKENDS)}; got {name!r}. See mgs_core.available_backends().")
+    if name not in _loaded:
+        if not available_backends()[name]:
+            raise BackendError(
+                f"`backend` must be installed; got {name!r}, whose package {_BACKENDS[name][0]!r} is missing. "
+                f'Run: pip install "mgs-core[{name}]".'
+            )
+        module = importlib.import_module(f"mgs_core.backends.{name}")
+        _loaded[name] = cast(Backend, module.backend)
+    return _loaded[name]
+
+
+def _name_of(source: Any) -> str:
+    if isinstance(source, FunctionalModel):
+        leaves = list(flatten(source.parameters).values())
+        if not leaves:
+            raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
+        source = leaves[0]
+    for kind in type(source).__mro__:
+        root = kind.__module__.partition(".")[0]
+        for name, (_, roots) in _BACKENDS.items():
+            if root in roots:
+                return name
+    raise ArgumentError(
+        f"`model` must be a FunctionalModel or a model or array of {', '.join(_BACKENDS)}; got {type(source).__name__}. "
+        "Wrap a plain function: mgs_core.FunctionalModel(function, parameters)."
+    )

@@ -1,0 +1,66 @@
+"""Flatten nested dicts, lists and tuples of arrays into named leaves, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from mgs_core._errors import ArgumentError
+from mgs_core._types import Array, Tree
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Array]:
+    """Return the leaves by dotted name (`"layers.0.weight"`), in order."""
+    if _is_mapping(tree):
+        items: Iterable[tuple[object, Tree]] = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    else:
+        return {prefix or "parameter": tree}
+    leaves: dict[str, Array] = {}
+    for key, value in items:
+        leaves.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return leaves
+
+
+def unflatten(tree: Tree, leaves: Mapping[str, Array], prefix: str = "") -> Tree:
+    """Return a tree shaped as `tree` with the leaves replaced by name."""
+    if _is_mapping(tree):
+        return {k: unflatten(v, leaves, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        values = [unflatten(v, leaves, f"{prefix}.{k}" if prefix else str(k)) for k, v in enumerate(tree)]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return leaves[prefix or "parameter"]
+
+
+def _is_mapping(tree: Tree) -> bool:
+    # autograd's traced dict behaves as a mapping but is not registered as one
+    return isinstance(tree, Mapping) or (hasattr(tree, "keys") and hasattr(tree, "items"))
+
+
+def select(names: Iterable[str], chosen: Iterable[str] | Callable[[str], bool] | None) -> list[str]:
+    """Return the names that `chosen` (None = all, names, or a predicate) picks, in order.
+
+    Args:
+        names: all names.
+        chosen: the user's `parameters` argument.
+
+    Returns:
+        The names picked.
+
+    Raises:
+        ArgumentError: when a name is unknown or nothing is picked.
+    """
+    names = list(names)
+    if chosen is None:
+        picked = names
+    elif callable(chosen):
+        picked = [name for name in names if chosen(name)]
+    else:
+        wanted = [chosen] if isinstance(chosen, str) else list(chosen)
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise ArgumentError(f"`parameters` must name parameters of the model; got {unknown}. It has {names}.")
+        picked = [name for name in names if name in wanted]
+    if not picked:
+        raise ArgumentError(f"`parameters` must pick at least one parameter; got none. The model has {names}.")
+    return picked

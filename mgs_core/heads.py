@@ -1,0 +1,161 @@
+"""Heads: turn outputs (n, c) into the k scalars per sample whose gradients make the kernel."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from array_api_compat import is_numpy_array
+
+from mgs_core._errors import ArgumentError
+from mgs_core._namespace import array_namespace
+from mgs_core._protocol import HeadFunction
+from mgs_core._types import Array, LossFunction
+
+OutputName = Literal["trace", "full", "sum", "target", "random", "loss"]
+TransformName = Literal["identity", "softmax", "log_softmax", "sigmoid"]
+Output: TypeAlias = OutputName | LossFunction
+Transform: TypeAlias = TransformName | Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hold a head.
+
+    Attributes:
+        function: `(outputs (n, c), targets) → (n, k)`.
+        full: keep the heads apart in the kernel; otherwise they are summed.
+        factor: factor on the kernel (1/probes for random probes).
+    """
+
+    function: HeadFunction
+    full: bool = False
+    factor: float = 1.0
+
+
+def log_softmax(outputs: Array) -> Array:
+    """Return the logarithm of the softmax along the last axis, without overflow."""
+    xp = array_namespace(outputs)
+    shifted = outputs - xp.max(outputs, axis=-1, keepdims=True)
+    return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
+
+
+def cross_entropy(outputs: Array, targets: Array) -> Array:
+    """Return the cross-entropy of each sample, `-Σ_c t_c log softmax(f)_c`, unreduced.
+
+    Args:
+        outputs: logits, (n, c).
+        targets: labels (n,) of integers in 0..c-1, or probabilities (n, c).
+
+    Returns:
+        Losses, (n,).
+
+    Example:
+        >>> import numpy as np
+        >>> import mgs_core as mgs
+        >>> mgs.cross_entropy(np.zeros((2, 4)), np.array([0, 3])).round(4)
+        array([1.3863, 1.3863])
+    """
+    return -_pick(log_softmax(outputs), targets)
+
+
+def make_head(output: Output, transform: Transform, loss: LossFunction | None, probes: int, seed: int, targets: Any) -> Head:
+    """Build the head that the arguments of `kernel` describe.
+
+    Args:
+        output: name or `(outputs, targets) → (n,)`.
+        transform: applied to the outputs first; name or callable.
+        loss: per-sample loss for `output="loss"`; None is `cross_entropy`.
+        probes: number of Rademacher vectors for `output="random"`.
+        seed: seed of these vectors.
+        targets: the targets, or None.
+
+    Returns:
+        The head.
+
+    Raises:
+        ArgumentError: when a name is unknown, targets are missing, or probes is below 1.
+    """
+    change = _transform(transform)
+    if output in ("target", "loss") and targets is None:
+        raise ArgumentError(f'`targets` must be given for output="{output}"; got None. Pass labels, or use output="trace".')
+    if output == "trace" or output == "full":
+        return Head(lambda outputs, _: change(outputs), full=output == "full")
+    if output == "sum":
+        return Head(lambda outputs, _: _column(_sum(change(outputs))))
+    if output == "target":
+        return Head(lambda outputs, labels: _column(_pick(change(outputs), labels)))
+    if output == "random":
+        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+            raise ArgumentError(f"`probes` must be an integer of at least 1; got {probes!r}. One probe is usual.")
+        return Head(lambda outputs, _: _probe(change(outputs), probes, seed), factor=1.0 / probes)
+    if output == "loss" or callable(output):
+        function = output if callable(output) else loss or cross_entropy
+        return Head(lambda outputs, labels: _column(_unreduced(function(change(outputs), labels), outputs)))
+    raise ArgumentError(
+        f"`output` must be one of {', '.join(get_args(OutputName))} or a callable (outputs, targets) → (n,); got {output!r}."
+    )
+
+
+def _transform(transform: Transform) -> Callable[[Array], Array]:
+    if callable(transform):
+        return transform
+    if transform == "identity":
+        return lambda outputs: outputs
+    if transform == "softmax":
+        return lambda outputs: array_namespace(outputs).exp(log_softmax(outputs))
+    if transform == "log_softmax":
+        return log_softmax
+    if transform == "sigmoid":
+        return lambda outputs: 0.5 * (array_namespace(outputs).tanh(0.5 * outputs) + 1.0)
+    raise ArgumentError(f"`transform` must be one of {', '.join(get_args(TransformName))} or a callable; got {transform!r}.")
+
+
+def _sum(outputs: Array) -> Array:
+    return array_namespace(outputs).sum(outputs, axis=-1)
+
+
+def _column(scalars: Array) -> Array:
+    return array_namespace(scalars).expand_dims(scalars, axis=-1)
+
+
+def _unreduced(losses: Array, outputs: Array) -> Array:
+    if losses.ndim != 1 or losses.shape[0] != outputs.shape[0]:
+        raise ArgumentError(
+            f"`loss` must return one value for each of {outputs.shape[0]} samples, shape ({outputs.shape[0]},); "
+            f"got shape {tuple(losses.shape)}. Use the loss without reduction."
+        )
+    return losses
+
+
+def _pick(outputs: Array, targets: Array) -> Array:
+    """Return `Σ_c t_c f_c` for probabilities t, or the labelled output."""
+    xp = array_namespace(outputs)
+    if targets.ndim == 1 and outputs.shape[:-1] == targets.shape:
+        _check_labels(targets, outputs.shape[-1])
+        targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.arange(outputs.shape[-1]), outputs.dtype)
+    elif targets.shape != outputs.shape:
+        n, c = outputs.shape
+        raise ArgumentError(f"`targets` must have shape ({n},) for labels or ({n}, {c}) for probabilities; got {targets.shape}.")
+    return xp.sum(outputs * targets, axis=-1)
+
+
+def _check_labels(labels: Array, c: int) -> None:
+    """Refuse labels that name no output; on the host only, for elsewhere a look at the values would wait for the device."""
+    if not is_numpy_array(labels):
+        return
+    if not array_namespace(labels).isdtype(labels.dtype, "integral"):
+        raise ArgumentError(f"`targets` must be integers to be labels; got dtype {labels.dtype}. Convert them, or pass a loss.")
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= c:
+        raise ArgumentError(f"`targets` must be labels in 0..{c - 1}; got {least}..{most}. Number the classes from 0.")
+
+
+def _probe(outputs: Array, probes: int, seed: int) -> Array:
+    """Multiply the outputs by seeded Rademacher vectors that the whole batch shares; the same in every framework."""
+    xp = array_namespace(outputs)
+    draw = random.Random(seed)
+    signs = [[draw.choice((-1.0, 1.0)) for _ in range(probes)] for _ in range(outputs.shape[-1])]
+    return xp.matmul(outputs, xp.asarray(signs, dtype=outputs.dtype))

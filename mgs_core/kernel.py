@@ -1,0 +1,157 @@
+"""The kernel of per-sample model gradients, whole or in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mgs_core import _batch
+from mgs_core._errors import ArgumentError
+from mgs_core._namespace import array_namespace
+from mgs_core._protocol import LayerStatistics, ParameterChoice
+from mgs_core._registry import get_backend
+from mgs_core._types import Array, LossFunction, Shaped
+from mgs_core.heads import Output, Transform, make_head
+from mgs_core.statistics import contract, merge
+
+
+def kernel(
+    model: Any,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    output: Output = "trace",
+    transform: Transform = "identity",
+    loss: LossFunction | None = None,
+    probes: int = 1,
+    seed: int = 0,
+    parameters: ParameterChoice = None,
+    chunk_size: int | None = None,
+    differentiable: bool = False,
+) -> Shaped[Array, ...]:
+    """Return the kernel of per-sample gradients, `K_ab = <∇_θ h(x_a), ∇_θ h(x_b)>`.
+
+    The head h turns the outputs f(θ, x) into scalars. This is the empirical neural tangent kernel of the head: one step of
+    gradient descent on x_b moves h(x_a) by `-η K_ab` to first order.
+
+    Args:
+        model: a `FunctionalModel`, or a model of a framework whose backend is installed.
+        inputs: batch with n samples along the first axis: an array, or a dict, list or tuple of arrays.
+        targets: labels (n,), probabilities (n, c), or whatever `loss` takes; needed for the heads "target" and "loss".
+        output: the head. "trace": `Σ_c <∇f_c(x_a), ∇f_c(x_b)>`, exact; "full": all pairs of outputs; "sum": `Σ_c f_c`;
+            "target": the labelled output; "random": Rademacher probes over the outputs, unbiased for "trace"; "loss": the
+            per-sample loss; or a callable `(outputs, targets) → (n,)`.
+        transform: applied to the outputs before the head: "identity", "softmax", "log_softmax", "sigmoid" or a callable.
+        loss: per-sample loss `(outputs, targets) → (n,)`, unreduced, for `output="loss"`; None is `cross_entropy`.
+        probes: number of probes of `output="random"`.
+        seed: seed of the probes.
+        parameters: None for all trainable parameters, names, or a predicate on names.
+        chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only.
+        differentiable: keep the result differentiable in the parameters, for a penalty.
+
+    Returns:
+        (n, n), symmetric and positive semi-definite; (n, c, n, c) for `output="full"`.
+
+    Raises:
+        ArgumentError: when an argument does not fit.
+        SamplesInteractError: when one sample's output depends on another sample.
+
+    Cost:
+        One forward pass and k backward passes (k = c for "trace" and "full", `probes` for "random", else 1), plus the
+        contraction of each layer (see `mgs_core.statistics`). With B chunks, B(B + 1)/2 pairs of chunks are visited and
+        about half of the passes are repeated for each.
+
+    References:
+        Szolnoky et al., NeurIPS 2022, arXiv 2205.12642 (the kernel); Jacot et al., NeurIPS 2018 (the tangent kernel).
+
+    Example:
+        >>> import numpy as np
+        >>> import mgs_core as mgs
+        >>> model = mgs.FunctionalModel(lambda p, x: x @ p["weight"], {"weight": np.zeros((2, 1))})
+        >>> mgs.kernel(model, np.array([[1.0, 0.0], [1.0, 2.0]]))  # of a linear model: X Xᵀ
+        array([[1., 1.],
+               [1., 5.]])
+    """
+    n = _batch.count(inputs, targets)
+    blocks = kernel_blocks(
+        model, inputs, targets, output=output, transform=transform, loss=loss, probes=probes, seed=seed,
+        parameters=parameters, chunk_size=n if chunk_size is None else chunk_size, differentiable=differentiable,
+    )  # fmt: skip
+    rows: dict[int, list[Array]] = {}
+    for left, right, block in blocks:
+        rows.setdefault(left.start, []).append(block)
+        if left != right:
+            order = (2, 3, 0, 1) if block.ndim == 4 else (1, 0)
+            rows.setdefault(right.start, []).append(array_namespace(block).permute_dims(block, order))
+    if len(rows) == 1:
+        return rows[0][0]
+    xp = array_namespace(rows[0][0])
+    return xp.concat([xp.concat(row, axis=2 if row[0].ndim == 4 else 1) for _, row in sorted(rows.items())], axis=0)
+
+
+def kernel_blocks(
+    model: Any,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    chunk_size: int,
+    output: Output = "trace",
+    transform: Transform = "identity",
+    loss: LossFunction | None = None,
+    probes: int = 1,
+    seed: int = 0,
+    parameters: ParameterChoice = None,
+    differentiable: bool = False,
+) -> Iterator[tuple[slice, slice, Array]]:
+    """Yield the blocks of the kernel on and above the diagonal, so that a kernel larger than memory can be streamed.
+
+    Args:
+        model: as for `kernel`.
+        inputs: as for `kernel`.
+        targets: as for `kernel`.
+        chunk_size: samples along each side of a block, at least 1.
+        output: as for `kernel`.
+        transform: as for `kernel`.
+        loss: as for `kernel`.
+        probes: as for `kernel`.
+        seed: as for `kernel`.
+        parameters: as for `kernel`.
+        differentiable: as for `kernel`.
+
+    Yields:
+        (rows, columns, block): two slices of the samples and `K[rows, columns]`; row by row, each row from the first column
+        to the diagonal transposed, that is `columns.start >= rows.start`.
+
+    Raises:
+        ArgumentError: when an argument does not fit.
+
+    Cost:
+        The statistics of two chunks are held at a time; B chunks take B(B + 1)/2 forward and backward passes.
+
+    Example:
+        >>> import numpy as np
+        >>> import mgs_core as mgs
+        >>> model = mgs.FunctionalModel(lambda p, x: x @ p["weight"], {"weight": np.zeros((2, 1))})
+        >>> for rows, columns, block in mgs.kernel_blocks(model, np.ones((3, 2)), chunk_size=2):
+        ...     print(rows.start, columns.start, block.shape)
+        0 0 (2, 2)
+        0 2 (2, 1)
+        2 2 (1, 1)
+    """
+    n = _batch.count(inputs, targets)
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ArgumentError(f"`chunk_size` must be an integer of at least 1; got {chunk_size!r}. None takes all samples at once.")
+    backend = get_backend(model)
+    head = make_head(output, transform, loss, probes, seed, targets)
+
+    def statistics(samples: slice) -> list[LayerStatistics]:
+        batch, labels = _batch.take(inputs, samples), _batch.take(targets, samples)
+        return merge(backend.statistics(model, batch, labels, head.function, parameters, differentiable=differentiable))
+
+    chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
+    for number, rows in enumerate(chunks):
+        left = statistics(rows)
+        for columns in chunks[number:]:
+            right = left if columns is rows else statistics(columns)
+            block = contract(left, right, full=head.full)
+            yield rows, columns, block if head.factor == 1.0 else block * head.factor

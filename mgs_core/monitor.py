@@ -1,0 +1,257 @@
+"""Record summaries of the kernel of a probe batch during training: when, what, and where to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from mgs_core._errors import ArgumentError, BackendError
+from mgs_core.kernel import kernel
+from mgs_core.summary import Summary, summarize
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Say at which steps to measure: `start`, `start + every`, … up to and including `stop`.
+
+    Attributes:
+        every: steps (or epochs, as the caller counts) between measurements, at least 1.
+        start: first step to measure.
+        stop: last step that may be measured; None for no end.
+
+    Raises:
+        ArgumentError: when an argument is no integer or out of range.
+
+    Example:
+        >>> import mgs_core as mgs
+        >>> [step for step in range(10) if mgs.Schedule(every=3, start=1)(step)]
+        [1, 4, 7]
+    """
+
+    every: int = 1
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("stop", self.stop, 0)):
+            if name == "stop" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+
+    def __call__(self, step: int) -> bool:
+        """Return whether to measure at this step."""
+        return step >= self.start and (self.stop is None or step <= self.stop) and (step - self.start) % self.every == 0
+
+
+class Sink(Protocol):
+    """Take records; anything with these two methods is a sink."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record: "step", and numbers by name."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is held and let go of the resource."""
+        ...
+
+
+class Recorder:
+    """Measure the kernel of one probe batch on schedule, keep the history and pass it on.
+
+    Attributes:
+        history: the records so far: dicts with "step", "seconds" (what the measurement took) and the summary's fields, prefixed.
+
+    Example:
+        >>> import numpy as np
+        >>> import mgs_core as mgs
+        >>> model = mgs.FunctionalModel(lambda p, x: x @ p["weight"], {"weight": np.zeros((2, 1))})
+        >>> recorder = mgs.Recorder(np.array([[1.0, 0.0], [0.0, 1.0]]), schedule=2)
+        >>> for step in range(4):
+        ...     summary = recorder(model, step)
+        >>> [(record["step"], record["mgs_trace"]) for record in recorder.history]
+        [(0, 2.0), (2, 2.0)]
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        labels: Any = None,
+        schedule: Schedule | int = 1,
+        sinks: Iterable[Sink] = (),
+        prefix: str = "mgs_",
+        **kernel_options: Any,
+    ) -> None:
+        """Hold the probe batch and the schedule.
+
+        Args:
+            inputs: probe batch, as for `kernel`; 64 to 256 samples are usual.
+            targets: its targets, if the head needs them.
+            labels: integers (n,) for the class-wise summaries.
+            schedule: a `Schedule`, or the number of steps between measurements.
+            sinks: where records go besides `history`.
+            prefix: put before the names of the summary's fields.
+            **kernel_options: passed to `kernel`: `output`, `transform`, `parameters`, …
+        """
+        self.history: list[dict[str, Any]] = []
+        self._batch = (inputs, targets)
+        self._labels = labels
+        self._schedule = Schedule(schedule) if isinstance(schedule, int) else schedule
+        self._sinks = tuple(sinks)
+        self._prefix = prefix
+        self._options = kernel_options
+
+    def __call__(self, model: Any, step: int, **extra: Any) -> Summary | None:
+        """Measure if the schedule says so.
+
+        Args:
+            model: as for `kernel`.
+            step: number of the step or epoch.
+            **extra: further entries of the record, for instance the loss.
+
+        Returns:
+            The summary, or None when the step is not on the schedule.
+        """
+        if not self._schedule(step):
+            return None
+        start = time.perf_counter()
+        summary = summarize(kernel(model, *self._batch, **self._options), self._labels)
+        record: dict[str, Any] = {"step": step, "seconds": time.perf_counter() - start, **extra}
+        record.update({self._prefix + name: value for name, value in summary.to_dict().items()})
+        self.history.append(record)
+        for sink in self._sinks:
+            sink.write(record)
+        return summary
+
+
+class JSONLinesSink:
+    r"""Append records to a file, one JSON object a line, each flushed at once.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import mgs_core as mgs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "run.jsonl"
+        ...     with mgs.JSONLinesSink(path) as sink:
+        ...         sink.write({"step": 0, "mgs_trace": 2.0})
+        ...     path.read_text()
+        '{"step": 0, "mgs_trace": 2.0}\n'
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the file.
+
+        Args:
+            path: the file; made if it does not exist, appended to if it does.
+
+        Raises:
+            ArgumentError: when it cannot be opened for writing.
+        """
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115  # held open until close()
+        except OSError as error:
+            raise ArgumentError(
+                f"`path` must be a file that can be written; got {str(path)!r} ({error}). Choose another."
+            ) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(dict(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> JSONLinesSink:
+        """Return the sink."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the file."""
+        self.close()
+
+
+class CallbackSink:
+    """Pass the numbers of each record to a tracker's own logging function.
+
+    Example:
+        >>> import mgs_core as mgs
+        >>> mgs.CallbackSink(lambda numbers, step: print(step, numbers)).write({"step": 3, "mgs_trace": 2.0})
+        3 {'mgs_trace': 2.0}
+    """
+
+    def __init__(self, log: Callable[[dict[str, float], int], Any], close: Callable[[], Any] | None = None) -> None:
+        """Hold the functions.
+
+        Args:
+            log: `(numbers by name, step)`.
+            close: called at the end, or None.
+        """
+        self._log = log
+        self._close = close
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Pass one record on."""
+        numbers = {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, (int, float))}
+        self._log(numbers, int(record["step"]))
+
+    def close(self) -> None:
+        """Call the tracker's own end."""
+        if self._close is not None:
+            self._close()
+
+
+def tracker_sink(name: str, **options: Any) -> CallbackSink:
+    """Return a sink for an experiment tracker, imported only now.
+
+    Args:
+        name: "tensorboard" (a `SummaryWriter` of torch or tensorboardX), "wandb" or "mlflow" (into the active run).
+        **options: for TensorBoard, passed to `SummaryWriter`, for instance `log_dir`.
+
+    Returns:
+        The sink.
+
+    Raises:
+        ArgumentError: when the name is unknown.
+        BackendError: when the tracker is not installed.
+
+    Example:
+        >>> import mgs_core as mgs
+        >>> mgs.tracker_sink("paper")
+        Traceback (most recent call last):
+        mgs_core._errors.ArgumentError: `name` must be one of tensorboard, wandb, mlflow; got 'paper'.
+    """
+    if name == "tensorboard":
+        writer = _import("tensorboardX", "torch.utils.tensorboard").SummaryWriter(**options)
+
+        def log(numbers: dict[str, float], step: int) -> None:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+
+        return CallbackSink(log, writer.close)
+    if name == "wandb":
+        wandb = _import("wandb")
+        return CallbackSink(lambda numbers, step: wandb.log(numbers, step=step))
+    if name == "mlflow":
+        mlflow = _import("mlflow")
+        return CallbackSink(lambda numbers, step: mlflow.log_metrics(numbers, step=step))
+    raise ArgumentError(f"`name` must be one of tensorboard, wandb, mlflow; got {name!r}.")
+
+
+def _import(*names: str) -> Any:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise BackendError(f"`name` must be a tracker that is installed; none of {', '.join(names)} is. Install it with pip.")

@@ -1,0 +1,146 @@
+"""Summaries, penalties and weights against their formulas, over NumPy and the strict array API."""
+
+from __future__ import annotations
+
+import array_api_strict
+import autograd
+import numpy as np
+import pytest
+from array_api_compat import numpy as compat
+
+import mgs_core as mgs
+
+RANDOM = np.random.default_rng(0)
+ROWS = RANDOM.normal(size=(6, 4)) + 0.5
+KERNEL = ROWS @ ROWS.T  # rank 4 of 6
+FULL = KERNEL + np.diag(RANDOM.random(6))
+COSINE = KERNEL / np.sqrt(np.outer(np.diag(KERNEL), np.diag(KERNEL)))
+OFF = ~np.eye(6, dtype=bool)
+FORMULAS = {
+    "trace": np.trace(KERNEL) / 6,
+    "log_trace": np.log(1 + np.trace(KERNEL) / 12),
+    "log_determinant": np.linalg.slogdet(np.eye(6) + KERNEL / 2)[1] / 6,
+    "cosine": 1 - COSINE[OFF].mean(),
+    "log_determinant_cosine": np.linalg.slogdet(np.eye(6) + COSINE / 2)[1] / 6,
+}
+
+
+@pytest.fixture(params=["numpy", "strict"])
+def xp(request):
+    return {"numpy": compat, "strict": array_api_strict}[request.param]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_penalty_is_its_formula(name, xp):
+    value = mgs.Penalty(name, strength=3.0, scale=2.0)(xp.asarray(KERNEL))
+    assert float(value) == pytest.approx(3.0 * FORMULAS[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradient_of_penalty_in_the_kernel(name):
+    penalty, step = mgs.Penalty(name, strength=1.0, scale=2.0), 1e-6
+    direction = RANDOM.normal(size=(6, 6))
+    direction = direction + direction.T
+    gradient = autograd.grad(penalty)(KERNEL)
+    expected = (penalty(KERNEL + step * direction) - penalty(KERNEL - step * direction)) / (2 * step)
+    assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_determinant_survives_float32_of_low_rank_and_zero_rows():
+    big = (1e4 * KERNEL).astype(np.float32)
+    value = mgs.Penalty("log_determinant", strength=1.0)(big)
+    expected = np.linalg.slogdet(np.eye(6) + 1e4 * KERNEL)[1] / 6
+    assert float(value) == pytest.approx(expected, rel=0.1)
+    padded = np.zeros((3, 3))
+    padded[:2, :2] = KERNEL[:2, :2]
+    for name in FORMULAS:
+        assert np.all(np.isfinite(autograd.grad(mgs.Penalty(name))(padded)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("median",), "`name` must be one of trace, log_trace"),
+        (("trace", -1.0), "`strength` must be a finite number at least 0; got -1.0"),
+        (("trace", True), "`strength` must be a finite number"),
+        (("trace", float("nan")), "`strength` must be a finite number"),
+        (("trace", 1.0, 0.0), "`scale` must be a finite number above 0; got 0.0"),
+    ],
+)
+def test_bad_penalties_are_refused(arguments, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        mgs.Penalty(*arguments)
+
+
+def test_penalty_round_trip():
+    penalty = mgs.Penalty("cosine", 0.5)
+    assert mgs.Penalty.from_dict(penalty.to_dict()) == penalty
+
+
+def test_kernels_that_are_not_square_are_refused():
+    for function in (mgs.Penalty("trace"), mgs.agreement_weights, mgs.summarize):
+        for bad in (np.zeros((2, 3)), np.zeros((0, 0)), np.zeros((2, 2, 2, 2))):
+            with pytest.raises(mgs.ArgumentError, match="`kernel` must be square"):
+                function(bad)
+    for function in (mgs.Penalty("cosine"), mgs.agreement_weights, mgs.summarize):
+        with pytest.raises(mgs.ArgumentError, match="at least 2 samples"):
+            function(np.ones((1, 1)))
+
+
+def test_weights_are_their_formula(xp):
+    r = (FULL.sum(1) - np.diag(FULL)) / np.sqrt(np.diag(FULL))
+    kept = np.maximum(r, 0)
+    np.testing.assert_allclose(np.asarray(mgs.agreement(xp.asarray(FULL))), r, rtol=1e-12)
+    weights = np.asarray(mgs.agreement_weights(xp.asarray(FULL)))
+    np.testing.assert_allclose(weights, kept / kept.mean(), rtol=1e-12)
+    assert weights.mean() == pytest.approx(1.0)
+
+
+def test_weights_where_no_sample_agrees_or_moves():
+    np.testing.assert_array_equal(mgs.agreement_weights(np.array([[1.0, -0.5], [-0.5, 1.0]])), [1.0, 1.0])
+    np.testing.assert_array_equal(mgs.agreement_weights(np.zeros((3, 3))), [1.0, 1.0, 1.0])
+
+
+def test_summary_is_its_formulas(xp):
+    labels = np.array([0, 1, 0, 1, 2, 0])
+    summary = mgs.summarize(xp.asarray(KERNEL), labels, ridge=1e-3)
+    ridged = KERNEL + 1e-3 * np.trace(KERNEL) / 6 * np.eye(6)
+    eigenvalues = np.maximum(np.linalg.eigvalsh(KERNEL), 0)
+    shares = eigenvalues[eigenvalues > 1e-12] / eigenvalues.sum()
+    same = labels[:, None] == labels
+    expected = {
+        "trace": np.trace(KERNEL),
+        "mean_trace": np.trace(KERNEL) / 6,
+        "log_determinant": np.linalg.slogdet(ridged)[1],
+        "magnitude": np.log(np.diag(ridged)).sum(),
+        "similarity": np.linalg.slogdet(ridged / np.sqrt(np.outer(np.diag(ridged), np.diag(ridged))))[1],
+        "effective_rank": np.exp(-(shares * np.log(shares)).sum()),
+        "top_share": shares.max(),
+        "mean_cosine": COSINE[OFF].mean(),
+        "same_class_cosine": COSINE[OFF & same].mean(),
+        "other_class_cosine": COSINE[~same].mean(),
+        "alignment": (KERNEL * same).sum() / np.linalg.norm(KERNEL) / np.linalg.norm(same),
+    }
+    assert summary.to_dict() == pytest.approx(expected, rel=1e-9)
+    assert "alignment" in str(summary)
+
+
+def test_summary_leaves_out_what_it_cannot_know():
+    assert "alignment" not in mgs.summarize(KERNEL).to_dict()
+    assert mgs.summarize(KERNEL, np.zeros(6, int)).other_class_cosine is None
+    assert mgs.summarize(KERNEL, np.arange(6)).same_class_cosine is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options", "message"),
+    [
+        (np.full((2, 2), np.nan), {}, "`kernel` must be finite"),
+        (np.array([[1.0, 0.5], [0.0, 1.0]]), {}, "`kernel` must be symmetric"),
+        (np.zeros((2, 2)), {}, "`kernel` must have a positive trace"),
+        (np.eye(2), {"labels": np.zeros(3)}, r"`labels` must have shape \(2,\)"),
+        (np.eye(2), {"ridge": 0.0}, "`ridge` must be a finite number above 0"),
+    ],
+)
+def test_bad_kernels_are_refused(kernel, options, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        mgs.summarize(kernel, **options)

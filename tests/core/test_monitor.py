@@ -1,0 +1,104 @@
+"""The monitor: schedule, recorder and sinks; and the registry."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import mgs_core as mgs
+
+MODEL = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": np.ones((3, 2))})
+PROBE = np.random.default_rng(0).normal(size=(5, 3))
+
+
+def test_recorder_measures_on_schedule_and_writes(tmp_path):
+    path = tmp_path / "deep" / "run.jsonl"
+    seen = []
+    with mgs.JSONLinesSink(path) as sink:
+        recorder = mgs.Recorder(
+            PROBE,
+            labels=np.arange(5) % 2,
+            schedule=mgs.Schedule(every=2, start=1, stop=5),
+            sinks=[sink, mgs.CallbackSink(lambda numbers, step: seen.append((step, numbers)))],
+        )
+        measured = [recorder(MODEL, step, loss=0.5) is not None for step in range(8)]
+    assert measured == [False, True, False, True, False, True, False, False]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == recorder.history
+    assert [line["step"] for line in lines] == [1, 3, 5]
+    assert [step for step, _ in seen] == [1, 3, 5]
+    expected = mgs.summarize(mgs.kernel(MODEL, PROBE), np.arange(5) % 2).to_dict()
+    assert {f"mgs_{name}": value for name, value in expected.items()}.items() <= lines[0].items()
+    assert lines[0]["loss"] == 0.5
+
+
+@pytest.mark.parametrize("arguments", [{"every": 0}, {"every": True}, {"start": -1}, {"stop": 1.5}])
+def test_bad_schedules_are_refused(arguments):
+    with pytest.raises(mgs.ArgumentError, match=f"`{next(iter(arguments))}` must be an integer"):
+        mgs.Schedule(**arguments)
+
+
+def test_unwritable_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mgs.ArgumentError, match="`path` must be a file that can be written"):
+        mgs.JSONLinesSink(tmp_path / "file" / "run.jsonl")
+
+
+def test_tracker_sinks_call_the_tracker(monkeypatch):
+    calls = []
+    wandb = types.ModuleType("wandb")
+    wandb.log = lambda numbers, step: calls.append((numbers, step))
+    mlflow = types.ModuleType("mlflow")
+    mlflow.log_metrics = lambda numbers, step: calls.append((numbers, step))
+    board = types.ModuleType("tensorboardX")
+
+    class SummaryWriter:
+        def __init__(self, **options):
+            calls.append(options)
+
+        def add_scalar(self, key, value, step):
+            calls.append(({key: value}, step))
+
+        def close(self):
+            calls.append("closed")
+
+    board.SummaryWriter = SummaryWriter
+    for module in (wandb, mlflow, board):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("wandb", "mlflow"):
+        mgs.tracker_sink(name).write({"step": 2, "mgs_trace": 1.0})
+    sink = mgs.tracker_sink("tensorboard", log_dir="x")
+    sink.write({"step": 2, "mgs_trace": 1.0})
+    sink.close()
+    assert calls == [({"mgs_trace": 1.0}, 2)] * 2 + [{"log_dir": "x"}, ({"mgs_trace": 1.0}, 2), "closed"]
+
+
+def test_trackers_that_are_missing_or_unknown(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(mgs.BackendError, match="must be a tracker that is installed"):
+        mgs.tracker_sink("wandb")
+    with pytest.raises(mgs.ArgumentError, match="`name` must be one of tensorboard"):
+        mgs.tracker_sink("paper")
+
+
+def test_backends_are_found_or_refused(monkeypatch):
+    assert mgs.get_backend(np.zeros(2)) is mgs.get_backend("numpy") is mgs.get_backend(MODEL)
+    assert mgs.available_backends()["numpy"]
+    with pytest.raises(mgs.BackendError, match="`backend` must be one of numpy"):
+        mgs.get_backend("theano")
+    from mgs_core import _registry
+
+    monkeypatch.setitem(_registry._BACKENDS, "absent", ("no_such_package", frozenset()))
+    with pytest.raises(mgs.BackendError, match=r'pip install "mgs-core\[absent\]"'):
+        mgs.get_backend("absent")
+
+
+def test_arrays_without_namespace_are_refused():
+    from mgs_core._namespace import array_namespace
+
+    with pytest.raises(mgs.ArgumentError, match="`arrays` must be arrays of one framework; got none"):
+        array_namespace(None, 1.0)

@@ -1,0 +1,52 @@
+"""The rules of dependency, and that packaging lists what is there."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FRAMEWORKS = ("torch", "jax", "tensorflow", "keras")
+FILES = sorted(path for room in ("mgs_core", "backends", "adapters") for path in (ROOT / room).rglob("*.py"))
+ALLOWED = {"array_api_compat", "mgs_core"}
+ALLOWED_IN = {"mgs_core/_types.py": {"jaxtyping"}, "backends/numpy": {"autograd", "numpy"}}
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    roots = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots.add((node.module or "").partition(".")[0])
+    return roots
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_rules(path):
+    place = path.relative_to(ROOT).as_posix()
+    extra = set().union(*(names for prefix, names in ALLOWED_IN.items() if place.startswith(prefix)))
+    assert imported(path) - ALLOWED - extra - set(sys.stdlib_module_names) == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_every_package_is_listed():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}
+    assert listed == {name if name.startswith("mgs_core") else f"mgs_core.{name}" for name in found}
+
+
+def test_import_loads_no_framework():
+    code = "import sys, mgs_core; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {*FRAMEWORKS, "onnx", "matplotlib", "sklearn", "autograd"} & set(loaded)
