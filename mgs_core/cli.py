@@ -1,0 +1,191 @@
+"""The command `mgs`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import mgs_core as mgs
+from mgs_core._errors import ArgumentError, MgsError
+from mgs_core.experiments.compare import compare as run_comparison
+from mgs_core.experiments.compare import load_records
+from mgs_core.experiments.recipes import RECIPES, choose
+from mgs_core.experiments.settings import Settings
+from mgs_core.report import table, write_report
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?")
+console = Console()
+_BackendOption = Annotated[str, typer.Option(help="numpy, torch, jax or tensorflow; the default needs no framework.")]
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Option(help="digits, mnist, or an .npz file with x_train, y_train, x_test, y_test.")] = "digits",
+    noise: Annotated[float, typer.Option(help="Probability of a training label to be redrawn.")] = 0.4,
+    noise_kind: Annotated[str, typer.Option(help="symmetric or pair.")] = "symmetric",
+    samples: Annotated[int | None, typer.Option(help="Training samples; all by default.")] = None,
+    regularizers: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(RECIPES)}.")] = ",".join(RECIPES),
+    model: Annotated[str, typer.Option(help="mlp or cnn.")] = "mlp",
+    backend: _BackendOption = "numpy",
+    epochs: Annotated[int, typer.Option(help="Passes over the training samples.")] = Settings.epochs,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = Settings.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at the start.")] = Settings.learning_rate,
+    seeds: Annotated[int, typer.Option(help="Runs of each regulariser.")] = Settings.seeds,
+    probe_samples: Annotated[int, typer.Option(help="Samples on which the kernel is measured.")] = Settings.probe_samples,
+    jobs: Annotated[int, typer.Option(help="Processes at a time; 0 for one a core.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the records, the table and the page.")] = Path("mgs-run"),
+) -> None:
+    """Train one model on real data with wrong labels under each regulariser, and see which run memorises."""
+    settings = Settings(
+        data=data, noise=noise, noise_kind=noise_kind, samples=samples, model=model, backend=backend, epochs=epochs,
+        batch_size=batch_size, learning_rate=learning_rate, seeds=seeds, probe_samples=probe_samples,
+    )  # fmt: skip
+    recipes = choose(name.strip() for name in regularizers.split(",") if name.strip())
+    mgs.get_backend(backend)
+    processes = jobs or (os.cpu_count() or 1)
+    try:
+        with _progress(settings, [recipe.name for recipe in recipes]) as on_record:
+            run_comparison(settings, recipes, out, jobs=processes, on_record=on_record)
+    except KeyboardInterrupt:
+        console.print("\nInterrupted. Finished runs are kept; the same command goes on from here.")
+        if any(record["event"] == "run" for record in load_records(out / "records.jsonl")):
+            _show(out)
+        raise typer.Exit(130) from None
+    _show(out)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder that `mgs compare` wrote.")]) -> None:
+    """Write the table, the picture and the page of a comparison again."""
+    _show(run)
+
+
+@app.command()
+def measure(
+    model: Annotated[Path, typer.Argument(help="An .onnx file.")],
+    data: Annotated[Path, typer.Argument(help="An .npz file with x (n, …) and, for labels, y (n,).")],
+    output: Annotated[str, typer.Option(help="Head: trace, sum, target, random or loss.")] = "trace",
+    samples: Annotated[int, typer.Option(help="The first so many samples are measured.")] = 256,
+    backend: _BackendOption = "numpy",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Summarise the kernel of a model on data."""
+    arrays = _read_arrays(data)
+    chosen = get = mgs.get_backend(backend)
+    loaded = mgs.onnx.load(model, backend=backend)
+    labels = arrays["y"][:samples] if "y" in arrays else None
+    targets = get.asarray(labels) if labels is not None else None
+    kernel = mgs.kernel(loaded, chosen.asarray(arrays["x"][:samples]), targets, output=output)  # type: ignore[arg-type]  # checked inside
+    summary = mgs.summarize(kernel, labels if labels is not None and labels.ndim == 1 else None)
+    if as_json:
+        print(json.dumps(summary.to_dict()))
+        return
+    shown = Table("summary", "value", title=f"{model.name} on {len(kernel)} samples of {data.name}, output={output}")
+    for name, value in summary.to_dict().items():
+        shown.add_row(name, f"{value:.6g}")
+    console.print(shown)
+
+
+@app.command()
+def check(
+    model: Annotated[Path, typer.Argument(help="An .onnx file.")],
+    samples: Annotated[int, typer.Option(help="Random samples to trace with.")] = 4,
+    backend: _BackendOption = "numpy",
+) -> None:
+    """Say, for each parameter of a model, how it enters the kernel: statistics, rows or refused."""
+    loaded = mgs.onnx.load(model, backend=backend)
+    chosen = mgs.get_backend(backend)
+    inputs = {name: chosen.asarray(value) for name, value in loaded.function.example_inputs(samples).items()}
+    found = mgs.check(loaded, inputs)
+    shown = Table("parameter", "kind", "route", "size", "remedy")
+    for layer in found.layers:
+        shown.add_row(layer.parameter, layer.kind, layer.route, str(layer.size), layer.remedy)
+    console.print(shown)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def backends() -> None:
+    """List the backends and whether each is installed."""
+    shown = Table("backend", "installed", "install with")
+    for name, installed in mgs.available_backends().items():
+        shown.add_row(name, "yes" if installed else "no", "" if installed else f'pip install "mgs-core[{name}]"')
+    console.print(shown)
+
+
+def main() -> None:
+    """Run the command; errors of this library end it with one line and status 2."""
+    try:
+        app()
+    except MgsError as error:
+        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False, markup=True)
+        sys.exit(2)
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ArgumentError(
+            f"`data` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. Pickled objects are refused."
+        ) from error
+    if "x" not in arrays:
+        raise ArgumentError(f"`data` must hold an array x, and y for labels; {str(path)!r} has {', '.join(arrays) or 'nothing'}.")
+    return arrays
+
+
+class _progress:  # noqa: N801  # used as a function
+    """Show one bar for each regulariser while runs go on; a line for each finished run where there is no terminal."""
+
+    def __init__(self, settings: Settings, names: list[str]) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), console=console
+        )
+        total = settings.epochs * settings.seeds
+        self._tasks: dict[str, TaskID] = {name: self._bars.add_task(name, total=total, start=False, state="") for name in names}
+
+    def __enter__(self) -> Any:
+        if console.is_terminal:
+            self._bars.start()
+        return self._take
+
+    def __exit__(self, *ending: object) -> None:
+        if console.is_terminal:
+            self._bars.stop()
+
+    def _take(self, record: dict[str, Any]) -> None:
+        name = record["regularizer"]
+        if record["event"] == "epoch":
+            self._bars.start_task(self._tasks[name])
+            wrong = record["memorisation"]
+            state = f"test {record['test_accuracy']:.3f}" + ("" if wrong is None else f"  memorised {wrong:.3f}")
+            self._bars.update(self._tasks[name], advance=1, state=f"{state}  trace {record['mgs_trace']:.3g}")
+        elif not console.is_terminal:
+            console.print(f"{name} seed {record['seed']}: test {record['last_test_accuracy']:.3f} in {record['seconds']:.1f} s")
+
+
+def _show(folder: Path) -> None:
+    records = load_records(folder / "records.jsonl")
+    if not records:
+        raise ArgumentError(f"`run` must be a folder with finished runs; {str(folder)!r} holds none. Run mgs compare first.")
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    shown = Table(title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn")
+    rows = table(records)
+    for number, column in enumerate(rows[0]):
+        shown.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        shown.add_row(*(str(value) for value in row.values()))
+    console.print(shown)
+    page = write_report(records, settings, folder)
+    console.print(f"Page: {page}\nPicture: {page.with_name('figure.png')}\nRecords: {folder / 'records.jsonl'}", soft_wrap=True)

@@ -1,0 +1,183 @@
+"""Real data sets, split and scaled, and the corruption of their labels."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgs_core._errors import ArgumentError
+from mgs_core._types import Array
+
+NOISE_KINDS = ("symmetric", "pair")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Hold a classification problem.
+
+    Attributes:
+        name: where it is from.
+        train_inputs: (n, *shape), float32, scaled to mean 0 and standard deviation 1 over all values.
+        train_labels: (n,), integers, as given to the training: perhaps wrong.
+        true_labels: (n,), the labels before corruption.
+        test_inputs: scaled like the training inputs.
+        test_labels: clean.
+        classes: number of classes c.
+    """
+
+    name: str
+    train_inputs: Array
+    train_labels: Array
+    true_labels: Array
+    test_inputs: Array
+    test_labels: Array
+    classes: int
+
+    @property
+    def wrong(self) -> Array:
+        """Return which training labels are wrong, (n,) of bool."""
+        return self.train_labels != self.true_labels
+
+
+def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> Dataset:
+    """Load a data set and draw the training samples.
+
+    Args:
+        source: "digits" (1797 images of 8×8, bundled with scikit-learn; 40 % are the test set), "mnist" (scikit-learn fetches it
+            from OpenML), or the path of an .npz file with x_train, y_train, x_test, y_test.
+        samples: training samples to draw, the classes in equal shares as far as they go; None for all.
+        seed: seed of the split and the draw.
+
+    Returns:
+        The data set, labels clean.
+
+    Raises:
+        ArgumentError: when the source is unknown or damaged, or too small.
+
+    Example:
+        >>> from mgs_core.experiments import load_dataset
+        >>> load_dataset("digits", samples=500).train_inputs.shape
+        (500, 8, 8)
+    """
+    random = np.random.default_rng(seed)
+    if source == "digits":
+        from sklearn.datasets import load_digits
+
+        bundle = load_digits()
+        arrays = _split(bundle.images, bundle.target, random)
+    elif source == "mnist":
+        from sklearn.datasets import fetch_openml
+
+        bundle = fetch_openml("mnist_784", version=1, as_frame=False)
+        x, y = bundle.data.reshape(-1, 28, 28), bundle.target.astype(int)
+        arrays = {"x_train": x[:60000], "y_train": y[:60000], "x_test": x[60000:], "y_test": y[60000:]}
+    else:
+        arrays = _read(source)
+    return _prepare(Path(source).stem if source.endswith(".npz") else source, arrays, samples, random)
+
+
+def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 0) -> Dataset:
+    """Make some training labels wrong.
+
+    Args:
+        data: a data set with clean labels.
+        rate: probability for each label to be redrawn, 0 to 1.
+        kind: "symmetric": redrawn uniformly over all classes, so that 1/c of them stay right; "pair": replaced by the next class.
+        seed: seed of the draw.
+
+    Returns:
+        The data set with new `train_labels`.
+
+    Raises:
+        ArgumentError: when the rate is out of range or the kind unknown.
+
+    Example:
+        >>> from mgs_core.experiments.data import corrupt, load_dataset
+        >>> float(corrupt(load_dataset("digits"), 0.4).wrong.mean().round(1))
+        0.4
+    """
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ArgumentError(f"`noise` must be a probability between 0 and 1; got {rate!r}.")
+    if kind not in NOISE_KINDS:
+        raise ArgumentError(f"`noise_kind` must be one of {', '.join(NOISE_KINDS)}; got {kind!r}.")
+    random = np.random.default_rng(seed)
+    labels = data.true_labels
+    chosen = random.random(labels.shape) < rate
+    other = random.integers(0, data.classes, labels.shape) if kind == "symmetric" else (labels + 1) % data.classes
+    return replace(data, train_labels=np.where(chosen, other, labels))
+
+
+def _split(inputs: Array, labels: Array, random: np.random.Generator) -> dict[str, Array]:
+    order = random.permutation(len(labels))
+    cut = int(0.6 * len(labels))
+    train, test = order[:cut], order[cut:]
+    return {"x_train": inputs[train], "y_train": labels[train], "x_test": inputs[test], "y_test": labels[test]}
+
+
+def _read(path: str) -> dict[str, Array]:
+    if not path.endswith(".npz"):
+        raise ArgumentError(f"`data` must be digits, mnist, or the path of an .npz file; got {path!r}.")
+    if not Path(path).is_file():
+        raise ArgumentError(f"`data` must be a file that exists; got {path!r}. Check the path.")
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file.files]
+            if missing:
+                raise ArgumentError(f"`data` must hold {', '.join(names)}; {path!r} lacks {', '.join(missing)}, has {file.files}.")
+            return {name: file[name] for name in names}
+    except ArgumentError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ArgumentError(
+            f"`data` must be an .npz file of plain number arrays; {path!r} cannot be read: {error}. "
+            "Pickled objects are refused, for reading them can run code; save the arrays with a numeric dtype."
+        ) from error
+
+
+def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.ndim < 2 or not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or np.iscomplexobj(x):
+            raise ArgumentError(f"`x_{part}` must be real numbers of shape (n, …); got dtype {x.dtype}, shape {x.shape}.")
+        if not np.all(np.isfinite(x)):
+            raise ArgumentError(f"`x_{part}` must be finite; got NaN or infinity. Clean the data first.")
+        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
+            raise ArgumentError(
+                f"`y_{part}` must be integers of at least 0, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
+                "Number the classes from 0."
+            )
+        if len(x) < 2:
+            raise ArgumentError(f"`x_{part}` must hold at least 2 samples; got {len(x)}.")
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
+        shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
+        raise ArgumentError(f"`x_train` and `x_test` must have samples of one shape; got {shapes[0]} and {shapes[1]}.")
+    classes = int(arrays["y_train"].max()) + 1
+    if classes < 2 or int(arrays["y_test"].max()) >= classes:
+        raise ArgumentError(
+            f"`y_train` must hold at least 2 classes, and all that `y_test` holds; got labels up to {classes - 1} "
+            f"and {int(arrays['y_test'].max())}."
+        )
+    chosen = _draw(arrays["y_train"], samples, random)
+    x, y = arrays["x_train"][chosen].astype(np.float32), arrays["y_train"][chosen].astype(np.int64)
+    mean, deviation = float(x.mean()), float(x.std()) or 1.0
+    test = (arrays["x_test"].astype(np.float32) - mean) / deviation
+    return Dataset(name, (x - mean) / deviation, y, y, test, arrays["y_test"].astype(np.int64), classes)
+
+
+def _draw(labels: Array, samples: int | None, random: np.random.Generator) -> Any:
+    """Return indices of `samples` samples, taking one of each class in turn."""
+    if samples is None:
+        return random.permutation(len(labels))
+    if isinstance(samples, bool) or not isinstance(samples, int) or not 2 <= samples <= len(labels):
+        raise ArgumentError(f"`samples` must be an integer between 2 and {len(labels)}, what the data hold; got {samples!r}.")
+    order = random.permutation(len(labels))
+    turn = np.empty(len(labels), dtype=int)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        turn[members] = np.arange(len(members))
+    return random.permutation(order[np.argsort(turn[order], kind="stable")][:samples])

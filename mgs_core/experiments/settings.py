@@ -1,0 +1,59 @@
+"""What a comparison is run with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mgs_core._errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold the settings that all runs of a comparison share, so that the regulariser alone differs.
+
+    Attributes:
+        data: as for `load_dataset`.
+        noise: probability of a training label to be redrawn.
+        noise_kind: "symmetric" or "pair".
+        samples: training samples; None for all.
+        model: "mlp" or "cnn".
+        backend: name of the backend.
+        epochs: passes over the training samples.
+        batch_size: samples a step.
+        learning_rate: of Adam at the start; it falls to 0 along half a cosine.
+        seeds: number of seeds: each draws data, noise, weights and order anew.
+        probe_samples: training samples on which the kernel is measured after each epoch.
+
+    Raises:
+        ArgumentError: when a number is out of range.
+
+    Example:
+        >>> from mgs_core.experiments import Settings
+        >>> Settings(epochs=5).to_dict()["epochs"]
+        5
+    """
+
+    data: str = "digits"
+    noise: float = 0.4
+    noise_kind: str = "symmetric"
+    samples: int | None = None
+    model: str = "mlp"
+    backend: str = "numpy"
+    epochs: int = 60
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    seeds: int = 3
+    probe_samples: int = 128
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1), ("probe_samples", 2)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ArgumentError(f"`learning_rate` must be a finite number above 0; got {self.learning_rate!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a dict that JSON can hold."""
+        return asdict(self)
