@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from mgs_core._types import Array, Namespace, Tree
 
@@ -88,6 +88,7 @@ class LayerReport:
     remedy: str = ""
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Supply gradients in one framework, on its own devices and dtypes."""
 

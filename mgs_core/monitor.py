@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mgs_core._errors import ArgumentError, BackendError
 from mgs_core.kernel import kernel
@@ -50,6 +50,7 @@ class Schedule:
         return step >= self.start and (self.stop is None or step <= self.stop) and (step - self.start) % self.every == 0
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Take records; anything with these two methods is a sink."""
 

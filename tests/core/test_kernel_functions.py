@@ -67,6 +67,7 @@ def test_log_determinant_survives_float32_of_low_rank_and_zero_rows():
         (("trace", 1.0, 0.0), "`scale` must be a finite number above 0; got 0.0"),
     ],
 )
+@pytest.mark.wrong_types
 def test_bad_penalties_are_refused(arguments, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         mgs.Penalty(*arguments)
@@ -77,6 +78,7 @@ def test_penalty_round_trip():
     assert mgs.Penalty.from_dict(penalty.to_dict()) == penalty
 
 
+@pytest.mark.wrong_types
 def test_kernels_that_are_not_square_are_refused():
     for function in (mgs.Penalty("trace"), mgs.agreement_weights, mgs.summarize):
         for bad in (np.zeros((2, 3)), np.zeros((0, 0)), np.zeros((2, 2, 2, 2))):

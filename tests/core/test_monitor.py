@@ -37,6 +37,7 @@ def test_recorder_measures_on_schedule_and_writes(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"every": True}, {"start": -1}, {"stop": 1.5}])
+@pytest.mark.wrong_types
 def test_bad_schedules_are_refused(arguments):
     with pytest.raises(mgs.ArgumentError, match=f"`{next(iter(arguments))}` must be an integer"):
         mgs.Schedule(**arguments)

@@ -105,6 +105,7 @@ def test_cost_model_takes_rows_for_many_positions_and_pairs_for_wide_layers():
     assert not statistics.prefers_pairwise(*[make("outer", compat, 8, k=1, s=100, i=3, o=3)] * 2)
 
 
+@pytest.mark.wrong_types
 def test_unknown_or_mixed_kinds_are_refused():
     with pytest.raises(TypeError, match="`right` must be of the kind of `left`, Sum; got Rows"):
         statistics.contribution(make("sum", compat, 2), make("rows", compat, 2))

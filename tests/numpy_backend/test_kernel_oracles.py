@@ -315,6 +315,7 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": draw(3, 2)})
         (lambda: mgs.FunctionalModel(3, {}), "`function` must be callable"),
     ],
 )
+@pytest.mark.wrong_types
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         call()
