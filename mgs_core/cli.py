@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -19,6 +17,7 @@ import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.compare import load_records
+from mgs_core.experiments.data import read_arrays
 from mgs_core.experiments.recipes import RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.report import table, write_report
@@ -80,7 +79,7 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Summarise the kernel of a model on data."""
-    arrays = _read_arrays(data)
+    arrays = read_arrays(data, ("x",))
     chosen = get = mgs.get_backend(backend)
     loaded = mgs.onnx.load(model, backend=backend)
     labels = arrays["y"][:samples] if "y" in arrays else None
@@ -130,19 +129,6 @@ def main() -> None:
     except MgsError as error:
         Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False, markup=True)
         sys.exit(2)
-
-
-def _read_arrays(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ArgumentError(
-            f"`data` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. Pickled objects are refused."
-        ) from error
-    if "x" not in arrays:
-        raise ArgumentError(f"`data` must hold an array x, and y for labels; {str(path)!r} has {', '.join(arrays) or 'nothing'}.")
-    return arrays
 
 
 class _progress:  # noqa: N801  # used as a function

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,17 @@ def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> D
     elif source == "mnist":
         from sklearn.datasets import fetch_openml
 
-        bundle = fetch_openml("mnist_784", version=1, as_frame=False)
+        try:
+            bundle = fetch_openml("mnist_784", version=1, as_frame=False)
+        except OSError as error:  # URLError is one
+            raise ArgumentError(
+                f"`data` must be within reach; mnist could not be fetched from OpenML ({error}). "
+                "Pass the path of an .npz file with x_train, y_train, x_test, y_test instead."
+            ) from error
         x, y = bundle.data.reshape(-1, 28, 28), bundle.target.astype(int)
         arrays = {"x_train": x[:60000], "y_train": y[:60000], "x_test": x[60000:], "y_test": y[60000:]}
     else:
-        arrays = _read(source)
+        arrays = read_arrays(source, ("x_train", "y_train", "x_test", "y_test"))
     return _prepare(Path(source).stem if source.endswith(".npz") else source, arrays, samples, random)
 
 
@@ -118,25 +126,37 @@ def _split(inputs: Array, labels: Array, random: np.random.Generator) -> dict[st
     return {"x_train": inputs[train], "y_train": labels[train], "x_test": inputs[test], "y_test": labels[test]}
 
 
-def _read(path: str) -> dict[str, Array]:
-    if not path.endswith(".npz"):
-        raise ArgumentError(f"`data` must be digits, mnist, or the path of an .npz file; got {path!r}.")
+def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
+    """Read arrays from an .npz file.
+
+    Args:
+        path: the file, untrusted: pickled objects are refused.
+        names: arrays that it must hold.
+
+    Returns:
+        All arrays that it holds, by name.
+
+    Raises:
+        ArgumentError: when the file is missing, damaged, holds objects, or lacks an array.
+    """
+    if not str(path).endswith(".npz"):
+        raise ArgumentError(f"`data` must be digits, mnist, or the path of an .npz file; got {str(path)!r}.")
     if not Path(path).is_file():
-        raise ArgumentError(f"`data` must be a file that exists; got {path!r}. Check the path.")
-    names = ("x_train", "y_train", "x_test", "y_test")
+        raise ArgumentError(f"`data` must be a file that exists; got {str(path)!r}. Check the path.")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file.files]
-            if missing:
-                raise ArgumentError(f"`data` must hold {', '.join(names)}; {path!r} lacks {', '.join(missing)}, has {file.files}.")
-            return {name: file[name] for name in names}
-    except ArgumentError:
-        raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArgumentError(
-            f"`data` must be an .npz file of plain number arrays; {path!r} cannot be read: {error}. "
+            f"`data` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. "
             "Pickled objects are refused, for reading them can run code; save the arrays with a numeric dtype."
         ) from error
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise ArgumentError(
+            f"`data` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} and has {', '.join(arrays) or 'nothing'}."
+        )
+    return arrays
 
 
 def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:

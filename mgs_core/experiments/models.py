@@ -24,12 +24,12 @@ class Network:
     Attributes:
         plain: the graph with one input, "x".
         masked: the graph with further inputs "mask_0", …, each multiplied to a hidden layer.
-        widths: sizes of these masks, without the sample axis.
+        masks: names and sizes of these inputs, without the sample axis.
     """
 
     plain: onnx.ModelProto
     masked: onnx.ModelProto
-    widths: dict[str, int]
+    masks: dict[str, int]
 
 
 def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int) -> Network:
@@ -84,9 +84,9 @@ def _dense(names: list[str], widths: list[int], random: np.random.Generator) -> 
 
 def _network(steps: list[Any], weights: dict[str, Array], shape: tuple[int, ...], classes: int) -> Network:
     hidden = [step for step in steps if isinstance(step, str) and step.startswith("hidden")]
-    widths = {f"mask_{number}": weights[f"{name}.bias"].shape[0] for number, name in enumerate(hidden)}
-    graphs = [_graph(steps, weights, shape, classes, masks) for masks in ({}, widths)]
-    return Network(graphs[0], graphs[1], widths)
+    masks = {f"mask_{number}": weights[f"{name}.bias"].shape[0] for number, name in enumerate(hidden)}
+    plain, masked = (_graph(steps, weights, shape, classes, inputs) for inputs in ({}, masks))
+    return Network(plain, masked, masks)
 
 
 def _graph(

@@ -5,47 +5,59 @@ from __future__ import annotations
 import math
 from typing import TypeAlias
 
+import numpy as np
+
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
 
 Parameters: TypeAlias = dict[str, Array]
-State: TypeAlias = tuple[Parameters, Parameters]
+Moments: TypeAlias = tuple[Parameters, Parameters]
+
+_FIRST, _SECOND = 0.9, 0.999
 
 
-def cosine_decay(step: int, steps: int) -> float:
-    """Return the factor on the learning rate, from 1 at the first step towards 0 after the last."""
-    return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+def schedule(step: int, steps: int, learning_rate: float) -> Array:
+    """Return what changes from step to step, as one array, so that a compiled step is compiled once.
+
+    Args:
+        step: number of the step, from 0.
+        steps: number of all steps.
+        learning_rate: at the start; it falls to 0 along half a cosine.
+
+    Returns:
+        (3,), float32: the learning rate, and the bias corrections `1/(1 − β₁ᵗ)` and `1/(1 − β₂ᵗ)` of the moments.
+    """
+    rate = learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    return np.asarray([rate, 1.0 / (1.0 - _FIRST ** (step + 1)), 1.0 / (1.0 - _SECOND ** (step + 1))], dtype=np.float32)
 
 
-def adam_start(parameters: Parameters) -> State:
+def start(parameters: Parameters) -> Moments:
     """Return the moments before the first step."""
-    zeros = {name: value * 0.0 for name, value in parameters.items()}
-    return zeros, zeros
+    return {name: value * 0.0 for name, value in parameters.items()}, {name: value * 0.0 for name, value in parameters.items()}
 
 
-def adam_step(
-    parameters: Parameters, gradient: Parameters, state: State, *, step: int, rate: float, weight_decay: float = 0.0
-) -> tuple[Parameters, State]:
+def adam(
+    parameters: Parameters, gradient: Parameters, moments: Moments, now: Array, *, weight_decay: float = 0.0
+) -> tuple[Parameters, Moments]:
     """Return the parameters and moments after one step (Kingma and Ba 2015; decay as Loshchilov and Hutter 2019).
 
     Args:
         parameters: θ by name.
         gradient: of the loss, by name.
-        state: the moments.
-        step: number of the step, from 0.
-        rate: learning rate.
+        moments: as `start` and earlier steps gave them.
+        now: what `schedule` says of this step, as an array of the parameters' framework.
         weight_decay: weights of two or more axes shrink by `rate · weight_decay`; biases and gains do not.
 
     Returns:
-        (parameters, state), new dicts.
+        (parameters, moments), new dicts.
     """
     first, second, moved = {}, {}, {}
+    rate, first_correction, second_correction = now[0], now[1], now[2]
     for name, value in parameters.items():
         xp, g = array_namespace(value), gradient[name]
-        first[name] = 0.9 * state[0][name] + 0.1 * g
-        second[name] = 0.999 * state[1][name] + 0.001 * g * g
-        mean = first[name] / (1.0 - 0.9 ** (step + 1))
-        square = second[name] / (1.0 - 0.999 ** (step + 1))
-        shrunk = value * (1.0 - rate * weight_decay) if value.ndim > 1 else value
-        moved[name] = shrunk - rate * mean / (xp.sqrt(square) + 1e-8)
+        first[name] = _FIRST * moments[0][name] + (1.0 - _FIRST) * g
+        second[name] = _SECOND * moments[1][name] + (1.0 - _SECOND) * g * g
+        stride = first[name] * first_correction / (xp.sqrt(second[name] * second_correction) + 1e-8)
+        kept = value * (1.0 - rate * weight_decay) if weight_decay and value.ndim > 1 else value
+        moved[name] = kept - rate * stride
     return moved, (first, second)

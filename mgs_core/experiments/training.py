@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 
 from mgs_core import onnx
-from mgs_core._namespace import array_namespace
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.agreement import agreement_weights
 from mgs_core.experiments.data import Dataset, corrupt, load_dataset
 from mgs_core.experiments.models import build
-from mgs_core.experiments.optimizer import adam_start, adam_step, cosine_decay
+from mgs_core.experiments.optimizer import schedule, start
 from mgs_core.experiments.recipes import Recipe
 from mgs_core.experiments.settings import Settings
+from mgs_core.experiments.step import make_step
 from mgs_core.functional import FunctionalModel
-from mgs_core.heads import cross_entropy
-from mgs_core.kernel import kernel
 from mgs_core.monitor import Recorder
 
+_PIECE = 2048  # samples that are predicted at a time
 _FINAL = ("memorisation", "mgs_trace", "mgs_log_determinant", "mgs_similarity", "mgs_effective_rank")
 
 
@@ -42,7 +40,7 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
     """
     data = corrupt(load_dataset(settings.data, samples=settings.samples, seed=seed), settings.noise, settings.noise_kind, seed=seed)
     run = _Run(recipe, data, settings, seed)
-    start, best, chosen, history = time.perf_counter(), -1.0, None, []
+    begun, best, chosen, history = time.perf_counter(), -1.0, None, []
     for epoch in range(1, settings.epochs + 1):
         trained = run.epoch(epoch)
         record = {"event": "epoch", "regularizer": recipe.name, "seed": seed, "epoch": epoch, **trained, **run.measure(epoch)}
@@ -59,7 +57,7 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
         "best_test_accuracy": max(record["test_accuracy"] for record in history),
         **{name: last[name] for name in _FINAL},
         "epochs": last["epoch"],
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - begun,
     }
 
 
@@ -67,23 +65,23 @@ class _Run:
     """Hold the state of one run."""
 
     def __init__(self, recipe: Recipe, data: Dataset, settings: Settings, seed: int) -> None:
-        self._recipe, self._settings = recipe, settings
+        self._recipe, self._settings, self._data = recipe, settings, data
         self._backend = get_backend(settings.backend)
-        self._random = np.random.default_rng(seed + 1)
+        # the order is drawn apart, so that what a recipe draws does not change it
+        self._order, self._random = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
         n = len(data.train_labels)
         held = int(recipe.hold_out * n)
         self._fit, self._held = slice(held, n), slice(0, held)
-        self._data = data
         network = build(settings.model, data.train_inputs.shape[1:], data.classes, seed=seed)
         self._model = onnx.load(network.plain, backend=settings.backend)
-        self._masked = onnx.load(network.masked, backend=settings.backend)
-        self._widths = network.widths if recipe.dropout else {}
+        self._masks = network.masks if recipe.dropout else {}
+        trained = onnx.load(network.masked, backend=settings.backend) if self._masks else self._model
         self._parameters = self._model.parameters
-        self._moments = adam_start(self._parameters)
-        self._step = self._backend.compile(self._backend.value_and_gradient(self._objective))
+        self._moments = start(self._parameters)
+        self._step = make_step(recipe, self._backend, trained.function)
+        self._forward = self._backend.compile(self._model.function)
         probe = slice(held, held + settings.probe_samples)
-        labels = data.train_labels[probe]
-        self._recorder = Recorder(self._backend.asarray(data.train_inputs[probe]), labels=labels)
+        self._recorder = Recorder(self._backend.asarray(data.train_inputs[probe]), labels=data.train_labels[probe])
 
     def epoch(self, number: int) -> dict[str, float]:
         """Pass once over the training samples; return means over the steps."""
@@ -91,24 +89,22 @@ class _Run:
         x, y = self._data.train_inputs[self._fit], self._data.train_labels[self._fit]
         size = min(settings.batch_size, len(y))
         steps = len(y) // size
-        order = self._random.permutation(len(y))
-        losses = []
+        order = self._order.permutation(len(y))
+        losses, begun = [], time.perf_counter()
         for step in range(steps):
             batch = order[step * size : (step + 1) * size]
             inputs, targets = self._batch(x[batch], y[batch])
-            weights = self._weights(inputs, targets)
-            loss, gradient = self._step(self._parameters, inputs, targets, weights)
-            at = (number - 1) * steps + step
-            rate = settings.learning_rate * cosine_decay(at, settings.epochs * steps)
-            self._parameters, self._moments = adam_step(
-                self._parameters, gradient, self._moments, step=at, rate=rate, weight_decay=self._recipe.weight_decay
+            now = schedule((number - 1) * steps + step, settings.epochs * steps, settings.learning_rate)
+            loss, self._parameters, self._moments = self._step(
+                self._parameters, self._moments, inputs, targets, self._backend.asarray(now)
             )
             losses.append(loss)
-        return {"train_loss": float(np.mean([self._backend.to_numpy(loss) for loss in losses]))}
+        mean = float(np.mean([self._backend.to_numpy(loss) for loss in losses]))
+        return {"train_loss": mean, "train_seconds": time.perf_counter() - begun}
 
     def measure(self, epoch: int) -> dict[str, float | None]:
         """Return accuracies and the summaries of the kernel."""
-        start = time.perf_counter()
+        begun = time.perf_counter()
         data = self._data
         train, test = self._predict(data.train_inputs), self._predict(data.test_inputs)
         fitted, wrong = train == data.train_labels, data.wrong.copy()
@@ -123,7 +119,7 @@ class _Run:
         summary = self._recorder(FunctionalModel(self._model.function, self._parameters), epoch)
         if summary is not None:
             figures |= {f"mgs_{name}": value for name, value in summary.to_dict().items()}
-        return {**figures, "seconds": time.perf_counter() - start}
+        return {**figures, "seconds": time.perf_counter() - begun}
 
     def _batch(self, x: Array, y: Array) -> tuple[Any, Array]:
         """Return inputs and soft targets, mixed and masked as the recipe says."""
@@ -135,42 +131,16 @@ class _Run:
             other = self._random.permutation(len(y))
             x, targets = share * x + (1 - share) * x[other], share * targets + (1 - share) * targets[other]
         inputs: dict[str, Any] = {"x": x.astype(np.float32)}
-        for name, width in self._widths.items():
+        for name, width in self._masks.items():
             kept = self._random.random((len(y), width)) >= recipe.dropout
             inputs[name] = kept.astype(np.float32) / np.float32(1.0 - recipe.dropout)
-        return {name: self._backend.asarray(value) for name, value in inputs.items()}, self._backend.asarray(targets.astype(np.float32))
-
-    def _function(self, parameters: Any, inputs: Any) -> Array:
-        return (self._masked if self._widths else self._model).function(parameters, inputs)
-
-    def _weights(self, inputs: Any, targets: Array) -> Array:
-        if not self._recipe.agreement:
-            return self._backend.asarray(np.ones(targets.shape[0], np.float32))
-        model = FunctionalModel(self._function, self._parameters)
-        return agreement_weights(kernel(model, inputs, targets, output="loss"))
-
-    def _objective(self, parameters: Any, inputs: Any, targets: Array, weights: Array) -> Array:
-        recipe = self._recipe
-        losses = cross_entropy(self._function(parameters, inputs), targets)
-        xp = array_namespace(losses)
-        value = xp.mean(weights * losses)
-        if recipe.gradient_penalty:
-            rest = {name: array for name, array in inputs.items() if name != "x"}
-            total = self._backend.value_and_gradient(
-                lambda given: xp.sum(cross_entropy(self._function(parameters, {**given, **rest}), targets))
-            )
-            _, gradient = total({"x": inputs["x"]})
-            value = value + recipe.gradient_penalty * xp.sum(gradient["x"] ** 2) / targets.shape[0]
-        if recipe.penalty is not None:
-            model = FunctionalModel(self._function, parameters)
-            matrix = kernel(model, inputs, targets, output=recipe.output, transform=recipe.transform, differentiable=True)
-            value = value + recipe.penalty(matrix)
-        return value
+        asarray = self._backend.asarray
+        return {name: asarray(value) for name, value in inputs.items()}, asarray(targets.astype(np.float32))
 
     def _predict(self, inputs: Array) -> Array:
         """Return the predicted classes, in pieces that bound the memory."""
         pieces = [
-            self._backend.to_numpy(self._model.function(self._parameters, self._backend.asarray(inputs[at : at + 2048])))
-            for at in range(0, len(inputs), 2048)
+            self._backend.to_numpy(self._forward(self._parameters, self._backend.asarray(inputs[at : at + _PIECE])))
+            for at in range(0, len(inputs), _PIECE)
         ]
         return np.argmax(np.concatenate(pieces), axis=1)

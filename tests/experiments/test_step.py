@@ -1,0 +1,122 @@
+"""The training step of each recipe against its definition, by autograd and explicit per-sample gradients in float64."""
+
+from __future__ import annotations
+
+import autograd
+import autograd.numpy as anp
+import numpy as np
+import pytest
+
+import mgs_core as mgs
+
+pytest.importorskip("sklearn")
+pytest.importorskip("onnx")
+
+from mgs_core.experiments import RECIPES, Recipe
+from mgs_core.experiments.optimizer import adam, schedule, start
+from mgs_core.experiments.recipes import choose
+from mgs_core.experiments.step import make_step
+
+RANDOM = np.random.default_rng(0)
+PARAMETERS = {
+    "w1": RANDOM.normal(size=(4, 6)),
+    "b1": RANDOM.normal(size=6),
+    "w2": RANDOM.normal(size=(6, 3)),
+    "b2": RANDOM.normal(size=3),
+}
+X, LABELS = RANDOM.normal(size=(7, 4)), np.arange(7) % 3
+TARGETS = 0.8 * np.eye(3)[LABELS] + 0.2 / 3
+NOW = np.array([1e-2, 10.0, 1000.0])
+
+
+def network(p, inputs):
+    hidden = anp.tanh(inputs["x"] @ p["w1"] + p["b1"])
+    return (hidden * inputs["mask"] if "mask" in inputs else hidden) @ p["w2"] + p["b2"]
+
+
+def losses(p, x=X, targets=TARGETS):
+    outputs = network(p, {"x": x})
+    return -anp.sum(targets * (outputs - anp.log(anp.sum(anp.exp(outputs), axis=1, keepdims=True))), axis=1)
+
+
+def probability(p, x, signs):
+    outputs = network(p, {"x": x})
+    return (anp.exp(outputs) / anp.sum(anp.exp(outputs), axis=1, keepdims=True)) @ signs
+
+
+def rows(scalar, p):
+    """Per-sample gradients of `scalar(p, x (1, 4), a) → (1,)`, by a loop."""
+    found = []
+    for a in range(7):
+        gradient = autograd.grad(lambda p, a=a: scalar(p, X[a : a + 1], a)[0])(p)
+        found.append(anp.concatenate([anp.ravel(gradient[name]) for name in p]))
+    return anp.stack(found)
+
+
+def objective(recipe):
+    def value(p):
+        plain = losses(p)
+        total = anp.mean(plain)
+        if recipe.agreement:
+            gram = (lambda g: g @ g.T)(rows(lambda p, x, a: losses(p, x, TARGETS[a : a + 1]), PARAMETERS))
+            r = (gram.sum(1) - np.diag(gram)) / np.sqrt(np.diag(gram))
+            total = anp.mean(np.maximum(r, 0) / np.maximum(r, 0).mean() * plain)
+        if recipe.gradient_penalty:
+            slope = autograd.grad(lambda x: anp.sum(losses(p, x)))(X)
+            total = total + recipe.gradient_penalty * anp.mean(anp.sum(slope**2, axis=1))
+        if recipe.penalty is not None:
+            if recipe.output == "loss":
+                g = rows(lambda p, x, a: losses(p, x, TARGETS[a : a + 1]), p)
+            else:
+                signs = mgs.heads._probe(np.eye(3), 1, 0)[:, 0]
+                g = rows(lambda p, x, a: probability(p, x, signs), p)
+            gram, scale = g @ g.T, recipe.penalty.scale
+            value = {
+                "trace": lambda: anp.trace(gram) / 7,
+                "log_determinant": lambda: anp.linalg.slogdet(anp.eye(7) + gram / scale)[1] / 7,
+            }[recipe.penalty.name]()
+            total = total + recipe.penalty.strength * value
+        return total
+
+    return value
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_a_step_follows_the_gradient_of_the_recipe(recipe):
+    step = make_step(recipe, mgs.get_backend("numpy"), network)
+    before = {name: value.copy() for name, value in PARAMETERS.items()}
+    loss, moved, (first, second) = step(PARAMETERS, start(PARAMETERS), {"x": X}, TARGETS, NOW)
+    expected_loss = objective(recipe)(PARAMETERS)
+    assert float(loss) == pytest.approx(expected_loss, rel=1e-10)
+    gradient = autograd.grad(objective(recipe))(PARAMETERS)
+    for name, value in PARAMETERS.items():
+        np.testing.assert_array_equal(value, before[name])
+        size = np.abs(gradient[name]).max()
+        np.testing.assert_allclose(first[name], 0.1 * gradient[name], rtol=1e-8, atol=1e-10 * size)
+        np.testing.assert_allclose(second[name], 0.001 * gradient[name] ** 2, rtol=1e-8, atol=1e-10 * size**2)
+        decay = recipe.weight_decay if value.ndim > 1 else 0.0
+        expected = value * (1 - 1e-2 * decay) - 1e-2 * gradient[name] / (np.abs(gradient[name]) + 1e-8)
+        np.testing.assert_allclose(moved[name], expected, rtol=1e-7)
+
+
+def test_adam_is_that_of_the_paper():
+    value, first, second = np.array([[1.0, -2.0]]), 0.0, 0.0
+    ours, moments = {"w": value.astype(np.float32)}, None
+    for step in range(5):
+        gradient = np.array([[0.5 - step, 2.0 + step]])
+        rate = 0.1 * 0.5 * (1 + np.cos(np.pi * step / 5))
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        stride = (first / (1 - 0.9 ** (step + 1))) / (np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8)
+        value = value - rate * 0.3 * value - rate * stride
+        moments = moments or start(ours)
+        ours, moments = adam(ours, {"w": gradient.astype(np.float32)}, moments, schedule(step, 5, 0.1), weight_decay=0.3)
+    np.testing.assert_allclose(ours["w"], value, rtol=1e-5)
+
+
+def test_recipes_are_chosen_by_name():
+    assert [recipe.name for recipe in choose(["mixup", "none", "mixup"])] == ["mixup", "none"]
+    with pytest.raises(mgs.ArgumentError, match="`regularizers` must be among none, weight-decay, .*; got prayer"):
+        choose(["none", "prayer"])
+    with pytest.raises(mgs.ArgumentError, match="`regularizers` must be among .*; got none"):
+        choose([])
+    assert Recipe("none") == RECIPES["none"]
