@@ -29,7 +29,7 @@ def compare(
     jobs: int = 1,
     on_record: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Train under each recipe from each seed and return the records of all finished runs.
+    """Train under each recipe from each seed and return the records.
 
     `folder/records.jsonl` grows by one line for each epoch and each finished run; `folder/settings.json` holds the settings. Called
     again with the same settings, runs that are finished are not run again.
@@ -42,7 +42,7 @@ def compare(
         on_record: called with each new record.
 
     Returns:
-        The records, those of earlier calls first.
+        The records of all runs in the folder, those of earlier calls first.
 
     Raises:
         ArgumentError: when the folder cannot be written or holds a comparison with other settings, or a recipe is not registered.
@@ -62,58 +62,86 @@ def compare(
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ArgumentError(f"`jobs` must be an integer of at least 1; got {jobs!r}.")
     path = _open_folder(Path(folder), settings)
-    records = load_records(path)
-    done = {(record["regularizer"], record["seed"]) for record in records if record["event"] == "run"}
+    done = {(record["regularizer"], record["seed"]) for record in load_records(path) if record["event"] == "run"}
     tasks = [(recipe.name, seed) for seed in range(settings.seeds) for recipe in chosen if (recipe.name, seed) not in done]
     fresh = _in_processes(tasks, settings, jobs) if jobs > 1 and len(tasks) > 1 else _here(tasks, settings)
     with JSONLinesSink(path) as sink:
         for record in fresh:
             sink.write(record)
-            records.append(record)
             on_record(record)
-    return records
+    return load_records(path)
 
 
 def load_records(path: Path) -> list[Record]:
-    """Return the records of finished runs; a line that an interruption cut short is passed over.
+    """Return the records of a comparison, those of runs that were interrupted too.
+
+    A line that an interruption cut short is passed over. Of a run that was begun twice the later lines count.
 
     Args:
         path: a file of JSON lines, which need not exist.
 
     Returns:
         The records in order.
+
+    Raises:
+        ArgumentError: when a line holds something else than a record.
     """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept: dict[tuple[Any, ...], Record] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
-    finished = {(record["regularizer"], record["seed"]) for record in records if record["event"] == "run"}
-    kept: dict[tuple[Any, ...], Record] = {}
-    for record in records:
-        run = (record["regularizer"], record["seed"])
-        if run in finished:
-            kept[(*run, record["event"], record.get("epoch"))] = record  # of a run that was begun twice the later lines count
+        if not isinstance(record, dict) or not {"event", "regularizer", "seed"} <= record.keys():
+            raise ArgumentError(
+                f"`run` must hold records of a comparison; line {number} of {str(path)!r} is none. Choose another folder."
+            )
+        kept[record["regularizer"], record["seed"], record["event"], record.get("epoch")] = record
     return list(kept.values())
 
 
+def load_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the comparison in a folder.
+
+    Args:
+        folder: a folder that `compare` wrote.
+
+    Returns:
+        What `Settings.to_dict` gave.
+
+    Raises:
+        ArgumentError: when the folder holds none.
+    """
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"`run` must be a folder that mgs compare wrote; got {str(folder)!r} ({error}).") from error
+    if not isinstance(settings, dict):
+        raise ArgumentError(f"`run` must be a folder that mgs compare wrote; the settings in {str(folder)!r} are no object.")
+    return settings
+
+
 def _open_folder(folder: Path, settings: Settings) -> Path:
-    path = folder / "settings.json"
+    """Write the settings, and return the path of the records, made to end with a line's end."""
+    path, records = folder / "settings.json", folder / "records.jsonl"
+    if path.exists():
+        before = load_settings(folder)
+        # more seeds may be asked for later
+        changed = {name: value for name, value in settings.to_dict().items() if name != "seeds" and before.get(name) != value}
+        if changed:
+            old = {name: before.get(name) for name in changed}
+            raise ArgumentError(f"`out` must be a new folder for other settings; {folder} was begun with {old}, now {changed}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = {name: value for name, value in settings.to_dict().items() if name != "seeds" and before.get(name) != value}
-            if changed:
-                old = {name: before.get(name) for name in changed}
-                raise ArgumentError(f"`out` must be a new folder for other settings; {folder} was begun with {old}, now {changed}.")
         path.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
-    except (OSError, json.JSONDecodeError) as error:
+        with records.open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+    except OSError as error:
         raise ArgumentError(f"`out` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another.") from error
-    return folder / "records.jsonl"
+    return records
 
 
 def _here(tasks: list[Task], settings: Settings) -> Iterator[Record]:

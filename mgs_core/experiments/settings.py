@@ -51,7 +51,8 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
-        if not 0 < self.learning_rate < float("inf"):
+        number = isinstance(self.learning_rate, (int, float)) and not isinstance(self.learning_rate, bool)
+        if not number or not 0 < self.learning_rate < float("inf"):
             raise ArgumentError(f"`learning_rate` must be a finite number above 0; got {self.learning_rate!r}.")
 
     def to_dict(self) -> dict[str, Any]:
