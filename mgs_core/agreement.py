@@ -8,7 +8,7 @@ from mgs_core._types import Array, Shaped
 from mgs_core.penalty import _square
 
 
-def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, "n"]:
+def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
     """Return how far each sample's gradient points along the sum of the others', `r_a = Σ_{b≠a} K_ab / √K_aa`.
 
     Args:
@@ -39,7 +39,7 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, "n"]:
     return xp.where(positive, (xp.sum(kernel, axis=1) - diagonal) / root, xp.zeros_like(diagonal))
 
 
-def agreement_weights(kernel: Shaped[Array, "n n"]) -> Shaped[Array, "n"]:
+def agreement_weights(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
     """Return weights `w_a ∝ max(0, r_a)` with mean 1, where r is `agreement`; train on `mean(w · loss)`.
 
     Treat the weights as constants in the gradient. When no sample agrees with the rest, all weights are 1.

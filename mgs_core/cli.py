@@ -22,7 +22,9 @@ from mgs_core.experiments.recipes import RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.report import table, write_report
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?"
+)
 console = Console()
 _BackendOption = Annotated[str, typer.Option(help="numpy, torch, jax or tensorflow; the default needs no framework.")]
 
@@ -136,7 +138,11 @@ class _progress:  # noqa: N801  # used as a function
 
     def __init__(self, settings: Settings, names: list[str]) -> None:
         self._bars = Progress(
-            TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), console=console
+            TextColumn("{task.description:<20}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
         )
         total = settings.epochs * settings.seeds
         self._tasks: dict[str, TaskID] = {name: self._bars.add_task(name, total=total, start=False, state="") for name in names}

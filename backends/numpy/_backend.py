@@ -174,17 +174,20 @@ def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerSta
     site = use.site
     if site is None:
         raise TypeError("`use` must have a site; got none. Uses without one belong to the rows.")
-    d = anp.stack([layout.split(site.arrange(gradient), n) for gradient in gradients], axis=1)  # (n, k, g, s, o)
+    parts = [layout.split(site.arrange(gradient), n) for gradient in gradients]
+    # (n, k, g, s, o); one head without stacking, which is slow to differentiate
+    d = anp.stack(parts, axis=1) if len(parts) > 1 else anp.expand_dims(parts[0], axis=1)
     common: dict[str, Any] = {"parameter": use.parameter, "view": use.view_key, "restore": _restore(use)}
     if site.kind == "outer":
         return Outer(gradients=d, inputs=layout.split(site.inputs, n), **common)
+    _, k, _, s, o = anp.shape(d)
+    common["gradients"] = anp.reshape(d, (n, k, s, o))  # one group; by reshape, for indexing is slow to differentiate
     if site.kind == "sum":
-        return Sum(gradients=d[:, :, 0], **common)
+        return Sum(**common)
     if site.kind == "scale":
-        return Scale(gradients=d[:, :, 0], inputs=layout.split(site.inputs, n)[:, 0], **common)
+        return Scale(inputs=anp.reshape(layout.split(site.inputs, n), (n, s, o)), **common)
     if site.kind == "lookup":
-        indices = layout.split(site.inputs[..., None], n)[:, 0, :, 0]
-        return Lookup(gradients=d[:, :, 0], indices=indices, size=site.size, **common)
+        return Lookup(indices=anp.reshape(layout.split(site.inputs[..., None], n), (n, s)), size=site.size, **common)
     raise TypeError(f"`use` must be outer, sum, scale or lookup; got {site.kind!r}.")
 
 

@@ -121,8 +121,15 @@ def value_and_gradient(
 
 
 def _dense(part: Array, parent: TapeNode) -> Array:
-    """Return a gradient as an array: that of indexing comes as an object that knows only how to be added."""
-    return sparse_add(vspace(plain(parent.value)), None, part) if isinstance(plain(part), SparseObject) else part
+    """Return a gradient as an array of the parent's dtype.
+
+    That of indexing comes as an object that knows only how to be added; that of a maximum comes in float64 whatever the dtype.
+    """
+    value = plain(part)
+    if isinstance(value, SparseObject):
+        return sparse_add(vspace(plain(parent.value)), None, part)
+    dtype = getattr(plain(parent.value), "dtype", value.dtype)  # a tape of a tape may hold such an object as a value
+    return part if value.dtype == dtype else part.astype(dtype)
 
 
 def plain(array: Array) -> Any:

@@ -31,8 +31,8 @@ def compare(
 ) -> list[Record]:
     """Train under each recipe from each seed and return the records.
 
-    `folder/records.jsonl` grows by one line for each epoch and each finished run; `folder/settings.json` holds the settings. Called
-    again with the same settings, runs that are finished are not run again.
+    `folder/records.jsonl` grows by one line for each epoch and each finished run; `folder/settings.json` holds the settings.
+    Called again with the same settings, runs that are finished are not run again.
 
     Args:
         settings: what all runs share.
@@ -140,7 +140,9 @@ def _open_folder(folder: Path, settings: Settings) -> Path:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
     except OSError as error:
-        raise ArgumentError(f"`out` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another.") from error
+        raise ArgumentError(
+            f"`out` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
+        ) from error
     return records
 
 
@@ -158,7 +160,9 @@ def _in_processes(tasks: list[Task], settings: Settings, jobs: int) -> Iterator[
         waiting.put(task)
     threads = {name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
     os.environ.update(dict.fromkeys(threads, "1"))  # one core a process; read when the child loads its libraries
-    workers = [context.Process(target=_work, args=(waiting, records, settings), daemon=True) for _ in range(min(jobs, len(tasks)))]
+    workers = [
+        context.Process(target=_work, args=(waiting, records, settings), daemon=True) for _ in range(min(jobs, len(tasks)))
+    ]
     try:
         for worker in workers:
             worker.start()
@@ -168,7 +172,9 @@ def _in_processes(tasks: list[Task], settings: Settings, jobs: int) -> Iterator[
                 record = records.get(timeout=1.0)
             except queue.Empty:
                 if not any(worker.is_alive() for worker in workers):
-                    raise MgsError("The worker processes ended before their runs did. Run again with `jobs` 1 to see why.") from None
+                    raise MgsError(
+                        "The worker processes ended before their runs did. Run again with `jobs` 1 to see why."
+                    ) from None
                 continue
             if isinstance(record, MgsError):
                 raise record

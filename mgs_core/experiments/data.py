@@ -154,7 +154,8 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ArgumentError(
-            f"`data` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} and has {', '.join(arrays) or 'nothing'}."
+            f"`data` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} "
+            f"and has {', '.join(arrays) or 'nothing'}."
         )
     return arrays
 

@@ -121,7 +121,9 @@ def _graph(
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", classes])
     tensors = [numpy_helper.from_array(array, name) for name, array in {**weights, **constants}.items()]
     model = helper.make_model(
-        helper.make_graph(nodes, "network", inputs, [output], tensors), opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=9
+        helper.make_graph(nodes, "network", inputs, [output], tensors),
+        opset_imports=[helper.make_opsetid("", _OPSET)],
+        ir_version=9,
     )
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -1,4 +1,4 @@
-"""The registry of regularisers. A recipe is data: what it adds to the plain training step; the step itself is in `training.py`."""
+"""The registry of regularisers. A recipe is data: what it adds to the plain training step, which is in `step.py`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
     Yields:
         Records with "event" ("epoch" or "run"), "regularizer", "seed" and figures by name; accuracies are shares.
     """
-    data = corrupt(load_dataset(settings.data, samples=settings.samples, seed=seed), settings.noise, settings.noise_kind, seed=seed)
+    data = corrupt(
+        load_dataset(settings.data, samples=settings.samples, seed=seed), settings.noise, settings.noise_kind, seed=seed
+    )
     run = _Run(recipe, data, settings, seed)
     begun, best, chosen, history = time.perf_counter(), -1.0, None, []
     for epoch in range(1, settings.epochs + 1):

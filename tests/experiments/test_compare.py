@@ -52,7 +52,10 @@ def test_an_interrupted_comparison_loses_no_finished_run(tmp_path, begun):
     with pytest.raises(KeyboardInterrupt):
         compare(SETTINGS, TWO, tmp_path)
     left = load_records(tmp_path / "records.jsonl")
-    assert [(record["regularizer"], record["seed"]) for record in left if record["event"] == "run"] == [("none", 0), ("dropout", 0)]
+    assert [(record["regularizer"], record["seed"]) for record in left if record["event"] == "run"] == [
+        ("none", 0),
+        ("dropout", 0),
+    ]
     assert [record["epoch"] for record in left if record["event"] == "epoch" and record["seed"] == 1] == [1]
     with (tmp_path / "records.jsonl").open("a") as file:
         file.write('{"event": "epo')  # cut short in the middle of a line
@@ -69,7 +72,9 @@ def test_more_seeds_may_be_asked_for_but_other_settings_need_another_folder(tmp_
     compare(SETTINGS, TWO[:1], tmp_path)
     compare(Settings(**{**SETTINGS.to_dict(), "seeds": 3}), TWO[:1], tmp_path)
     assert begun[0] == [("none", 0), ("none", 1), ("none", 2)]
-    with pytest.raises(mgs.ArgumentError, match=r"`out` must be a new folder for other settings; .* {'epochs': 2}, now {'epochs': 5}"):
+    with pytest.raises(
+        mgs.ArgumentError, match=r"`out` must be a new folder for other settings; .* {'epochs': 2}, now {'epochs': 5}"
+    ):
         compare(Settings(**{**SETTINGS.to_dict(), "epochs": 5}), TWO, tmp_path)
 
 
@@ -80,10 +85,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, begun):
     with pytest.raises(mgs.ArgumentError, match="`run` must be a folder that mgs compare wrote"):
         load_settings(tmp_path)
     (tmp_path / "settings.json").write_text("3")
-    with pytest.raises(mgs.ArgumentError, match="the settings in .* are no object"):
+    with pytest.raises(mgs.ArgumentError, match=r"the settings in .* are no object"):
         load_settings(tmp_path)
     (tmp_path / "records.jsonl").write_text("3\n")
-    with pytest.raises(mgs.ArgumentError, match="line 1 of .* is none"):
+    with pytest.raises(mgs.ArgumentError, match=r"line 1 of .* is none"):
         load_records(tmp_path / "records.jsonl")
 
 

@@ -225,6 +225,10 @@ def test_float32_stays_float32_and_close():
     kernel = mgs.kernel(single, x.astype(np.float32))
     assert kernel.dtype == np.float32
     close(kernel, mgs.kernel(mgs.FunctionalModel(function, parameters), x), 1e-5)
+    # autograd gives the gradient of a maximum in float64, which would double the cost of all that comes after
+    rectified = lambda p: anp.sum(anp.maximum(x.astype(np.float32) @ p["w1"], 0.0) @ p["w2"])  # noqa: E731  # used once
+    _, gradient = mgs.get_backend("numpy").value_and_gradient(rectified)(single.parameters)
+    assert {value.dtype for value in gradient.values()} == {np.dtype(np.float32)}
 
 
 def test_batch_statistics_are_refused():
