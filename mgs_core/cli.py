@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core.experiments.compare import compare as run_comparison
-from mgs_core.experiments.compare import load_records
+from mgs_core.experiments.compare import load_records, load_settings
 from mgs_core.experiments.data import read_arrays
 from mgs_core.experiments.recipes import RECIPES, choose
 from mgs_core.experiments.settings import Settings
+from mgs_core.heads import Output
 from mgs_core.report import table, write_report
 
 app = typer.Typer(
@@ -55,11 +58,11 @@ def compare(
     mgs.get_backend(backend)
     processes = jobs or (os.cpu_count() or 1)
     try:
-        with _progress(settings, [recipe.name for recipe in recipes]) as on_record:
+        with _Display(settings, [recipe.name for recipe in recipes]) as on_record:
             run_comparison(settings, recipes, out, jobs=processes, on_record=on_record)
     except KeyboardInterrupt:
         console.print("\nInterrupted. Finished runs are kept; the same command goes on from here.")
-        if any(record["event"] == "run" for record in load_records(out / "records.jsonl")):
+        if load_records(out / "records.jsonl"):
             _show(out)
         raise typer.Exit(130) from None
     _show(out)
@@ -82,11 +85,11 @@ def measure(
 ) -> None:
     """Summarise the kernel of a model on data."""
     arrays = read_arrays(data, ("x",))
-    chosen = get = mgs.get_backend(backend)
+    asarray = mgs.get_backend(backend).asarray
     loaded = mgs.onnx.load(model, backend=backend)
     labels = arrays["y"][:samples] if "y" in arrays else None
-    targets = get.asarray(labels) if labels is not None else None
-    kernel = mgs.kernel(loaded, chosen.asarray(arrays["x"][:samples]), targets, output=output)  # type: ignore[arg-type]  # checked inside
+    targets = None if labels is None else asarray(labels)
+    kernel = mgs.kernel(loaded, asarray(arrays["x"][:samples]), targets, output=cast(Output, output))  # kernel checks the name
     summary = mgs.summarize(kernel, labels if labels is not None and labels.ndim == 1 else None)
     if as_json:
         print(json.dumps(summary.to_dict()))
@@ -129,17 +132,17 @@ def main() -> None:
     try:
         app()
     except MgsError as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False, markup=True)
+        Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
-class _progress:  # noqa: N801  # used as a function
-    """Show one bar for each regulariser while runs go on; a line for each finished run where there is no terminal."""
+class _Display:
+    """Show one bar for each regulariser while runs go on; where there is no terminal, a line for each finished run."""
 
     def __init__(self, settings: Settings, names: list[str]) -> None:
         self._bars = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
             TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             console=console,
@@ -147,31 +150,32 @@ class _progress:  # noqa: N801  # used as a function
         total = settings.epochs * settings.seeds
         self._tasks: dict[str, TaskID] = {name: self._bars.add_task(name, total=total, start=False, state="") for name in names}
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
         if console.is_terminal:
             self._bars.start()
         return self._take
 
     def __exit__(self, *ending: object) -> None:
-        if console.is_terminal:
-            self._bars.stop()
+        self._bars.stop()
 
     def _take(self, record: dict[str, Any]) -> None:
         name = record["regularizer"]
-        if record["event"] == "epoch":
-            self._bars.start_task(self._tasks[name])
-            wrong = record["memorisation"]
-            state = f"test {record['test_accuracy']:.3f}" + ("" if wrong is None else f"  memorised {wrong:.3f}")
-            self._bars.update(self._tasks[name], advance=1, state=f"{state}  trace {record['mgs_trace']:.3g}")
-        elif not console.is_terminal:
-            console.print(f"{name} seed {record['seed']}: test {record['last_test_accuracy']:.3f} in {record['seconds']:.1f} s")
+        if record["event"] == "run":
+            if not console.is_terminal:
+                console.print(f"{name}, seed {record['seed']}: test {record['last_test_accuracy']:.3f}, {record['seconds']:.1f} s")
+            return
+        self._bars.start_task(self._tasks[name])
+        state = f"test {record['test_accuracy']:.3f}  trace {record['mgs_trace']:.3g}"
+        if record["memorisation"] is not None:
+            state = f"memorised {record['memorisation']:.3f}  {state}"
+        self._bars.update(self._tasks[name], advance=1, state=state)
 
 
 def _show(folder: Path) -> None:
     records = load_records(folder / "records.jsonl")
     if not records:
-        raise ArgumentError(f"`run` must be a folder with finished runs; {str(folder)!r} holds none. Run mgs compare first.")
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        raise ArgumentError(f"`run` must be a folder with records; {str(folder)!r} holds none. Run mgs compare first.")
+    settings = load_settings(folder)
     shown = Table(title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn")
     rows = table(records)
     for number, column in enumerate(rows[0]):
