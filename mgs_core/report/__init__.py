@@ -1,0 +1,4 @@
+"""The report of a comparison: its table, its picture and its self-contained page."""
+
+from mgs_core.report.overview import table as table
+from mgs_core.report.page import write_report as write_report

@@ -1,0 +1,108 @@
+"""What is drawn and listed: the figures of a record, their names, and how each is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Describe one figure of an epoch's record.
+
+    Attributes:
+        field: its name in the records.
+        title: its name for readers.
+        reading: one sentence that says what it is and which way is good.
+        share: it is written in percent.
+        logarithmic: it is drawn on a logarithmic axis.
+        from_zero: the axis begins at 0.
+    """
+
+    field: str
+    title: str
+    reading: str
+    share: bool = False
+    logarithmic: bool = False
+    from_zero: bool = False
+
+
+TEST = Metric(
+    "test_accuracy",
+    "Test accuracy",
+    "Share of the clean test samples that are classified right; a curve that rises and then falls belongs to a network that memorises.",
+    share=True,
+)
+MEMORISATION = Metric(
+    "memorisation",
+    "Wrong labels memorised",
+    "Share of the wrongly labelled training samples on which the network says the wrong label that it was given; lower is better.",
+    share=True,
+    from_zero=True,
+)
+OUTCOMES = (MEMORISATION, TEST)
+_TRACE = Metric(
+    "mgs_trace",
+    "Trace",
+    "Sum of the squared lengths of the probe samples' gradients: how much the output still moves with the weights; it sees size only.",
+    logarithmic=True,
+)
+_LOG_DETERMINANT = Metric(
+    "mgs_log_determinant",
+    "Log-determinant",
+    "Volume that the gradients span, on a logarithmic scale; it is the sum of the magnitude part and the similarity part.",
+)
+_MAGNITUDE = Metric(
+    "mgs_magnitude",
+    "… its magnitude part",
+    "What the log-determinant would be if no two gradients had anything in common: size alone.",
+)
+_SIMILARITY = Metric(
+    "mgs_similarity",
+    "… its similarity part",
+    "Log-determinant of the cosines between gradients, at most 0: the lower, the more the samples pull the same way.",
+)
+_EFFECTIVE_RANK = Metric(
+    "mgs_effective_rank",
+    "Effective rank",
+    "Number of directions that the gradients share out among themselves, between 1 and the number of probe samples; low means similar.",
+)
+_TOP_SHARE = Metric(
+    "mgs_top_share",
+    "Share of the first direction",
+    "Part of the trace that lies along one direction; high means similar.",
+    share=True,
+)
+_MEAN_COSINE = Metric(
+    "mgs_mean_cosine", "Mean cosine", "Mean cosine between the gradients of two samples; 1 when all point the same way."
+)
+_SAME_CLASS = Metric(
+    "mgs_same_class_cosine",
+    "Cosine within a class",
+    "Mean cosine between the gradients of two samples with the same given label; high where a class is learned by what its samples share.",
+)
+_OTHER_CLASS = Metric(
+    "mgs_other_class_cosine",
+    "Cosine between classes",
+    "Mean cosine between the gradients of two samples with different given labels.",
+)
+_ALIGNMENT = Metric(
+    "mgs_alignment",
+    "Alignment with the labels",
+    "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal between them.",
+)
+KERNEL_METRICS = (
+    _TRACE, _LOG_DETERMINANT, _MAGNITUDE, _SIMILARITY, _EFFECTIVE_RANK, _TOP_SHARE, _MEAN_COSINE, _SAME_CLASS, _OTHER_CLASS, _ALIGNMENT,
+)  # fmt: skip
+TRAINING = Metric(
+    "train_accuracy",
+    "Training accuracy",
+    "Share of the training samples on which the network says the given label, wrong labels included; near 100 % all are learned by heart.",
+    share=True,
+)
+SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
+    ("outcome", "Does it learn, or memorise?", (TEST, MEMORISATION, TRAINING)),
+    ("volume", "Size and similarity of the gradients, in one number and in two", (_LOG_DETERMINANT, _MAGNITUDE, _SIMILARITY)),
+    ("spread", "How large, and in how many directions?", (_TRACE, _EFFECTIVE_RANK, _TOP_SHARE)),
+    ("classes", "Who pulls with whom?", (_SAME_CLASS, _OTHER_CLASS, _ALIGNMENT)),
+)
+SCATTERED = (_TRACE, _LOG_DETERMINANT, _SIMILARITY, _EFFECTIVE_RANK)

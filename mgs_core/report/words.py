@@ -1,0 +1,122 @@
+"""What the records say, in sentences: every word is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mgs_core.report.dots import Correlation
+from mgs_core.report.metrics import MEMORISATION, OUTCOMES
+from mgs_core.report.numbers import mean, standard_error, written, written_with_error
+from mgs_core.report.runs import PLAIN, Comparison
+
+
+def headline(comparison: Comparison) -> str:
+    """Return one sentence: which regulariser memorises most and which least, or what can be said instead."""
+    for metric in OUTCOMES:
+        values = {name: comparison.finals(name, metric.field) for name in comparison.regularizers}
+        values = {name: found for name, found in values.items() if found}
+        if not values:
+            continue
+        most = max(values, key=lambda name: mean(values[name]))
+        least = min(values, key=lambda name: mean(values[name]))
+        wrong = metric is MEMORISATION
+        if len(values) == 1:
+            verb = "memorises" if wrong else "reaches"
+            rest = "of the wrong labels" if wrong else "test accuracy"
+            return f"{spoken(most).capitalize()}, the network {verb} {_percent(values[most])} {rest}."
+        if not _apart(values[most], values[least]):
+            what = "memorise alike" if wrong else "end alike"
+            rest = "of the wrong labels" if wrong else "test accuracy"
+            return f"The regularisers {what}: {_percent(values[least])} to {_percent(values[most])} {rest}, within one standard error."
+        if wrong:
+            return (
+                f"{spoken(most).capitalize()}, the network memorises {_percent(values[most])} of the wrong labels; "
+                f"{spoken(least)}, {_percent(values[least])}."
+            )
+        return (
+            f"{spoken(most).capitalize()}, test accuracy ends highest, at {_percent(values[most])}; "
+            f"{spoken(least)} lowest, at {_percent(values[least])}."
+        )
+    return "The records hold neither test accuracy nor memorisation."
+
+
+def findings(comparison: Comparison, found: Sequence[Correlation]) -> list[str]:
+    """Return the sentences below the headline."""
+    return [*_accuracy(comparison), *_metrics(found), *_unfinished(comparison)]
+
+
+def spoken(name: str) -> str:
+    """Return how a regulariser is spoken of."""
+    return "without a regulariser" if name == PLAIN else f"with {name}"
+
+
+def _accuracy(comparison: Comparison) -> list[str]:
+    last = {name: comparison.finals(name, "last_test_accuracy") for name in comparison.regularizers}
+    last = {name: values for name, values in last.items() if values}
+    sentences = []
+    if last:
+        best = max(last, key=lambda name: mean(last[name]))
+        several = " (mean ± standard error over seeds)" if len(last[best]) > 1 else ""
+        rivals = [name for name in last if name != best and not _apart(last[best], last[name])]
+        level = f", not clearly above {_listed(rivals)}" if rivals else ""
+        sentences.append(f"Test accuracy ends highest {spoken(best)}, at {_spread(last[best])}{several}{level}.")
+    if PLAIN in last:
+        top = comparison.finals(PLAIN, "best_test_accuracy")
+        fall = mean(top) - mean(last[PLAIN]) if top else 0.0
+        lost = f", {100 * fall:.1f} points below its own best epoch" if fall >= 0.0005 else ", its best epoch" if top else ""
+        sentences.append(f"Without a regulariser it ends at {_spread(last[PLAIN])}{lost}.")
+    return sentences
+
+
+def _metrics(found: Sequence[Correlation]) -> list[str]:
+    sentences = []
+    ranked = sorted((each for each in found if each.memorisation is not None), key=lambda each: -abs(each.memorisation or 0.0))
+    if ranked:
+        first, last = ranked[0], ranked[-1]
+        text = f"Over {first.runs[0]} finished runs, {_name(first)} tells best which run memorises: rank correlation {_rho(first.memorisation)}"
+        if len(ranked) > 1:
+            text += f"; {_name(last)} tells least: {_rho(last.memorisation)}"
+        sentences.append(text + ".")
+    tests = sorted((each for each in found if each.test is not None), key=lambda each: -abs(each.test or 0.0))
+    if tests:
+        sentences.append(f"With the last test accuracy, {_name(tests[0])} is ranked closest: {_rho(tests[0].test)}.")
+    return sentences
+
+
+def _unfinished(comparison: Comparison) -> list[str]:
+    counts = {name: comparison.counted(name) for name in comparison.regularizers}
+    missing = {name: total - finished for name, (finished, total) in counts.items() if finished < total}
+    if not missing:
+        return []
+    number = sum(missing.values())
+    runs = "1 run is" if number == 1 else f"{number} runs are"
+    wholly = [name for name in missing if not counts[name][0]]
+    rest = f" {_listed(wholly)}: no run is finished, the figures are those of the last epoch so far." if wholly else ""
+    return [f"{runs} not finished ({_listed(list(missing))}).{rest}"]
+
+
+def _apart(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Say whether two means differ by more than the standard error of their difference."""
+    errors = [standard_error(values) or 0.0 for values in (first, second)]
+    return abs(mean(first) - mean(second)) > (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{written(mean(values), share=True)} %"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{written_with_error(values, share=True)} %"
+
+
+def _name(each: Correlation) -> str:
+    title = each.metric.title
+    return f"the {title.removeprefix('… its ')}" if title.startswith("…") else f"the {title[0].lower()}{title[1:]}"
+
+
+def _rho(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
