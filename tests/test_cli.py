@@ -1,0 +1,146 @@
+"""The command `mgs`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+for package in ("onnx", "sklearn", "typer", "rich", "matplotlib", "jinja2"):
+    pytest.importorskip(package)
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import mgs_core as mgs
+from mgs_core import cli
+from mgs_core.experiments.compare import load_records
+
+SMALL = ("--samples", "80", "--epochs", "2", "--probe-samples", "20", "--seeds", "1")
+
+
+@pytest.fixture
+def mgs_command(monkeypatch, capsys):
+    def call(*arguments, status=0):
+        monkeypatch.setattr(sys, "argv", ["mgs", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ending:
+            cli.main()
+        printed = capsys.readouterr()
+        assert ending.value.code in ((0, None) if status == 0 else (status,)), printed
+        return printed.out if status == 0 else printed.err
+
+    return call
+
+
+@pytest.fixture
+def linear(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(3, 2))
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, ["n", 2])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    path = tmp_path / "linear.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def test_compare_trains_shows_and_writes(mgs_command, tmp_path):
+    out = tmp_path / "run"
+    printed = mgs_command("compare", *SMALL, "--regularizers", "none,mgs-trace", "--jobs", "1", "--out", out)
+    for expected in ("none", "mgs-trace", "report.html", "records.jsonl"):
+        assert expected in printed
+    records = load_records(out / "records.jsonl")
+    assert [record["regularizer"] for record in records if record["event"] == "run"] == ["none", "mgs-trace"]
+    assert {"report.html", "figure.png", "records.jsonl", "settings.json"} <= {path.name for path in out.iterdir()}
+    (out / "report.html").unlink()
+    assert "mgs-trace" in mgs_command("report", out)
+    assert (out / "report.html").exists()
+
+
+def test_two_processes_do_what_one_does(mgs_command, tmp_path):
+    for jobs in (1, 2):
+        mgs_command("compare", *SMALL, "--regularizers", "none,dropout", "--jobs", jobs, "--out", tmp_path / str(jobs))
+    one, two = (load_records(tmp_path / str(jobs) / "records.jsonl") for jobs in (1, 2))
+
+    def figures(records):
+        kept = [{name: value for name, value in record.items() if "seconds" not in name} for record in records]
+        return sorted(kept, key=lambda record: (record["regularizer"], record["event"], record.get("epoch", 0)))
+
+    for a, b in zip(figures(one), figures(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_measure_is_the_kernel_of_the_model(mgs_command, linear, tmp_path):
+    x, y = np.random.default_rng(1).normal(size=(6, 3)), np.arange(6) % 2
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    found = json.loads(mgs_command("measure", linear, tmp_path / "data.npz", "--json"))
+    assert found == pytest.approx(mgs.summarize(2 * x @ x.T, y).to_dict(), rel=1e-6)
+    assert "effective_rank" in mgs_command("measure", linear, tmp_path / "data.npz", "--output", "sum", "--samples", "4")
+
+
+def test_check_and_backends_print_tables(mgs_command, linear):
+    printed = mgs_command("check", linear)
+    assert "outer" in printed
+    assert "statistics" in printed
+    assert "numpy" in mgs_command("backends")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "--regularizers", "prayer"), "`regularizers` must be among"),
+        (("compare", "--backend", "theano"), "`backend` must be one of numpy"),
+        (("compare", "--data", "none.npz"), "`data` must be a file that exists; got 'none.npz'"),
+        (("compare", "--noise", "2"), "`noise` must be a probability"),
+        (("compare", "--model", "oracle"), "`model` must be one of mlp, cnn; got 'oracle'"),
+        (("compare", "--epochs", "0"), "`epochs` must be an integer of at least 1; got 0"),
+        (("report", "nowhere"), "`run` must be a folder"),
+        (("measure", "none.onnx", "none.npz"), "`data` must be a file that exists"),
+        (("check", "none.onnx"), "none.onnx"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(mgs_command, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extra = ("--out", "run", "--jobs", "1") if arguments[0] == "compare" else ()
+    printed = mgs_command(*arguments, *extra, status=2)
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_missing_framework_says_which_extra_to_install(mgs_command, monkeypatch):
+    from mgs_core import _registry
+
+    monkeypatch.setitem(_registry._BACKENDS, "absent", ("no_such_package", frozenset()))
+    assert 'pip install "mgs-core[absent]"' in mgs_command("compare", "--backend", "absent", status=2)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_leaves_what_was_done_readable_and_resumable(tmp_path, jobs, mgs_command):
+    out = tmp_path / "run"
+    command = ["compare", "--samples", "200", "--epochs", "4", "--probe-samples", "20", "--seeds", "40", "--regularizers", "none"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from mgs_core.cli import main; main()", *command, "--jobs", str(jobs), "--out", str(out)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not any(r["event"] == "run" for r in load_records(out / "records.jsonl")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "Interrupted" in printed
+    assert (out / "report.html").exists()
+    done = {r["seed"] for r in load_records(out / "records.jsonl") if r["event"] == "run"}
+    assert 0 < len(done) < 40
+    mgs_command(*command[:8], str(max(done) + 1), *command[9:], "--jobs", "1", "--out", out)
+    after = [r["seed"] for r in load_records(out / "records.jsonl") if r["event"] == "run"]
+    assert sorted(after) == list(range(max(done) + 1))
