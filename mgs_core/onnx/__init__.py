@@ -1,0 +1,1 @@
+"""ONNX graphs as functional models, evaluated on any array namespace."""

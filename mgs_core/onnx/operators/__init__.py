@@ -1,0 +1,1 @@
+"""One registered function for each operator, by family."""
