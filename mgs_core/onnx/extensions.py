@@ -1,8 +1,9 @@
 """What the operators need beyond the array API: a small protocol that a namespace may implement, and portable defaults.
 
-An operator asks for `extension(xp, "convolution")`. It gets `xp.mgs_convolution` where the namespace has one, and else the function
-of that name below, which uses array-API functions only. A native version must take the same arguments and return the same values;
-it exists to be faster, or so that a backend recognises where a parameter meets data. All arrays keep their dtype. The names:
+An operator asks for `extension(xp, "convolution")`. It gets `xp.mgs_convolution` where the namespace has one, and else the
+function of that name below, which uses array-API functions only. A native version must take the same arguments and return the
+same values; it exists to be faster, or so that a backend recognises where a parameter meets data. All arrays keep their dtype.
+The names:
 
 * `mgs_convolution(x, weight, *, strides, pads, dilations, groups)`
 * `mgs_convolution_transpose(x, weight, *, strides, pads, dilations, groups, output_padding)`
@@ -13,7 +14,8 @@ it exists to be faster, or so that a backend recognises where a parameter meets 
 * `mgs_lookup(table, indices)`
 * `mgs_scatter(data, indices, updates, *, reduction)`
 * `mgs_einsum(equation, *operands)`
-* `mgs_relu(x)`, `mgs_erf(x)`
+* `mgs_relu(x)`, `mgs_sigmoid(x)`, `mgs_erf(x)`
+* `mgs_softmax(x, axis)`, `mgs_log_softmax(x, axis)`
 
 Letters: n samples, i input channels, o output channels. Spatial arguments are tuples with one entry for each spatial axis; `pads`
 and `widths` hold a pair (before, after) of integers of at least 0 for each.
@@ -240,6 +242,24 @@ def _relu(xp: Namespace, x: Array) -> Array:
     return xp.where(x <= 0, xp.zeros_like(x), x)
 
 
+def _sigmoid(xp: Namespace, x: Array) -> Array:
+    """Return 1/(1 + exp(−x)) without overflow, to rounding on both sides."""
+    small = xp.exp(xp.where(x < 0, x, -x))
+    return xp.where(x < 0, small, xp.ones_like(x)) / (1.0 + small)
+
+
+def _softmax(xp: Namespace, x: Array, axis: int) -> Array:
+    """Return exp(x) / Σ exp(x) along an axis."""
+    raised = xp.exp(x - xp.max(x, axis=axis, keepdims=True))
+    return raised / xp.sum(raised, axis=axis, keepdims=True)
+
+
+def _log_softmax(xp: Namespace, x: Array, axis: int) -> Array:
+    """Return x − log Σ exp(x) along an axis."""
+    shifted = x - xp.max(x, axis=axis, keepdims=True)
+    return shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True))
+
+
 def _lowest(xp: Namespace, dtype: Any) -> float:
     return -float("inf") if xp.isdtype(dtype, "real floating") else int(xp.iinfo(dtype).min)
 
@@ -300,5 +320,8 @@ _DEFAULTS: dict[str, Callable[..., Array]] = {
     "scatter": _scatter,
     "einsum": _einsum,
     "relu": _relu,
+    "sigmoid": _sigmoid,
     "erf": _erf,
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
 }
