@@ -34,6 +34,9 @@ class TracedNamespace:
     zeros = staticmethod(np.zeros)
     ones = staticmethod(np.ones)
     full = staticmethod(np.full)
+    iinfo = staticmethod(np.iinfo)
+    asin, acos, atan = staticmethod(anp.arcsin), staticmethod(anp.arccos), staticmethod(anp.arctan)
+    asinh, acosh, atanh = staticmethod(anp.arcsinh), staticmethod(anp.arccosh), staticmethod(anp.arctanh)
 
     def __getattr__(self, name: str) -> Any:
         """Return autograd's function of that name."""

@@ -1,0 +1,61 @@
+"""Read a model file without trusting it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from mgs_core._errors import ArgumentError
+from mgs_core.onnx.errors import damaged
+
+_LIMIT = 1 << 31  # protobuf's own limit of a message
+
+
+def read_model(source: Any) -> tuple[onnx.ModelProto, Path | None]:
+    """Return the model and the folder of its external data.
+
+    Args:
+        source: a path, or a `ModelProto`, which is copied.
+
+    Returns:
+        (model, folder); the folder is None for a `ModelProto`.
+
+    Raises:
+        ArgumentError: when there is no such file or it is damaged.
+    """
+    model = onnx.ModelProto()
+    if isinstance(source, onnx.ModelProto):
+        model.CopyFrom(source)
+        _check(model, "the ModelProto")
+        return model, None
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArgumentError(f"`model` must be a path or an onnx.ModelProto; got {type(source).__name__}.")
+    path = Path(source)
+    try:
+        if not path.is_file():
+            raise ArgumentError(f"`model` must be a file that exists; got {str(path)!r}. Check the path.")
+        if path.stat().st_size >= _LIMIT:
+            raise damaged(f"the file {path.name!r}", "is larger than protobuf allows", "Save the weights as external data.")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(
+            f"`model` must be a file that can be read; got {str(path)!r} ({error}). Check its permissions."
+        ) from error
+    try:
+        model.ParseFromString(data)
+    except Exception as error:  # protobuf's own class of errors, which is no part of this package's dependencies
+        raise damaged(
+            f"the file {path.name!r}", f"is no protobuf message of a model: {error}", "Check that it is complete."
+        ) from error
+    _check(model, f"the file {path.name!r}")
+    return model, path.parent
+
+
+def _check(model: onnx.ModelProto, where: str) -> None:
+    if not model.HasField("graph") or not model.graph.output:
+        raise damaged(where, "has no graph with outputs", "Check that it is an ONNX model, and complete.")

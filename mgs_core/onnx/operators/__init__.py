@@ -1,0 +1,11 @@
+"""One registered function for each operator, by family; importing the package registers all."""
+
+from mgs_core.onnx.operators import activations as activations
+from mgs_core.onnx.operators import arithmetic as arithmetic
+from mgs_core.onnx.operators import creation as creation
+from mgs_core.onnx.operators import indexing as indexing
+from mgs_core.onnx.operators import linear as linear
+from mgs_core.onnx.operators import normalization as normalization
+from mgs_core.onnx.operators import reductions as reductions
+from mgs_core.onnx.operators import shapes as shapes
+from mgs_core.onnx.operators import windows as windows

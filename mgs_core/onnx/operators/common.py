@@ -1,0 +1,58 @@
+"""Small helpers that operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from mgs_core._types import Array, Namespace
+from mgs_core.onnx.graph import Node
+
+
+def integers(array: Array) -> tuple[int, ...]:
+    """Return the elements of a host array as integers."""
+    return tuple(int(value) for value in np.ravel(array))
+
+
+def axis_of(axis: int, rank: int, node: Node) -> int:
+    """Return an axis counted from the front.
+
+    Args:
+        axis: from −rank to rank − 1.
+        rank: number of axes.
+        node: that names it.
+
+    Returns:
+        From 0 to rank − 1.
+
+    Raises:
+        ArgumentError: when the axis is out of range.
+    """
+    if not -rank <= axis < rank:
+        raise node.damaged(f"names the axis {axis} of a tensor with {rank} axes")
+    return axis % rank
+
+
+def axes_of(axes: Iterable[int], rank: int, node: Node) -> tuple[int, ...]:
+    """Return axes counted from the front, each once."""
+    found = tuple(axis_of(axis, rank, node) for axis in axes)
+    if len(set(found)) != len(found):
+        raise node.damaged(f"names the same axis twice: {found}")
+    return found
+
+
+def native_dtype(xp: Namespace, dtype: Any) -> Any:
+    """Return the namespace's dtype for a NumPy dtype; of JAX without 64-bit types, the one that stands for it."""
+    return xp.asarray(np.zeros((), dtype=dtype)).dtype
+
+
+def is_real(xp: Namespace, x: Array) -> bool:
+    """Say whether an array is floating-point."""
+    return bool(xp.isdtype(x.dtype, "real floating"))
+
+
+def is_integral(xp: Namespace, x: Array) -> bool:
+    """Say whether an array holds integers."""
+    return bool(xp.isdtype(x.dtype, "integral"))

@@ -1,0 +1,62 @@
+"""Write a model back, with its current parameters."""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from mgs_core._errors import ArgumentError
+from mgs_core._registry import get_backend
+from mgs_core.onnx.model import OnnxModel
+
+
+def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None) -> None:
+    """Write a valid ONNX file with the model's parameters in the place of those that were read.
+
+    Args:
+        model: from `mgs_core.onnx.load`.
+        path: of the file to write.
+        parameters: arrays by name, as an optimiser gave them; None for `model.parameters`.
+
+    Raises:
+        ArgumentError: when the model is no `OnnxModel`, parameters do not fit, or the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import mgs_core as mgs
+        >>> from mgs_core.experiments.models import build
+        >>> model = mgs.onnx.load(build("mlp", (8, 8), 10, seed=0).plain)
+        >>> halved = {name: value / 2 for name, value in model.parameters.items()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mgs.onnx.save(model, f"{folder}/halved.onnx", parameters=halved)
+        ...     again = mgs.onnx.load(f"{folder}/halved.onnx")
+        >>> bool((again.parameters["output.weight"] == halved["output.weight"]).all())
+        True
+    """
+    if not isinstance(model, OnnxModel):
+        raise ArgumentError(f"`model` must come from mgs_core.onnx.load; got {type(model).__name__}.")
+    values = model.parameters if parameters is None else parameters
+    if set(values) != set(model.parameters):
+        raise ArgumentError(f"`parameters` must have the names {sorted(model.parameters)}; got {sorted(values)}.")
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for name, value in values.items():
+        array, tensor = np.asarray(get_backend(value).to_numpy(value)), tensors[name]
+        if array.shape != tuple(tensor.dims):
+            raise ArgumentError(f"`parameters` must keep their shapes; got {array.shape} for {name!r} of {tuple(tensor.dims)}.")
+        if not np.all(np.isfinite(array.astype(np.float64))):
+            raise ArgumentError(f"`parameters` must be finite; got NaN or infinity in {name!r}.")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.astype(dtype)), name))
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.save(proto, fspath(path))
+    except (OSError, onnx.checker.ValidationError) as error:
+        raise ArgumentError(
+            f"`path` must be a place where a valid model can be written; got {fspath(path)!r}: {error}"
+        ) from error
