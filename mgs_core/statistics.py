@@ -17,7 +17,7 @@ from math import prod
 
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
-from mgs_core._types import Array
+from mgs_core._types import Array, Namespace
 
 #: Elements that one intermediate may have (128 MiB in float32).
 MEMORY_BUDGET = 1 << 25
@@ -101,15 +101,15 @@ def as_rows(use: LayerStatistics, *, restore: bool = False) -> Array:
     if isinstance(use, Rows):
         rows = use.gradients
     elif isinstance(use, Sum):
-        rows = xp.sum(use.gradients, axis=2)
+        rows = _over_positions(xp, use.gradients)
     elif isinstance(use, Scale):
-        rows = xp.sum(use.gradients * xp.expand_dims(use.inputs, axis=1), axis=2)
+        rows = _over_positions(xp, use.gradients * xp.expand_dims(use.inputs, axis=1))
     elif isinstance(use, Lookup):
         one_hot = _equal(xp, use.indices, xp.arange(use.size), use.gradients)  # (n, s, size)
         rows = xp.matmul(xp.expand_dims(xp.permute_dims(one_hot, (0, 2, 1)), axis=1), use.gradients)
     elif isinstance(use, Outer):
-        inputs = xp.expand_dims(xp.permute_dims(use.inputs, (0, 1, 3, 2)), axis=1)  # (n, 1, g, i, s)
-        rows = xp.matmul(inputs, use.gradients)
+        groups, s, i = use.inputs.shape[1:]
+        rows = xp.matmul(_arranged(xp, use.inputs, (0, 1, 3, 2), (n, 1, groups, i, s)), use.gradients)
     else:
         raise TypeError(f"`use` must be layer statistics; got {type(use).__name__}.")
     rows = xp.reshape(rows, (n, k, prod(rows.shape[2:])))
@@ -136,7 +136,19 @@ def prefers_pairwise(left: Outer | Lookup, right: Outer | Lookup) -> bool:
     return bool(pairwise <= rows)
 
 
-def _equal(xp: Array, a: Array, b: Array, like: Array) -> Array:
+def _over_positions(xp: Namespace, gradients: Array) -> Array:
+    """Return the sum of (n, k, s, o) over the positions; of one position the thing itself, which is cheaper to differentiate."""
+    n, k, s, o = gradients.shape
+    return xp.reshape(gradients, (n, k, o)) if s == 1 else xp.sum(gradients, axis=2)
+
+
+def _arranged(xp: Namespace, array: Array, order: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Permute the axes and reshape, without the permutation where it moves only axes of length 1."""
+    long = [axis for axis in order if array.shape[axis] != 1]
+    return xp.reshape(array if long == sorted(long) else xp.permute_dims(array, order), shape)
+
+
+def _equal(xp: Namespace, a: Array, b: Array, like: Array) -> Array:
     """Return the outer equality of `a` (…, s) and `b` (t,), as numbers of the dtype of `like`."""
     return xp.astype(xp.expand_dims(a, axis=-1) == b, like.dtype)
 
@@ -206,7 +218,9 @@ def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     m, t = right.gradients.shape[0], right.gradients.shape[-2]
     if isinstance(left, Outer) and isinstance(right, Outer):
         groups = left.inputs.shape[1]
-        a = xp.matmul(_by_group(left.inputs), xp.permute_dims(_by_group(right.inputs), (0, 2, 1)))
+        i = left.inputs.shape[3]
+        a_left = _arranged(xp, left.inputs, (1, 0, 2, 3), (groups, n * s, i))
+        a = xp.matmul(a_left, xp.permute_dims(_arranged(xp, right.inputs, (1, 0, 2, 3), (groups, m * t, i)), (0, 2, 1)))
         d_left, d_right = left.gradients, right.gradients
     elif isinstance(left, Lookup) and isinstance(right, Lookup):
         groups = 1
@@ -216,20 +230,14 @@ def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
         raise TypeError(f"`left` must be Outer or Lookup on both sides; got {type(left).__name__}, {type(right).__name__}.")
     o = d_left.shape[-1]
     if full:
-        d_left = xp.reshape(xp.permute_dims(d_left, (2, 0, 1, 3, 4)), (groups, n * k * s, o))
-        d_right = xp.reshape(xp.permute_dims(d_right, (2, 4, 0, 1, 3)), (groups, o, m * k * t))
+        d_left = _arranged(xp, d_left, (2, 0, 1, 3, 4), (groups, n * k * s, o))
+        d_right = _arranged(xp, d_right, (2, 4, 0, 1, 3), (groups, o, m * k * t))
         d = xp.reshape(xp.matmul(d_left, d_right), (groups, n, k, s, m, k, t))
         return xp.sum(xp.reshape(a, (groups, n, 1, s, m, 1, t)) * d, axis=(0, 3, 6))
-    d_left = xp.reshape(xp.permute_dims(d_left, (2, 0, 3, 1, 4)), (groups, n * s, k * o))
-    d_right = xp.reshape(xp.permute_dims(d_right, (2, 1, 4, 0, 3)), (groups, k * o, m * t))
+    d_left = _arranged(xp, d_left, (2, 0, 3, 1, 4), (groups, n * s, k * o))
+    d_right = _arranged(xp, d_right, (2, 1, 4, 0, 3), (groups, k * o, m * t))
     product = a * xp.matmul(d_left, d_right)
     if groups == s == t == 1:
         return xp.reshape(product, (n, m))
     return xp.sum(xp.reshape(product, (groups, n, s, m, t)), axis=(0, 2, 4))
 
-
-def _by_group(inputs: Array) -> Array:
-    """Rearrange (n, g, s, i) to (g, n·s, i)."""
-    n, groups, s, i = inputs.shape
-    xp = array_namespace(inputs)
-    return xp.reshape(xp.permute_dims(inputs, (1, 0, 2, 3)), (groups, n * s, i))

@@ -34,6 +34,8 @@ class Layout:
         groups, *lead, features = array.shape
         if self.axis < 0:
             return anp.reshape(array, (1, groups, prod(lead), features))
+        if groups == 1 and self.axis == 0 and self.sample_first:  # the samples stand first already
+            return anp.reshape(array, (n, 1, prod(lead) // n, features))
         length = lead[self.axis]
         parts = (n, length // n) if self.sample_first else (length // n, n)
         before, after = lead[: self.axis], lead[self.axis + 1 :]

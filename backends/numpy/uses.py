@@ -137,8 +137,8 @@ def _weight_right(inputs: Array, weight: Array, out: tuple[int, ...]) -> Site | 
     return Site("outer", lead, lambda g: anp.moveaxis(g, axis, 0), anp.moveaxis(inputs, axis, 0))
 
 
-def _elementwise(kind: Literal["sum", "scale"], factor: Callable[[TapeNode, int], Array | float]) -> Callable[..., Site | None]:
-    """Make the rule of an operation with `∂output/∂weight = factor`, elementwise with broadcasting."""
+def _elementwise(kind: Literal["sum", "scale"], factor: Callable[[TapeNode, int], Array]) -> Callable[..., Site | None]:
+    """Make the rule of an operation with `∂output/∂weight = factor` (None for 1), elementwise with broadcasting."""
 
     def rule(node: TapeNode, position: int) -> Site | None:
         out, shape = anp.shape(node.value), anp.shape(node.arguments[position])
@@ -148,13 +148,15 @@ def _elementwise(kind: Literal["sum", "scale"], factor: Callable[[TapeNode, int]
         lead = tuple(out[axis] for axis in lead_axes)
         size = prod(shape)
 
+        order = [*lead_axes, *own]
+
         def arrange(array: Array) -> Array:
-            return anp.reshape(anp.transpose(array, (*lead_axes, *own)), (1, *lead, size))
+            return anp.reshape(array if order == sorted(order) else anp.transpose(array, order), (1, *lead, size))
 
         multiplier = factor(node, position)
         if kind == "scale":
             return Site("scale", lead, arrange, arrange(anp.broadcast_to(multiplier, out)))
-        return Site("sum", lead, lambda g: arrange(g * multiplier))
+        return Site("sum", lead, arrange if multiplier is None else lambda g: arrange(g * multiplier))
 
     return rule
 
@@ -183,8 +185,8 @@ def _division(node: TapeNode, position: int) -> Array:
 _RULES: Mapping[Any, Callable[[TapeNode, int], Site | None]] = {
     anp.matmul: _matmul,
     anp.dot: _dot,
-    anp.add: _elementwise("sum", lambda node, position: 1.0),
-    anp.subtract: _elementwise("sum", lambda node, position: 1.0 if position == 0 else -1.0),
+    anp.add: _elementwise("sum", lambda node, position: None),
+    anp.subtract: _elementwise("sum", lambda node, position: None if position == 0 else -1.0),
     anp.multiply: _elementwise("scale", _other),
     anp.true_divide: _elementwise("sum", _division),
     ArrayBox.__getitem__: _lookup,
