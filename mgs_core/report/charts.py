@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mgs_core.report.axes import Axis, axis, spread
 from mgs_core.report.looks import Look
 from mgs_core.report.metrics import Metric
-from mgs_core.report.numbers import MISSING, written
+from mgs_core.report.numbers import MISSING, mean, written
 from mgs_core.report.runs import Comparison, Point, Run
 
 WIDTH, TOP, LEFT, RIGHT, BOTTOM, ROW = 440, 12, 50, 142, 34, 15.5
@@ -26,12 +26,13 @@ class Label:
 
 @dataclass(frozen=True)
 class Line:
-    """Draw one regulariser: its mean, the band of its runs, its last point, and its unfinished runs."""
+    """Draw one regulariser: its mean, band, last point, the point whose weights were kept if earlier, and unfinished runs."""
 
     look: Look
     path: str
     band: str
     end: tuple[float, float]
+    kept: tuple[float, float] | None
     unfinished: tuple[str, ...]
 
 
@@ -102,6 +103,7 @@ def curve_chart(comparison: Comparison, metric: Metric, looks: dict[str, Look]) 
             path([(across.place(point.epoch), up.place(point.mean)) for point in curve]),
             _band(curve, across, up),
             (across.place(curve[-1].epoch), up.place(curve[-1].mean)),
+            _kept(comparison, name, curve, across, up),
             tuple(path([(across.place(point.epoch), up.place(point.mean)) for point in run]) for run in partial[name]),
         )
         for name, curve in curves.items()
@@ -167,6 +169,15 @@ def _unfinished(comparison: Comparison, name: str, metric: Metric, kept: set[int
     curves = [sorted(run.curves.get(metric.field, {}).items()) for run in left]
     points = [[Point(epoch, value, value, value) for epoch, value in curve if epoch in kept] for curve in curves]
     return [[point for point in run if not metric.logarithmic or point.mean > 0] for run in points if run]
+
+
+def _kept(comparison: Comparison, name: str, curve: list[Point], across: Axis, up: Axis) -> tuple[float, float] | None:
+    """Return the point nearest to the mean epoch whose weights the finished runs kept, or None where that is the last."""
+    epochs = comparison.finals(name, "epochs")
+    if not epochs or mean(epochs) >= curve[-1].epoch - 0.5:
+        return None
+    nearest = min(curve, key=lambda point: abs(point.epoch - mean(epochs)))
+    return across.place(nearest.epoch), up.place(nearest.mean)
 
 
 def _band(curve: list[Point], across: Axis, up: Axis) -> str:

@@ -140,13 +140,18 @@ def correlation_rows(found: Sequence[Correlation]) -> Rows | None:
         (_plain(each.metric), _rho(each.memorisation), str(each.runs[0]), _rho(each.test), str(each.runs[1])) for each in found
     )
     return Rows(
-        "correlations", "How well each metric ranks the runs",
-        "Spearman's rank correlation ρ over all finished runs between the metric and each outcome at the end: ±1 is the same order or its "
-        "reverse, 0 is no order. Runs under one regulariser are alike, so these are fewer independent cases than runs.",
-        height, box, across.ticks(4), across.place(0.0), rows,
-        Table("Rank correlation ρ over the finished runs", ("metric", "ρ, memorised", "runs", "ρ, test accuracy", "runs "), cells),
+        "correlations",
+        "How well each metric ranks the runs",
+        "Spearman's rank correlation ρ over all finished runs between a metric and an outcome at the end: ±1 is the same order "
+        "or its reverse, 0 is no order. Runs under one regulariser are alike, so these are fewer independent cases than runs.",
+        height,
+        box,
+        across.ticks(4),
+        across.place(0.0),
+        rows,
+        Table("Rank correlation ρ over the finished runs", ("metric", "ρ, memorised", "runs", "ρ, test accuracy", "runs"), cells),
         "; ".join(f"{name}: with memorisation {wrong}, with test accuracy {right}" for name, wrong, _, right, _ in cells),
-    )  # fmt: skip
+    )
 
 
 def scatter(comparison: Comparison, metric: Metric, outcome: Metric, looks: dict[str, Look]) -> Scatter | None:
