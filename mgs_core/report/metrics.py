@@ -16,6 +16,7 @@ class Metric:
         share: it is written in percent.
         logarithmic: it is drawn on a logarithmic axis.
         from_zero: the axis begins at 0.
+        settled: the axis need not hold the first tenth of the epochs, where every network climbs.
     """
 
     field: str
@@ -24,6 +25,7 @@ class Metric:
     share: bool = False
     logarithmic: bool = False
     from_zero: bool = False
+    settled: bool = False
 
 
 TEST = Metric(
@@ -31,6 +33,7 @@ TEST = Metric(
     "Test accuracy",
     "Share of the clean test samples that are classified right; where the curve rises and then falls, the network memorises.",
     share=True,
+    settled=True,
 )
 MEMORISATION = Metric(
     "memorisation",
@@ -99,6 +102,7 @@ TRAINING = Metric(
     "Training accuracy",
     "Share of the training samples whose given label, right or wrong, the network predicts; near 100 % all are learned by heart.",
     share=True,
+    settled=True,
 )
 SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
     ("outcome", "Does it learn, or memorise?", (TEST, MEMORISATION, TRAINING)),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mgs_core.report.axes import spread
-from mgs_core.report.charts import shortened
+from mgs_core.report.charts import extremes, shortened
 from mgs_core.report.looks import BACKGROUND, PLAIN, Look, looks
 from mgs_core.report.metrics import KERNEL_METRICS, MEMORISATION, TEST, Metric
 from mgs_core.report.runs import Comparison, Point
@@ -29,7 +29,7 @@ def picture(comparison: Comparison, facts: list[str]) -> bytes:
     columns = min(len(shown), 2) or 1
     rows = (len(shown) + 1) // 2 or 1
     names = [shortened(name) for name in comparison.regularizers]
-    beside = 0.3 + 0.66 * _TYPE * _POINT * max(len(name) for name in names)
+    beside = 0.3 + 0.7 * _TYPE * _POINT * max(len(name) for name in names)
     wide = _WIDTH / columns - _LEFT - beside
     high = max(3.9, 1.22 * _TYPE * _POINT * len(names))
     head = 0.55
@@ -84,6 +84,10 @@ def _draw(panel: Axes, metric: Metric, curves: dict[str, list[Point]], drawn: di
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     if metric.from_zero:
         panel.set_ylim(bottom=0)
+    elif metric.settled:
+        bottom, top = min(extremes(metric, curves)), max(extremes(metric, curves))
+        room = 0.05 * (top - bottom) or 0.05
+        panel.set_ylim(bottom - room, top + room)
     first, last = min(curve[0].epoch for curve in curves.values()), max(curve[-1].epoch for curve in curves.values())
     panel.set_xlim((first, last) if first < last else (first - 1, last + 1))
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 SETTINGS = {
     "data": "digits", "noise": 0.4, "noise_kind": "symmetric", "samples": None, "model": "mlp", "backend": "numpy", "epochs": 60,
@@ -48,7 +51,7 @@ def epoch_record(
         "mgs_trace": trace, "mgs_mean_trace": trace / 128, "mgs_log_determinant": magnitude + similarity,
         "mgs_magnitude": magnitude, "mgs_similarity": similarity, "mgs_effective_rank": rank,
         "mgs_top_share": 1 / math.sqrt(rank), "mgs_mean_cosine": 2 / rank, "mgs_same_class_cosine": 0.75 - 0.6 * fall * end,
-        "mgs_other_class_cosine": -0.05 + 0.03 * fall, "mgs_alignment": 0.7 - 0.35 * fall * end, "seconds": 0.02,
+        "mgs_other_class_cosine": -0.05 + 0.1 * fall * end, "mgs_alignment": 0.7 - 0.35 * fall * end, "seconds": 0.02,
     }  # fmt: skip
 
 
@@ -72,3 +75,13 @@ def make_records(regularizers: int = 10, seeds: int = 3, epochs: int = 60) -> li
                 "epochs": kept["epoch"], "seconds": 4.0 + seed,
             })  # fmt: skip
     return records
+
+
+@pytest.fixture(name="make_records", scope="session")
+def _make_records() -> Callable[..., list[dict[str, Any]]]:
+    return make_records
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    return dict(SETTINGS)
