@@ -30,9 +30,11 @@ class Axis:
     share: bool = False
 
     def place(self, value: float) -> float:
-        """Return where a number lies; beyond the ends it is held at the end."""
-        low, high, at = (math.log(x) if self.logarithmic else x for x in (self.low, self.high, max(value, self.low)))
-        part = min(max((at - low) / (high - low), 0.0), 1.0)
+        """Return where a number lies; beyond the ends of the axis too, but for numbers of at most 0 on a logarithmic one."""
+        low, high, at = self.low, self.high, value
+        if self.logarithmic:
+            low, high, at = math.log(low), math.log(high), math.log(value) if value > 0 else math.log(low)
+        part = (at - low) / (high - low)
         return round(self.start + part * (self.stop - self.start), 1)
 
     def ticks(self, about: int = 5) -> list[tuple[float, str]]:
@@ -110,16 +112,16 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _round_numbers(low: float, high: float, about: int) -> list[float]:
-    raw = (high - low) / max(about, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10(high - low))
+    steps = [factor * power for factor in (5.0, 2.5, 2.0, 1.0, 0.5, 0.25, 0.2, 0.1)]
+    step = next((step for step in steps if math.floor(high / step) - math.ceil(low / step) + 1 >= about), steps[-1])
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
 
 
 def _decades(low: float, high: float, about: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, math.ceil((last - first) / about))
+    every = max(1, math.ceil((last - first) / (about + 1)))
     steps = (1,) if last - first > 2 else (1, 2, 5)
     values = [step * 10.0**power for power in range(first, last + 1) for step in steps if power % every == 0]
     return [value for value in values if low <= value <= high]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mgs_core.report.axes import Axis, axis, spread
 from mgs_core.report.looks import Look
 from mgs_core.report.metrics import Metric
-from mgs_core.report.numbers import MISSING, written
+from mgs_core.report.numbers import MISSING, mean, written
 from mgs_core.report.runs import Comparison, Point, Run
 
-WIDTH, TOP, LEFT, RIGHT, BOTTOM, ROW = 440, 12, 50, 142, 34, 15.5
+WIDTH, TOP, LEFT, BOTTOM, ROW = 440, 12, 52, 36, 16
 MOST_EPOCHS = 100
 
 
@@ -26,12 +27,13 @@ class Label:
 
 @dataclass(frozen=True)
 class Line:
-    """Draw one regulariser: its mean, the band of its runs, its last point, and its unfinished runs."""
+    """Draw one regulariser: its mean, band, last point, the point whose weights were kept if earlier, and unfinished runs."""
 
     look: Look
     path: str
     band: str
     end: tuple[float, float]
+    kept: tuple[float, float] | None
     unfinished: tuple[str, ...]
 
 
@@ -69,6 +71,19 @@ def chart_height(names: int) -> float:
     return max(290.0, TOP + BOTTOM + ROW * names + 4)
 
 
+def names_width(names: Iterable[str]) -> float:
+    """Return the room beside a chart for its names."""
+    return max(70.0, 18 + 7.9 * max(len(shortened(name)) for name in names))
+
+
+def extremes(metric: Metric, curves: Mapping[str, list[Point]]) -> list[float]:
+    """Return the numbers that the axis of a metric must hold."""
+    points = [point for curve in curves.values() for point in curve]
+    first, last = min(point.epoch for point in points), max(point.epoch for point in points)
+    start = first + 0.1 * (last - first) if metric.settled else first
+    return [value for point in points if point.epoch >= start for value in (point.low, point.high)]
+
+
 def thinned(epochs: list[int], most: int = MOST_EPOCHS) -> list[int]:
     """Return at most so many of the epochs, evenly, the first and the last among them."""
     n = len(epochs)
@@ -91,23 +106,27 @@ def curve_chart(comparison: Comparison, metric: Metric, looks: dict[str, Look]) 
     epochs = sorted(kept)
     partial = {name: _unfinished(comparison, name, metric, kept) for name in curves}
     height = chart_height(len(curves))
-    box = (LEFT, TOP, WIDTH - RIGHT, height - BOTTOM)
+    box = (LEFT, TOP, WIDTH - names_width(curves), height - BOTTOM)
     across = _epoch_axis(epochs[0], epochs[-1], box)
-    extremes = [value for curve in curves.values() for point in curve for value in (point.low, point.high)]
-    extremes += [point.mean for runs in partial.values() for run in runs for point in run]
-    up = axis(extremes, box[3], box[1], logarithmic=metric.logarithmic, share=metric.share, from_zero=metric.from_zero)
+    held = extremes(metric, curves)
+    if not metric.settled:
+        held += [point.mean for runs in partial.values() for run in runs for point in run]
+    up = axis(held, box[3], box[1], logarithmic=metric.logarithmic, share=metric.share, from_zero=metric.from_zero)
     lines = [
         Line(
             looks[name],
             path([(across.place(point.epoch), up.place(point.mean)) for point in curve]),
             _band(curve, across, up),
             (across.place(curve[-1].epoch), up.place(curve[-1].mean)),
+            _kept(comparison, name, curve, across, up),
             tuple(path([(across.place(point.epoch), up.place(point.mean)) for point in run]) for run in partial[name]),
         )
         for name, curve in curves.items()
     ]
     several = any(len(comparison.runs_of(name)) > 1 for name in curves)
     notes = [f"{len(epochs)} of {len(every)} epochs are drawn and listed."] if len(epochs) < len(every) else []
+    if any(point.low < up.low for curve in curves.values() for point in curve):
+        notes.append("The axis leaves out the lowest values of the first epochs; the numbers hold them.")
     if any(partial.values()):
         notes.append("Thin broken lines without a name: runs that are not finished.")
     return Chart(
@@ -116,7 +135,7 @@ def curve_chart(comparison: Comparison, metric: Metric, looks: dict[str, Look]) 
         reading=metric.reading,
         height=height,
         box=box,
-        x_ticks=[(x, text) for x, text in across.ticks(4) if text.isdecimal()],
+        x_ticks=[(x, text) for x, text in across.ticks(3) if text.isdecimal()],
         y_ticks=up.ticks(5),
         x_title="epoch",
         lines=sorted(lines, key=lambda line: ("other", "mgs", "plain").index(line.look.group)),  # the strong ones on top
@@ -167,6 +186,15 @@ def _unfinished(comparison: Comparison, name: str, metric: Metric, kept: set[int
     curves = [sorted(run.curves.get(metric.field, {}).items()) for run in left]
     points = [[Point(epoch, value, value, value) for epoch, value in curve if epoch in kept] for curve in curves]
     return [[point for point in run if not metric.logarithmic or point.mean > 0] for run in points if run]
+
+
+def _kept(comparison: Comparison, name: str, curve: list[Point], across: Axis, up: Axis) -> tuple[float, float] | None:
+    """Return the point nearest to the mean epoch whose weights the finished runs kept, or None where that is the last."""
+    epochs = comparison.finals(name, "epochs")
+    if not epochs or mean(epochs) >= curve[-1].epoch - 0.5:
+        return None
+    nearest = min(curve, key=lambda point: abs(point.epoch - mean(epochs)))
+    return across.place(nearest.epoch), up.place(nearest.mean)
 
 
 def _band(curve: list[Point], across: Axis, up: Axis) -> str:

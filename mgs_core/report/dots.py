@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mgs_core.report.axes import axis, spread
-from mgs_core.report.charts import BOTTOM, LEFT, RIGHT, ROW, TOP, WIDTH, Table, chart_height, shortened
+from mgs_core.report.charts import BOTTOM, LEFT, ROW, TOP, WIDTH, Table, chart_height, names_width, shortened
 from mgs_core.report.looks import Look
 from mgs_core.report.metrics import KERNEL_METRICS, MEMORISATION, OUTCOMES, TEST, Metric
 from mgs_core.report.numbers import MISSING, mean, rank_correlation, written
@@ -104,7 +104,7 @@ def glance(comparison: Comparison, order: Sequence[str], looks: dict[str, Look])
     )
     return Rows(
         "glance", "At the end of training",
-        "Right of the page is good for the filled circle, left is good for the open diamond; the bar between them is the margin.",
+        "Filled circle: further right is better. Open diamond: further left is better. Small dots: the single runs.",
         height, box, across.ticks(4), across.place(0.0), rows, Table("Means over the runs at the end of training", header, cells),
         "; ".join(f"{name}: memorised {wrong} %, test {right} %" for name, wrong, right in cells),
     )  # fmt: skip
@@ -140,13 +140,18 @@ def correlation_rows(found: Sequence[Correlation]) -> Rows | None:
         (_plain(each.metric), _rho(each.memorisation), str(each.runs[0]), _rho(each.test), str(each.runs[1])) for each in found
     )
     return Rows(
-        "correlations", "How well each metric ranks the runs",
-        "Spearman's rank correlation ρ over all finished runs between the metric and each outcome at the end: ±1 is the same order or its "
-        "reverse, 0 is no order. Runs under one regulariser are alike, so these are fewer independent cases than runs.",
-        height, box, across.ticks(4), across.place(0.0), rows,
-        Table("Rank correlation ρ over the finished runs", ("metric", "ρ, memorised", "runs", "ρ, test accuracy", "runs "), cells),
+        "correlations",
+        "How well each metric ranks the runs",
+        "Spearman's rank correlation ρ over the finished runs: ±1 is the same order or its reverse, 0 none. "
+        "Runs under one regulariser are alike: there are fewer independent cases than runs.",
+        height,
+        box,
+        across.ticks(4),
+        across.place(0.0),
+        rows,
+        Table("Rank correlation ρ over the finished runs", ("metric", "ρ, memorised", "runs", "ρ, test accuracy", "runs"), cells),
         "; ".join(f"{name}: with memorisation {wrong}, with test accuracy {right}" for name, wrong, _, right, _ in cells),
-    )  # fmt: skip
+    )
 
 
 def scatter(comparison: Comparison, metric: Metric, outcome: Metric, looks: dict[str, Look]) -> Scatter | None:
@@ -157,7 +162,7 @@ def scatter(comparison: Comparison, metric: Metric, outcome: Metric, looks: dict
         return None
     names = [name for name in comparison.regularizers if any(run.regularizer == name for run in runs)]
     height = chart_height(len(names)) + 8
-    box = (LEFT, TOP, WIDTH - RIGHT, height - BOTTOM - 8)
+    box = (LEFT, TOP, WIDTH - names_width(names) - 10, height - BOTTOM - 8)
     across = axis((run.final[metric.field] for run in runs), box[0], box[2], logarithmic=metric.logarithmic, share=metric.share)
     up = axis((run.final[outcome.field] for run in runs), box[3], box[1], share=True, from_zero=outcome.from_zero)
     dots = []

@@ -16,6 +16,7 @@ class Metric:
         share: it is written in percent.
         logarithmic: it is drawn on a logarithmic axis.
         from_zero: the axis begins at 0.
+        settled: the axis need not hold the first tenth of the epochs, where every network climbs.
     """
 
     field: str
@@ -24,18 +25,20 @@ class Metric:
     share: bool = False
     logarithmic: bool = False
     from_zero: bool = False
+    settled: bool = False
 
 
 TEST = Metric(
     "test_accuracy",
     "Test accuracy",
-    "Share of the clean test samples that are classified right; a curve that rises and then falls belongs to a network that memorises.",
+    "Share of the clean test samples that are classified right; where the curve rises and then falls, the network memorises.",
     share=True,
+    settled=True,
 )
 MEMORISATION = Metric(
     "memorisation",
     "Wrong labels memorised",
-    "Share of the wrongly labelled training samples on which the network says the wrong label that it was given; lower is better.",
+    "Share of the wrongly labelled training samples whose wrong label the network predicts; lower is better.",
     share=True,
     from_zero=True,
 )
@@ -43,7 +46,7 @@ OUTCOMES = (MEMORISATION, TEST)
 _TRACE = Metric(
     "mgs_trace",
     "Trace",
-    "Sum of the squared lengths of the probe samples' gradients: how much the output still moves with the weights; it sees size only.",
+    "Sum of the squared lengths of the probe samples' gradients: it sees size only, not direction.",
     logarithmic=True,
 )
 _LOG_DETERMINANT = Metric(
@@ -64,7 +67,7 @@ _SIMILARITY = Metric(
 _EFFECTIVE_RANK = Metric(
     "mgs_effective_rank",
     "Effective rank",
-    "Number of directions that the gradients share out among themselves, between 1 and the number of probe samples; low means similar.",
+    "Number of directions in which the gradients point, between 1 and the number of probe samples; low means similar.",
 )
 _TOP_SHARE = Metric(
     "mgs_top_share",
@@ -78,7 +81,7 @@ _MEAN_COSINE = Metric(
 _SAME_CLASS = Metric(
     "mgs_same_class_cosine",
     "Cosine within a class",
-    "Mean cosine between the gradients of two samples with the same given label; high where a class is learned by what its samples share.",
+    "Mean cosine between gradients of samples with one given label; high where a class is learned by what its samples share.",
 )
 _OTHER_CLASS = Metric(
     "mgs_other_class_cosine",
@@ -88,16 +91,18 @@ _OTHER_CLASS = Metric(
 _ALIGNMENT = Metric(
     "mgs_alignment",
     "Alignment with the labels",
-    "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal between them.",
+    "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal else.",
 )
 KERNEL_METRICS = (
-    _TRACE, _LOG_DETERMINANT, _MAGNITUDE, _SIMILARITY, _EFFECTIVE_RANK, _TOP_SHARE, _MEAN_COSINE, _SAME_CLASS, _OTHER_CLASS, _ALIGNMENT,
+    _TRACE, _LOG_DETERMINANT, _MAGNITUDE, _SIMILARITY, _EFFECTIVE_RANK, _TOP_SHARE,
+    _MEAN_COSINE, _SAME_CLASS, _OTHER_CLASS, _ALIGNMENT,
 )  # fmt: skip
 TRAINING = Metric(
     "train_accuracy",
     "Training accuracy",
-    "Share of the training samples on which the network says the given label, wrong labels included; near 100 % all are learned by heart.",
+    "Share of the training samples whose given label, right or wrong, the network predicts; near 100 % all are learned by heart.",
     share=True,
+    settled=True,
 )
 SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
     ("outcome", "Does it learn, or memorise?", (TEST, MEMORISATION, TRAINING)),

@@ -22,9 +22,9 @@ COLUMNS: tuple[tuple[str, str, bool], ...] = (
 def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return one row for each regulariser, the highest last test accuracy first.
 
-    Figures are `mean ± standard error` over the seeds (n − 1 degrees of freedom), the mean alone where there is one seed, and a dash
-    where there is no number. Only finished runs count, unless a regulariser has none: its last epochs are then shown, and the column
-    "runs" says so.
+    Figures are `mean ± standard error` over the seeds (n − 1 degrees of freedom), the mean alone where there is one seed, and a
+    dash where there is no number. Only finished runs count, unless a regulariser has none: its last epochs are then shown, and
+    the column "runs" says so.
 
     Args:
         records: the dicts of `records.jsonl`; any field may be missing or None.

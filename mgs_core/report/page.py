@@ -50,7 +50,7 @@ def write_report(records: Sequence[Mapping[str, Any]], settings: Mapping[str, An
     if not isinstance(settings, Mapping):
         raise ArgumentError(f"`settings` must be a dict; got {type(settings).__name__}. Read settings.json.")
     page = comparison_page(records, settings).encode("utf-8")
-    drawn = picture(read(records), settings)
+    drawn = picture(read(records), _facts(settings))
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mgs_core.report.axes import spread
-from mgs_core.report.charts import shortened
+from mgs_core.report.charts import extremes, shortened
 from mgs_core.report.looks import BACKGROUND, PLAIN, Look, looks
 from mgs_core.report.metrics import KERNEL_METRICS, MEMORISATION, TEST, Metric
 from mgs_core.report.runs import Comparison, Point
 
-_TRACE, _SIMILARITY, _RANK = (KERNEL_METRICS[at] for at in (0, 3, 4))
-_SIZE = 15.0  # points, at 110 dots an inch
-_INK, _GREY = PLAIN[0], "#6a7079"
+_TRACE, _SIMILARITY, _RANK = (metric for metric in KERNEL_METRICS if metric.field.endswith(("_trace", "_similarity", "_rank")))
+_POINT = 1 / 72  # all lengths below are in inches
+_TYPE, _WIDTH, _LEFT, _TOP, _BOTTOM = 16.0, 16.4, 1.05, 0.75, 0.85
+_INK, _GREY = PLAIN[0], "#5f6670"
 
 
-def picture(comparison: Comparison, settings: Mapping[str, Any]) -> bytes:
-    """Return a PNG of test accuracy, memorisation, trace and similarity over the epochs."""
-    wanted = (TEST, MEMORISATION, _TRACE, _SIMILARITY, _RANK)
-    curves = {metric: _curves(comparison, metric) for metric in wanted}
-    shown = [metric for metric in wanted if curves[metric]][:4]
-    rows = max((len(shown) + 1) // 2, 1)
-    height = max(5.2, 1.5 + 0.27 * len(comparison.regularizers))
-    figure = Figure(figsize=(15.6, height * rows), dpi=110, facecolor=BACKGROUND[0])
-    drawn = looks(comparison.regularizers)
+def picture(comparison: Comparison, facts: list[str]) -> bytes:
+    """Return a PNG of test accuracy, memorisation, trace and similarity over the epochs; the facts are its first line."""
+    curves = {metric: _curves(comparison, metric) for metric in (TEST, MEMORISATION, _TRACE, _SIMILARITY, _RANK)}
+    shown = [metric for metric, found in curves.items() if found][:4]
+    columns = min(len(shown), 2) or 1
+    rows = (len(shown) + 1) // 2 or 1
+    names = [shortened(name) for name in comparison.regularizers]
+    beside = 0.3 + 0.7 * _TYPE * _POINT * max(len(name) for name in names)
+    wide = _WIDTH / columns - _LEFT - beside
+    high = max(3.9, 1.22 * _TYPE * _POINT * len(names))
+    head = 0.55
+    size = (_WIDTH, head + rows * (_TOP + high + _BOTTOM))
+    figure = Figure(figsize=size, dpi=100, facecolor=BACKGROUND[0])
+    figure.text(
+        _LEFT / size[0], 1 - 0.42 / size[1], "  ·  ".join(facts), fontsize=_TYPE, color=_GREY, va="center", parse_math=False
+    )
     if not shown:
-        figure.text(0.5, 0.5, "No curve is recorded.", ha="center", va="center", fontsize=_SIZE * 1.4, color=_INK)
-    grid = figure.add_gridspec(
-        rows, min(len(shown), 2) or 1, left=0.06, right=0.855, top=1 - 0.55 / (height * rows), bottom=0.75 / (height * rows),
-        wspace=0.62, hspace=0.32,
-    )  # fmt: skip
+        figure.text(0.5, 0.4, "No curve is recorded.", ha="center", fontsize=1.4 * _TYPE, color=_INK)
+    drawn = looks(comparison.regularizers)
     for number, metric in enumerate(shown):
-        panel = figure.add_subplot(grid[number // 2, number % 2])
-        _draw(panel, metric, curves[metric], drawn, last_row=number >= len(shown) - 2)
+        row, column = divmod(number, 2)
+        corner = (_LEFT + column * _WIDTH / columns, size[1] - head - (row + 1) * (_TOP + high) - row * _BOTTOM)
+        panel = figure.add_axes((corner[0] / size[0], corner[1] / size[1], wide / size[0], high / size[1]))
+        _draw(panel, metric, curves[metric], drawn)
+        _name(panel, curves[metric], drawn, gap=1.2 * _TYPE * _POINT / high, inch=1 / wide)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks is drawn as boxes
+        figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
 
 
@@ -50,60 +60,58 @@ def _curves(comparison: Comparison, metric: Metric) -> dict[str, list[Point]]:
     return {name: curve for name, curve in curves.items() if curve}
 
 
-def _draw(panel: Axes, metric: Metric, curves: dict[str, list[Point]], drawn: dict[str, Look], *, last_row: bool) -> None:
+def _draw(panel: Axes, metric: Metric, curves: dict[str, list[Point]], drawn: dict[str, Look]) -> None:
     for name, curve in curves.items():
         look = drawn[name]
         epochs = [point.epoch for point in curve]
-        colour, front = look.colours[0], {"other": 2, "mgs": 3, "plain": 4}[look.group]
-        dashes = (0, tuple(float(length) for length in look.dash.split())) if look.dash else "-"
+        dashes: Any = (0, tuple(float(length) for length in look.dash.split())) if look.dash else "-"
         panel.plot(
-            epochs, [point.mean for point in curve], color=colour, linewidth=1.25 * look.width, linestyle=dashes, zorder=front,
-            marker=look.mark if len(curve) == 1 else None,
+            epochs, [point.mean for point in curve], color=look.colours[0], linewidth=1.3 * look.width, linestyle=dashes,
+            marker=look.mark if len(curve) == 1 else None, markersize=9, zorder={"other": 2, "mgs": 3, "plain": 4}[look.group],
         )  # fmt: skip
         if look.group != "other":
-            panel.fill_between(
-                epochs, [p.low for p in curve], [p.high for p in curve], color=colour, alpha=0.13, linewidth=0, zorder=1
-            )
+            low, high = [point.low for point in curve], [point.high for point in curve]
+            panel.fill_between(epochs, low, high, color=look.colours[0], alpha=0.13, linewidth=0, zorder=1)
     title = "Similarity part of the log-determinant" if metric is _SIMILARITY else metric.title
-    panel.set_title(title, loc="left", fontsize=1.2 * _SIZE, fontweight="bold", color=_INK, pad=12)
+    panel.set_title(title, loc="left", fontsize=1.25 * _TYPE, fontweight="bold", color=_INK, pad=12)
     if metric.logarithmic:
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(numticks=6))
-        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_minor_locator(NullLocator())
     else:
         panel.yaxis.set_major_locator(MaxNLocator(5))
     if metric.share:
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     if metric.from_zero:
         panel.set_ylim(bottom=0)
-    first, last = min(c[0].epoch for c in curves.values()), max(c[-1].epoch for c in curves.values())
+    elif metric.settled:
+        bottom, top = min(extremes(metric, curves)), max(extremes(metric, curves))
+        room = 0.05 * (top - bottom) or 0.05
+        panel.set_ylim(bottom - room, top + room)
+    first, last = min(curve[0].epoch for curve in curves.values()), max(curve[-1].epoch for curve in curves.values())
     panel.set_xlim((first, last) if first < last else (first - 1, last + 1))
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    panel.tick_params(labelsize=_SIZE, colors=_GREY, length=0)
-    if last_row:
-        panel.set_xlabel("epoch", fontsize=_SIZE, color=_GREY)
+    panel.tick_params(labelsize=_TYPE, colors=_GREY, length=0, pad=7)
+    panel.set_xlabel("epoch", fontsize=_TYPE, color=_GREY)
     panel.grid(axis="y", color="#e3e6ea", linewidth=1)
     panel.set_axisbelow(True)
     for side, spine in panel.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color("#b9bfc7")
-    _name(panel, curves, drawn)
 
 
-def _name(panel: Axes, curves: dict[str, list[Point]], drawn: dict[str, Look]) -> None:
-    """Write the names beside the ends of the lines, moved apart, and lead a thin line to each."""
+def _name(panel: Axes, curves: dict[str, list[Point]], drawn: dict[str, Look], *, gap: float, inch: float) -> None:
+    """Write the names beside the ends of the lines, moved apart, and lead a thin line to each; lengths in panels."""
     to_panel = panel.transData + panel.transAxes.inverted()
     ends = {name: to_panel.transform((curve[-1].epoch, curve[-1].mean)) for name, curve in curves.items()}
-    figure = panel.get_figure()
-    inches = panel.get_position().height * (figure.get_size_inches()[1] if figure is not None else 1.0)
-    places = spread([float(end[1]) for end in ends.values()], 1.2 * _SIZE / 72 / inches, 0.0, 1.0)
+    places = spread([float(end[1]) for end in ends.values()], gap, 0.0, 1.0)
     for (name, end), place in zip(ends.items(), places, strict=True):
         look = drawn[name]
         panel.plot(
-            [float(end[0]), 1.0, 1.035], [float(end[1]), float(end[1]), place], transform=panel.transAxes, clip_on=False,
-            color=look.colours[0], linewidth=0.9, alpha=0.7, zorder=1,
+            [float(end[0]), 1.0, 1.0 + 0.2 * inch], [float(end[1]), float(end[1]), place], transform=panel.transAxes,
+            clip_on=False, color=look.colours[0], linewidth=0.9, alpha=0.7, zorder=1,
         )  # fmt: skip
         panel.text(
-            1.045, place, shortened(name), transform=panel.transAxes, va="center", ha="left", color=look.colours[0],
-            fontsize=_SIZE, fontweight="normal" if look.group == "other" else "bold",
+            1.0 + 0.25 * inch, place, shortened(name), transform=panel.transAxes, va="center", color=look.colours[0],
+            fontsize=_TYPE, fontweight="normal" if look.group == "other" else "bold", parse_math=False,
         )  # fmt: skip

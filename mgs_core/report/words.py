@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mgs_core.report.dots import Correlation
 from mgs_core.report.metrics import MEMORISATION, OUTCOMES
 from mgs_core.report.numbers import mean, standard_error, written, written_with_error
 from mgs_core.report.runs import PLAIN, Comparison
+
+_WELL = 0.5  # least |ρ| at which a metric is said to tell runs apart
 
 
 def headline(comparison: Comparison) -> str:
@@ -27,7 +30,8 @@ def headline(comparison: Comparison) -> str:
         if not _apart(values[most], values[least]):
             what = "memorise alike" if wrong else "end alike"
             rest = "of the wrong labels" if wrong else "test accuracy"
-            return f"The regularisers {what}: {_percent(values[least])} to {_percent(values[most])} {rest}, within one standard error."
+            between = f"{_percent(values[least])} to {_percent(values[most])}"
+            return f"The regularisers {what}: {between} {rest}, within one standard error."
         if wrong:
             return (
                 f"{spoken(most).capitalize()}, the network memorises {_percent(values[most])} of the wrong labels; "
@@ -42,7 +46,7 @@ def headline(comparison: Comparison) -> str:
 
 def findings(comparison: Comparison, found: Sequence[Correlation]) -> list[str]:
     """Return the sentences below the headline."""
-    return [*_accuracy(comparison), *_metrics(found), *_unfinished(comparison)]
+    return [*_accuracy(comparison), *_metrics(found), *_single(comparison), *_unfinished(comparison)]
 
 
 def spoken(name: str) -> str:
@@ -73,14 +77,23 @@ def _metrics(found: Sequence[Correlation]) -> list[str]:
     ranked = sorted((each for each in found if each.memorisation is not None), key=lambda each: -abs(each.memorisation or 0.0))
     if ranked:
         first, last = ranked[0], ranked[-1]
-        text = f"Over {first.runs[0]} finished runs, {_name(first)} tells best which run memorises: rank correlation {_rho(first.memorisation)}"
-        if len(ranked) > 1:
-            text += f"; {_name(last)} tells least: {_rho(last.memorisation)}"
-        sentences.append(text + ".")
+        runs, rho = f"Over {first.runs[0]} finished runs", f"rank correlation {_rho(first.memorisation)}"
+        if abs(first.memorisation or 0.0) < _WELL:
+            text = f"{runs}, no metric ranks memorisation well; {_name(first)} comes closest: {rho}"
+        else:
+            text = f"{runs}, {_name(first)} tells best which run memorises: {rho}"
+            text += f"; {_name(last)} tells least: {_rho(last.memorisation)}" if last is not first else ""
+        sentences.append(f"{text}.")
     tests = sorted((each for each in found if each.test is not None), key=lambda each: -abs(each.test or 0.0))
     if tests:
-        sentences.append(f"With the last test accuracy, {_name(tests[0])} is ranked closest: {_rho(tests[0].test)}.")
+        sentences.append(f"The order of the last test accuracy is met most closely by {_name(tests[0])}: {_rho(tests[0].test)}.")
     return sentences
+
+
+def _single(comparison: Comparison) -> list[str]:
+    if len(comparison.regularizers) > 1 and all(len(comparison.runs_of(name)) == 1 for name in comparison.regularizers):
+        return ["Each regulariser was run from one seed only: differences may be chance."]
+    return []
 
 
 def _unfinished(comparison: Comparison) -> list[str]:
@@ -97,16 +110,16 @@ def _unfinished(comparison: Comparison) -> list[str]:
 
 def _apart(first: Sequence[float], second: Sequence[float]) -> bool:
     """Say whether two means differ by more than the standard error of their difference."""
-    errors = [standard_error(values) or 0.0 for values in (first, second)]
-    return abs(mean(first) - mean(second)) > (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    error = math.hypot(*(standard_error(values) or 0.0 for values in (first, second)))
+    return abs(mean(first) - mean(second)) > error
 
 
 def _percent(values: Sequence[float]) -> str:
-    return f"{written(mean(values), share=True)} %"
+    return f"{written(mean(values), share=True)}\u00a0%"
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{written_with_error(values, share=True)} %"
+    return f"{written_with_error(values, share=True)} %".replace(" ", "\u00a0")  # no line ends within a figure
 
 
 def _name(each: Correlation) -> str:

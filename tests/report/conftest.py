@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 SETTINGS = {
     "data": "digits", "noise": 0.4, "noise_kind": "symmetric", "samples": None, "model": "mlp", "backend": "numpy", "epochs": 60,
@@ -22,8 +25,11 @@ CHARACTERS = {  # name: memorisation at the end, test accuracy at its best and i
     "mgs-log-determinant": (0.11, 0.925, 0.917, 0.9),
     "mgs-agreement": (0.14, 0.93, 0.92, 1.2),
 }
-MORE = ("spectral-norm", "sam", "generalised-cross-entropy", "co-teaching", "loss-gradient-penalty", "mgs-cosine", "mgs-log-trace",
-        "mgs-agreement+mixup", "mgs-agreement+dropout", "mgs-trace+mixup", "cutout", "bootstrap", "elr", "divide-mix", "random-erasing")  # fmt: skip
+MORE = (
+    "spectral-norm", "sam", "generalised-cross-entropy", "co-teaching", "loss-gradient-penalty", "mgs-cosine", "mgs-log-trace",
+    "mgs-agreement+mixup", "mgs-agreement+dropout", "mgs-trace+mixup",
+    "cutout", "bootstrap", "elr", "divide-mix", "random-erasing",
+)  # fmt: skip
 
 
 def epoch_record(
@@ -39,12 +45,13 @@ def epoch_record(
     similarity = -900 + 10 * rank + random_.gauss(0, 6)
     test = 0.1 + (best - 0.1) * rise - (best - last) * fall + random_.gauss(0, 0.005)
     return {
-        "event": "epoch", "regularizer": name, "seed": seed, "epoch": epoch, "train_loss": 2.3 - 1.5 * rise * end,
-        "train_accuracy": 0.1 + 0.5 * rise + 0.38 * end * fall, "test_accuracy": min(test, 1.0), "memorisation": min(max(memorisation, 0), 1),
-        "mgs_trace": trace, "mgs_mean_trace": trace / 128, "mgs_log_determinant": magnitude + similarity, "mgs_magnitude": magnitude,
-        "mgs_similarity": similarity, "mgs_effective_rank": rank, "mgs_top_share": 1 / math.sqrt(rank), "mgs_mean_cosine": 2 / rank,
-        "mgs_same_class_cosine": 0.75 - 0.6 * fall * end, "mgs_other_class_cosine": -0.05 + 0.03 * fall, "seconds": 0.02,
-        "mgs_alignment": 0.7 - 0.35 * fall * end,
+        "event": "epoch", "regularizer": name, "seed": seed, "epoch": epoch,
+        "train_loss": 2.3 - 1.5 * rise * end, "train_accuracy": 0.1 + 0.5 * rise + 0.38 * end * fall,
+        "test_accuracy": min(test, 1.0), "memorisation": min(max(memorisation, 0), 1),
+        "mgs_trace": trace, "mgs_mean_trace": trace / 128, "mgs_log_determinant": magnitude + similarity,
+        "mgs_magnitude": magnitude, "mgs_similarity": similarity, "mgs_effective_rank": rank,
+        "mgs_top_share": 1 / math.sqrt(rank), "mgs_mean_cosine": 2 / rank, "mgs_same_class_cosine": 0.75 - 0.6 * fall * end,
+        "mgs_other_class_cosine": -0.05 + 0.1 * fall * end, "mgs_alignment": 0.7 - 0.35 * fall * end, "seconds": 0.02,
     }  # fmt: skip
 
 
@@ -68,3 +75,13 @@ def make_records(regularizers: int = 10, seeds: int = 3, epochs: int = 60) -> li
                 "epochs": kept["epoch"], "seconds": 4.0 + seed,
             })  # fmt: skip
     return records
+
+
+@pytest.fixture(name="make_records", scope="session")
+def _make_records() -> Callable[..., list[dict[str, Any]]]:
+    return make_records
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    return dict(SETTINGS)
