@@ -1,7 +1,7 @@
 """Time and memory of kernels and regularised steps on the NumPy backend, as ratios to the plain training step.
 
-Run with `python -P benchmarks/numpy.py` (without -P this file would be imported as numpy). Methods are interleaved, and each ratio
-is one of medians from the same run; memory is the peak that Python's tracemalloc saw, NumPy's arrays included.
+Run with `python -P benchmarks/numpy.py` (without -P this file would be imported as numpy). Methods are interleaved, and each
+ratio is one of medians from the same run; memory is the peak that Python's tracemalloc saw, NumPy's arrays included.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import time
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -38,7 +39,7 @@ def network(p: Any, x: Any) -> Any:
 def draw(widths: list[int]) -> dict[str, Any]:
     """Draw its parameters."""
     random, parameters = np.random.default_rng(0), {}
-    for layer, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+    for layer, (before, after) in enumerate(pairwise(widths), start=1):
         parameters[f"w{layer}"] = (random.normal(size=(before, after)) / np.sqrt(before)).astype(np.float32)
         parameters[f"b{layer}"] = np.zeros(after, np.float32)
     return parameters

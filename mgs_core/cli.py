@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -28,7 +29,7 @@ from mgs_core.report import table, write_report
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?"
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 _BackendOption = Annotated[str, typer.Option(help="numpy, torch, jax or tensorflow; the default needs no framework.")]
 
 
@@ -94,7 +95,8 @@ def measure(
     if as_json:
         print(json.dumps(summary.to_dict()))
         return
-    shown = Table("summary", "value", title=f"{model.name} on {len(kernel)} samples of {data.name}, output={output}")
+    title = f"{model.name} on {len(kernel)} samples of {data.name}, output={output}"
+    shown = Table("summary", "value", title=title, box=box.SIMPLE_HEAD)
     for name, value in summary.to_dict().items():
         shown.add_row(name, f"{value:.6g}")
     console.print(shown)
@@ -108,12 +110,10 @@ def check(
 ) -> None:
     """Say, for each parameter of a model, how it enters the kernel: statistics, rows or refused."""
     loaded = mgs.onnx.load(model, backend=backend)
-    chosen = mgs.get_backend(backend)
-    inputs = {name: chosen.asarray(value) for name, value in loaded.function.example_inputs(samples).items()}
-    found = mgs.check(loaded, inputs)
-    shown = Table("parameter", "kind", "route", "size", "remedy")
+    found = mgs.check(loaded, loaded.example_inputs(samples))
+    shown = Table("parameter", "kind", "route", "size", "remedy", box=box.SIMPLE_HEAD)
     for layer in found.layers:
-        shown.add_row(layer.parameter, layer.kind, layer.route, str(layer.size), layer.remedy)
+        shown.add_row(escape(layer.parameter), layer.kind, layer.route, str(layer.size), escape(layer.remedy))
     console.print(shown)
     raise typer.Exit(0 if found.ok else 1)
 
@@ -121,9 +121,9 @@ def check(
 @app.command()
 def backends() -> None:
     """List the backends and whether each is installed."""
-    shown = Table("backend", "installed", "install with")
+    shown = Table("backend", "installed", "install with", box=box.SIMPLE_HEAD)
     for name, installed in mgs.available_backends().items():
-        shown.add_row(name, "yes" if installed else "no", "" if installed else f'pip install "mgs-core[{name}]"')
+        shown.add_row(name, "yes" if installed else "no", "" if installed else escape(f'pip install "mgs-core[{name}]"'))
     console.print(shown)
 
 
@@ -162,7 +162,9 @@ class _Display:
         name = record["regularizer"]
         if record["event"] == "run":
             if not console.is_terminal:
-                console.print(f"{name}, seed {record['seed']}: test {record['last_test_accuracy']:.3f}, {record['seconds']:.1f} s")
+                console.print(
+                    f"{name}, seed {record['seed']}: test {record['last_test_accuracy']:.3f}, {record['seconds']:.1f} s"
+                )
             return
         self._bars.start_task(self._tasks[name])
         state = f"test {record['test_accuracy']:.3f}  trace {record['mgs_trace']:.3g}"
@@ -176,12 +178,14 @@ def _show(folder: Path) -> None:
     if not records:
         raise ArgumentError(f"`run` must be a folder with records; {str(folder)!r} holds none. Run mgs compare first.")
     settings = load_settings(folder)
-    shown = Table(title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn")
+    shown = Table(title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn", box=box.SIMPLE_HEAD, pad_edge=False)
     rows = table(records)
-    for number, column in enumerate(rows[0]):
-        shown.add_column(column, justify="left" if number == 0 else "right")
+    for column in rows[0]:
+        first, widest = column == "regulariser", max(map(len, column.split()))
+        shown.add_column(column, justify="left" if first else "right", no_wrap=first, min_width=widest)
     for row in rows:
-        shown.add_row(*(str(value) for value in row.values()))
+        # the page has the spread of every figure; here there is room for that of accuracies
+        shown.add_row(*(cell if "%" in column else cell.partition(" ± ")[0] for column, cell in row.items()))
     console.print(shown)
     page = write_report(records, settings, folder)
     console.print(f"Page: {page}\nPicture: {page.with_name('figure.png')}\nRecords: {folder / 'records.jsonl'}", soft_wrap=True)

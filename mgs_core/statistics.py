@@ -240,4 +240,3 @@ def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     if groups == s == t == 1:
         return xp.reshape(product, (n, m))
     return xp.sum(xp.reshape(product, (groups, n, s, m, t)), axis=(0, 2, 4))
-

@@ -12,15 +12,11 @@ import time
 import numpy as np
 import pytest
 
-for package in ("onnx", "sklearn", "typer", "rich", "matplotlib", "jinja2"):
-    pytest.importorskip(package)
-import onnx
-from onnx import TensorProto, helper, numpy_helper
-
 import mgs_core as mgs
-from mgs_core import cli
-from mgs_core.experiments.compare import load_records
 
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("typer")
+cli = pytest.importorskip("mgs_core.cli")
 SMALL = ("--samples", "80", "--epochs", "2", "--probe-samples", "20", "--seeds", "1")
 
 
@@ -40,15 +36,15 @@ def mgs_command(monkeypatch, capsys):
 @pytest.fixture
 def linear(tmp_path):
     weight = np.random.default_rng(0).normal(size=(3, 2))
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
         "linear",
-        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 3])],
-        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, ["n", 2])],
-        [numpy_helper.from_array(weight, "w")],
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.DOUBLE, ["n", 3])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.DOUBLE, ["n", 2])],
+        [onnx.numpy_helper.from_array(weight, "w")],
     )
     path = tmp_path / "linear.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
     return path
 
 
@@ -57,7 +53,7 @@ def test_compare_trains_shows_and_writes(mgs_command, tmp_path):
     printed = mgs_command("compare", *SMALL, "--regularizers", "none,mgs-trace", "--jobs", "1", "--out", out)
     for expected in ("none", "mgs-trace", "report.html", "records.jsonl"):
         assert expected in printed
-    records = load_records(out / "records.jsonl")
+    records = cli.load_records(out / "records.jsonl")
     assert [record["regularizer"] for record in records if record["event"] == "run"] == ["none", "mgs-trace"]
     assert {"report.html", "figure.png", "records.jsonl", "settings.json"} <= {path.name for path in out.iterdir()}
     (out / "report.html").unlink()
@@ -68,7 +64,7 @@ def test_compare_trains_shows_and_writes(mgs_command, tmp_path):
 def test_two_processes_do_what_one_does(mgs_command, tmp_path):
     for jobs in (1, 2):
         mgs_command("compare", *SMALL, "--regularizers", "none,dropout", "--jobs", jobs, "--out", tmp_path / str(jobs))
-    one, two = (load_records(tmp_path / str(jobs) / "records.jsonl") for jobs in (1, 2))
+    one, two = (cli.load_records(tmp_path / str(jobs) / "records.jsonl") for jobs in (1, 2))
 
     def figures(records):
         kept = [{name: value for name, value in record.items() if "seconds" not in name} for record in records]
@@ -132,15 +128,15 @@ def test_an_interrupt_leaves_what_was_done_readable_and_resumable(tmp_path, jobs
         stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
     )  # fmt: skip
     until = time.monotonic() + 60
-    while time.monotonic() < until and not any(r["event"] == "run" for r in load_records(out / "records.jsonl")):
+    while time.monotonic() < until and not any(r["event"] == "run" for r in cli.load_records(out / "records.jsonl")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert "Interrupted" in printed
     assert (out / "report.html").exists()
-    done = {r["seed"] for r in load_records(out / "records.jsonl") if r["event"] == "run"}
+    done = {r["seed"] for r in cli.load_records(out / "records.jsonl") if r["event"] == "run"}
     assert 0 < len(done) < 40
     mgs_command(*command[:8], str(max(done) + 1), *command[9:], "--jobs", "1", "--out", out)
-    after = [r["seed"] for r in load_records(out / "records.jsonl") if r["event"] == "run"]
+    after = [r["seed"] for r in cli.load_records(out / "records.jsonl") if r["event"] == "run"]
     assert sorted(after) == list(range(max(done) + 1))

@@ -92,7 +92,8 @@ def _network(steps: list[Any], weights: dict[str, Array], shape: tuple[int, ...]
 def _graph(
     steps: list[Any], weights: dict[str, Array], shape: tuple[int, ...], classes: int, masks: dict[str, int]
 ) -> onnx.ModelProto:
-    nodes, value = [], "x"
+    nodes: list[onnx.NodeProto] = []
+    value = "x"
     constants: dict[str, Array] = {}
 
     def add(operator: str, inputs: list[str], **attributes: Any) -> str:

@@ -18,7 +18,7 @@ class Recipe:
         name: as on the command line.
         weight_decay: decoupled decay a step, as a multiple of the learning rate (Loshchilov and Hutter 2019).
         dropout: probability to drop a hidden unit.
-        hold_out: share of the noisy training samples kept for validation; training ends with the best epoch's weights.
+        hold_out: share of the noisy training samples held out for validation; the weights that are best on them are kept.
         label_smoothing: share of each target spread over all classes.
         mixup: α of the Beta distribution that mixes pairs of samples (Zhang et al. 2018); 0 for none.
         gradient_penalty: factor on `mean ‖∇_x loss‖²` (Drucker and Le Cun 1992).

@@ -42,23 +42,20 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
         load_dataset(settings.data, samples=settings.samples, seed=seed), settings.noise, settings.noise_kind, seed=seed
     )
     run = _Run(recipe, data, settings, seed)
-    begun, best, chosen, history = time.perf_counter(), -1.0, None, []
+    begun, best = time.perf_counter(), 0.0
+    figures: dict[str, Any] = {}
     for epoch in range(1, settings.epochs + 1):
-        trained = run.epoch(epoch)
-        record = {"event": "epoch", "regularizer": recipe.name, "seed": seed, "epoch": epoch, **trained, **run.measure(epoch)}
-        history.append(record)
-        if recipe.hold_out and record["validation_accuracy"] > best:
-            best, chosen = record["validation_accuracy"], record
-        yield record
-    last = chosen or history[-1]
+        trained, figures = run.epoch(epoch), run.measure(epoch)
+        best = max(best, figures["test_accuracy"])
+        yield {"event": "epoch", "regularizer": recipe.name, "seed": seed, "epoch": epoch, **trained, **figures}
     yield {
         "event": "run",
         "regularizer": recipe.name,
         "seed": seed,
-        "last_test_accuracy": last["test_accuracy"],
-        "best_test_accuracy": max(record["test_accuracy"] for record in history),
-        **{name: last[name] for name in _FINAL},
-        "epochs": last["epoch"],
+        "last_test_accuracy": figures["test_accuracy"],
+        "best_test_accuracy": best,
+        **{name: figures[name] for name in _FINAL},
+        "epochs": settings.epochs,
         "seconds": time.perf_counter() - begun,
     }
 
@@ -78,7 +75,8 @@ class _Run:
         self._model = onnx.load(network.plain, backend=settings.backend)
         self._masks = network.masks if recipe.dropout else {}
         trained = onnx.load(network.masked, backend=settings.backend) if self._masks else self._model
-        self._parameters = self._model.parameters
+        self._parameters = self._kept = self._model.parameters
+        self._best = -1.0
         self._moments = start(self._parameters)
         self._step = make_step(recipe, self._backend, trained.function)
         self._forward = self._backend.compile(self._model.function)
@@ -104,24 +102,28 @@ class _Run:
         mean = float(np.mean([self._backend.to_numpy(loss) for loss in losses]))
         return {"train_loss": mean, "train_seconds": time.perf_counter() - begun}
 
-    def measure(self, epoch: int) -> dict[str, float | None]:
-        """Return accuracies and the summaries of the kernel."""
+    def measure(self, epoch: int) -> dict[str, Any]:
+        """Return accuracies and the summaries of the kernel of the model that would be kept if training ended now."""
         begun = time.perf_counter()
         data = self._data
-        train, test = self._predict(data.train_inputs), self._predict(data.test_inputs)
-        fitted, wrong = train == data.train_labels, data.wrong.copy()
-        figures: dict[str, float | None] = {
-            "train_accuracy": float(np.mean(fitted[self._fit])),
-            "test_accuracy": float(np.mean(test == data.test_labels)),
-        }
+        validation = {}
         if self._recipe.hold_out:
-            figures["validation_accuracy"] = float(np.mean(fitted[self._held]))
-            wrong[self._held] = False
-        figures["memorisation"] = float(np.mean(fitted[wrong])) if wrong.any() else None
-        summary = self._recorder(FunctionalModel(self._model.function, self._parameters), epoch)
-        if summary is not None:
-            figures |= {f"mgs_{name}": value for name, value in summary.to_dict().items()}
-        return {**figures, "seconds": time.perf_counter() - begun}
+            held = data.train_inputs[self._held], data.train_labels[self._held]
+            validation["validation_accuracy"] = float(np.mean(self._predict(self._parameters, held[0]) == held[1]))
+        if not validation or validation["validation_accuracy"] > self._best:
+            self._kept, self._best = self._parameters, validation.get("validation_accuracy", self._best)
+        given, wrong = data.train_labels[self._fit], data.wrong[self._fit]
+        fitted = self._predict(self._kept, data.train_inputs[self._fit]) == given
+        right = self._predict(self._kept, data.test_inputs) == data.test_labels
+        summary = self._recorder(FunctionalModel(self._model.function, self._kept), epoch)
+        return {
+            "train_accuracy": float(np.mean(fitted)),
+            "test_accuracy": float(np.mean(right)),
+            "memorisation": float(np.mean(fitted[wrong])) if wrong.any() else None,
+            **validation,
+            **({f"mgs_{name}": value for name, value in summary.to_dict().items()} if summary else {}),
+            "seconds": time.perf_counter() - begun,
+        }
 
     def _batch(self, x: Array, y: Array) -> tuple[Any, Array]:
         """Return inputs and soft targets, mixed and masked as the recipe says."""
@@ -139,10 +141,10 @@ class _Run:
         asarray = self._backend.asarray
         return {name: asarray(value) for name, value in inputs.items()}, asarray(targets.astype(np.float32))
 
-    def _predict(self, inputs: Array) -> Array:
+    def _predict(self, parameters: Any, inputs: Array) -> Array:
         """Return the predicted classes, in pieces that bound the memory."""
         pieces = [
-            self._backend.to_numpy(self._forward(self._parameters, self._backend.asarray(inputs[at : at + _PIECE])))
+            self._backend.to_numpy(self._forward(parameters, self._backend.asarray(inputs[at : at + _PIECE])))
             for at in range(0, len(inputs), _PIECE)
         ]
         return np.argmax(np.concatenate(pieces), axis=1)

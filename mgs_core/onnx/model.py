@@ -37,7 +37,20 @@ class OnnxModel(FunctionalModel):
         proto: the model as read.
     """
 
+    function: _Function
     proto: ModelProto
+
+    def example_inputs(self, n: int, *, seed: int = 0) -> dict[str, Array]:
+        """Draw inputs of the declared shapes: normal numbers, and small integers that index what they look up.
+
+        Args:
+            n: number of samples, along the first axis.
+            seed: of the draw.
+
+        Returns:
+            Arrays of the backend by name; free sizes are 4.
+        """
+        return self.function.example_inputs(n, seed=seed)
 
 
 def load(
@@ -61,7 +74,7 @@ def load(
         dtype: "float16", "float32" or "float64" to replace every floating-point type of the model; None to keep them.
 
     Returns:
-        The model. `function.example_inputs(n)` draws inputs that fit.
+        The model; its `example_inputs(n)` draws inputs that fit.
 
     Raises:
         ArgumentError: when the file is missing or damaged, or an argument does not fit; names the node or tensor.
@@ -155,15 +168,7 @@ class _Function:
         return self._backend.namespace.reshape(y, (y.shape[0], -1) if y.ndim > 1 else (y.shape[0], 1))
 
     def example_inputs(self, n: int, *, seed: int = 0) -> dict[str, Array]:
-        """Draw inputs of the declared shapes: normal numbers, and small integers that index what they look up.
-
-        Args:
-            n: number of samples, along the first axis.
-            seed: of the draw.
-
-        Returns:
-            NumPy arrays by name; free sizes are 4, equal names equal sizes.
-        """
+        """Draw inputs, as `OnnxModel.example_inputs` says."""
         random = np.random.default_rng(seed)
         drawn = {}
         for value in self._inputs:
@@ -174,7 +179,7 @@ class _Function:
                 drawn[value.name] = random.normal(size=shape).astype(dtype)
             else:
                 drawn[value.name] = random.integers(0, 2 if dtype == bool else self._rows(value.name), shape).astype(dtype)
-        return drawn
+        return {name: self._backend.asarray(value) for name, value in drawn.items()}
 
     def _rows(self, name: str) -> int:
         """Return the length of the shortest table in which an input looks up rows; 2 when it looks up none."""
