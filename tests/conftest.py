@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,9 +15,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 TYPED = find_spec("jaxtyping") is not None and find_spec("beartype") is not None  # the minimal environment has neither
 if TYPED:
+    from beartype import BeartypeConf, beartype
     from jaxtyping import config, install_import_hook
 
-    install_import_hook("mgs_core", "beartype.beartype")
+    # the hook takes a name only; an integer is a float, as PEP 484 has it
+    sys.modules["mgs_typecheck"] = ModuleType("mgs_typecheck")
+    sys.modules["mgs_typecheck"].check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+    install_import_hook("mgs_core", "mgs_typecheck.check")
 
 
 @pytest.fixture(autouse=True)

@@ -67,11 +67,13 @@ def test_two_processes_do_what_one_does(mgs_command, tmp_path):
     one, two = (cli.load_records(tmp_path / str(jobs) / "records.jsonl") for jobs in (1, 2))
 
     def figures(records):
-        kept = [{name: value for name, value in record.items() if "seconds" not in name} for record in records]
-        return sorted(kept, key=lambda record: (record["regularizer"], record["event"], record.get("epoch", 0)))
+        ordered = sorted(records, key=lambda record: (record["regularizer"], record["event"], record.get("epoch", 0)))
+        return [(name, value) for record in ordered for name, value in record.items() if "seconds" not in name]
 
-    for a, b in zip(figures(one), figures(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+    names = [name for name, _ in figures(one)]
+    assert names == [name for name, _ in figures(two)]
+    for (name, a), (_, b) in zip(figures(one), figures(two), strict=True):
+        assert a == (pytest.approx(b, rel=1e-4) if isinstance(b, float) else b), name
 
 
 def test_measure_is_the_kernel_of_the_model(mgs_command, linear, tmp_path):

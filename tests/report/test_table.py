@@ -123,11 +123,13 @@ def test_no_records(records, tmp_path):
 
 
 @pytest.mark.parametrize(("records", "got"), [({}, "dict"), ("text", "str"), (None, "NoneType"), (iter(()), "iterator")])
+@pytest.mark.wrong_types
 def test_records_of_another_type(records, got):
     with pytest.raises(ArgumentError, match=f"`records` must be a list of dicts; got .*{got}"):
         table(records)
 
 
+@pytest.mark.wrong_types
 def test_a_record_of_another_type():
     with pytest.raises(ArgumentError, match="`records` must be a list of dicts; got one of type int"):
         table([run("none", 0), 3])
