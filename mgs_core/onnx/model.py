@@ -68,8 +68,8 @@ def load(
     Args:
         model: path of an .onnx file, or a `ModelProto`, which is left as it is.
         backend: name of the backend whose arrays the parameters are.
-        parameters: None for the initialisers that are trained, by the rule of `mgs_core.onnx.parameters`; or names or a predicate on
-            names, of all floating-point initialisers.
+        parameters: None for the initialisers that are trained, by the rule of `mgs_core.onnx.parameters`; or names or a predicate
+            on names, of all floating-point initialisers.
         output: name of the output; None for the first that is floating-point. Outputs of other ranks are brought to (n, c).
         dtype: "float16", "float32" or "float64" to replace every floating-point type of the model; None to keep them.
 
@@ -178,7 +178,7 @@ class _Function:
             if _is_float(dtype):
                 drawn[value.name] = random.normal(size=shape).astype(dtype)
             else:
-                drawn[value.name] = random.integers(0, 2 if dtype == bool else self._rows(value.name), shape).astype(dtype)
+                drawn[value.name] = random.integers(0, 2 if dtype.kind == "b" else self._rows(value.name), shape).astype(dtype)
         return {name: self._backend.asarray(value) for name, value in drawn.items()}
 
     def _rows(self, name: str) -> int:
