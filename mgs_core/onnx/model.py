@@ -22,6 +22,7 @@ from mgs_core.onnx.graph import Graph, Node, Value, needed
 from mgs_core.onnx.operators.common import native_dtype
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
+from mgs_core.onnx.ties import tie
 from mgs_core.onnx.program import Place, compile_nodes
 
 _PRECISIONS = (None, "float16", "float32", "float64")
@@ -35,10 +36,12 @@ class OnnxModel(FunctionalModel):
         function: `function(parameters, inputs) → (n, c)`; inputs are one array, or a dict by input name.
         parameters: the trained initialisers by name.
         proto: the model as read.
+        ties: initialisers that are transposed copies of a parameter: name of the copy → name of the parameter.
     """
 
     function: _Function
     proto: ModelProto
+    ties: Mapping[str, str]
 
     def example_inputs(self, n: int, *, seed: int = 0) -> dict[str, Array]:
         """Draw inputs of the declared shapes: normal numbers, and small integers that index what they look up.
@@ -103,6 +106,7 @@ def load(
     found = get_backend(backend)
     proto, folder = read_model(model)
     graph = parse(proto, folder, dtype)
+    ties = tie(graph)
     wanted = _output(graph, output)
     nodes = needed(graph.nodes, [wanted])
     used = {name for node in nodes for name in node.inputs} | {wanted}
@@ -117,7 +121,7 @@ def load(
             "Name them by `parameters`."
         )
     function = _Function(graph, nodes, wanted, chosen, found)
-    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto)
+    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto, ties)
 
 
 class _Function:
