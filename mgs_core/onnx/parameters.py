@@ -33,7 +33,20 @@ _WEIGHTS: dict[str, frozenset[int]] = {
 }  # fmt: skip
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum"}
 #: Rearrange their first input, and take sizes besides.
-_VIEWS = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Split", "Slice", "Expand", "Tile"}
+_VIEWS = {
+    "Identity",
+    "Cast",
+    "Transpose",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Split",
+    "Slice",
+    "Expand",
+    "Tile",
+    "CastLike",
+}
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
 

@@ -45,7 +45,11 @@ def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None)
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    copies = {copy: np.asarray(get_backend(values[table]).to_numpy(values[table])).T for copy, table in model.ties.items() if table in values}
+    copies = {
+        copy: np.asarray(get_backend(values[table]).to_numpy(values[table])).T
+        for copy, table in model.ties.items()
+        if table in values
+    }
     for name, value in {**values, **copies}.items():
         array, tensor = np.asarray(get_backend(value).to_numpy(value)), tensors[name]
         if array.shape != tuple(tensor.dims):

@@ -102,7 +102,10 @@ def torch_zoo() -> dict[str, Any]:
         "one_unit": (nn.Sequential(nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 1)), (5,)),
         "conv": (conv, (2, 8, 8)),
         "conv1d": (nn.Sequential(nn.Conv1d(2, 3, 3, dilation=2), nn.Mish(), nn.Flatten(), nn.Linear(3 * 5, 3)), (2, 9)),
-        "conv3d": (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Softplus(), nn.AvgPool3d(2), nn.Flatten(), nn.Linear(2, 3)), (1, 3, 3, 3)),
+        "conv3d": (
+            nn.Sequential(nn.Conv3d(1, 2, 2), nn.Softplus(), nn.AvgPool3d(2), nn.Flatten(), nn.Linear(2, 3)),
+            (1, 3, 3, 3),
+        ),
         "decoder": (decoder, (2, 3, 3)),
         "normalised": (nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Hardswish(), nn.Linear(6, 3)), (5,)),
         "attention": (Attention(), (5, 6)),
@@ -139,7 +142,9 @@ def export_torch(name: str, exporter: str) -> Exported:
             if exporter == "dynamo":
                 pytest.importorskip("onnxscript")
                 batch = torch.export.Dim("batch", min=1, max=1024)
-                program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, optimize=name != "conv")
+                program = torch.onnx.export(
+                    module, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, optimize=name != "conv"
+                )
                 program.save(buffer)
             else:
                 torch.onnx.export(

@@ -145,9 +145,10 @@ def _plus(x: Array, bias: Array) -> Array:
 def _functions(node: Node, xp: Namespace, directions: int) -> list[list[Function]]:
     """Return the activation functions of each direction."""
     default = _DEFAULTS[node.operator]
-    names = node.attributes.get("activations") or default * directions
-    if len(names) != len(default) * directions:
-        raise node.damaged(f"names {len(names)} activation functions; {len(default) * directions} are needed")
+    count = len(default) * directions
+    names = (node.attributes.get("activations") or default * directions)[:count]  # the default of RNN is for two directions
+    if len(names) != count:
+        raise node.damaged(f"names {len(names)} activation functions; {count} are needed")
     alphas, betas = iter(node.attributes.get("activation_alpha") or ()), iter(node.attributes.get("activation_beta") or ())
     limit = node.attributes.get("clip")
     made = []
