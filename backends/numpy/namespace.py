@@ -76,8 +76,11 @@ class TracedNamespace:
 
     @staticmethod
     def permute_dims(array: Array, axes: Any) -> Array:
-        """Return the array with its axes permuted; nothing is traced where they stand so."""
-        return array if tuple(axes) == tuple(range(len(axes))) else anp.transpose(array, axes)
+        """Return the array with its axes permuted; a reshape where only axes of length 1 move."""
+        moved = [axis for axis in axes if array.shape[axis] != 1]
+        if moved == sorted(moved):
+            return TracedNamespace.reshape(array, tuple(array.shape[axis] for axis in axes))
+        return primitives.transpose(array, tuple(axes))
 
     @staticmethod
     def zeros_like(array: Array, dtype: Any = None) -> Array:

@@ -145,6 +145,19 @@ defvjp(pad, lambda ans, x, widths, value=0.0: lambda g: crop(g, widths), argnums
 defvjp(crop, lambda ans, x, widths: lambda g: pad(g, widths), argnums=(0,))
 
 
+@primitive  # type: ignore[untyped-decorator]  # autograd has no types
+def transpose(x: Array, axes: Sizes) -> Array:
+    """Return x with its axes permuted; autograd's own sorts the axes again for each derivative."""
+    return np.transpose(x, axes)
+
+
+def _inverse(axes: Sizes) -> Sizes:
+    return tuple(axes.index(at) for at in range(len(axes)))
+
+
+defvjp(transpose, lambda ans, x, axes: lambda g: transpose(g, _inverse(axes)), argnums=(0,))
+
+
 def make_erf(function: Any) -> Any:
     """Return the error function with its derivative.
 
