@@ -141,9 +141,15 @@ def _known_layouts(
     function: Any, tape: Tape, uses: Sequence[Use], stop: Callable[[TapeNode, TapeNode], bool], chosen: list[str], n: int
 ) -> list[Layout | None]:
     """Return the layout of each use, from the cache where the same operations met the same shapes before."""
-    key = (tuple(chosen), n, tuple((getattr(node.function, "__name__", node.name), anp.shape(node.value)) for node in tape.nodes))
+    owner, method = getattr(function, "__self__", function), getattr(function, "__func__", None)  # bound methods do not last
+    key = (
+        method,
+        tuple(chosen),
+        n,
+        tuple((getattr(node.function, "__name__", node.name), anp.shape(node.value)) for node in tape.nodes),
+    )
     try:
-        cache = _layouts.setdefault(function, {})
+        cache = _layouts.setdefault(owner, {})
     except TypeError:  # a function that takes no weak reference
         cache = {}
     if key in cache:

@@ -32,6 +32,8 @@ class Layout:
     def split(self, array: Array, n: int) -> Array:
         """Rearrange (groups, *lead, features) to (n, groups, s, features)."""
         groups, *lead, features = array.shape
+        if groups == 1 and self.axis <= 0 and self.sample_first:  # samples are first already
+            return anp.reshape(array, (n, 1, prod(lead) // n, features))
         if self.axis < 0:
             return anp.reshape(array, (1, groups, prod(lead), features))
         if groups == 1 and self.axis == 0 and self.sample_first:  # the samples stand first already

@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import autograd.numpy as anp
 import numpy as np
-from autograd.extend import defvjp, primitive
 
 from mgs_core._types import Array
+
+from . import primitives
 
 
 class _LinearAlgebra:
     cholesky = staticmethod(anp.linalg.cholesky)
+    det = staticmethod(anp.linalg.det)
 
 
 class TracedNamespace:
     """Offer autograd's functions under array-API names; plain NumPy arrays are taken too.
 
-    Names that the array API and autograd share come through `__getattr__`.
+    Names that the array API and autograd share come through `__getattr__`. The names with `mgs_` are those of
+    `mgs_core.onnx.extensions`.
     """
 
     linalg = _LinearAlgebra
     concat = staticmethod(anp.concatenate)
-    permute_dims = staticmethod(anp.transpose)
     pow = staticmethod(anp.power)
-    isdtype = staticmethod(np.isdtype)
+    bitwise_invert = staticmethod(anp.invert)
+    bitwise_left_shift = staticmethod(anp.left_shift)
+    bitwise_right_shift = staticmethod(anp.right_shift)
     finfo = staticmethod(np.finfo)
+    iinfo = staticmethod(np.iinfo)
     arange = staticmethod(np.arange)
     eye = staticmethod(np.eye)
     zeros = staticmethod(np.zeros)
     ones = staticmethod(np.ones)
     full = staticmethod(np.full)
-    iinfo = staticmethod(np.iinfo)
-    asin, acos, atan = staticmethod(anp.arcsin), staticmethod(anp.arccos), staticmethod(anp.arctan)
-    asinh, acosh, atanh = staticmethod(anp.arcsinh), staticmethod(anp.arccosh), staticmethod(anp.arctanh)
+    flip = staticmethod(primitives.flip)
+    round = staticmethod(anp.round)
+    mgs_relu = staticmethod(primitives.relu)
+    mgs_sigmoid = staticmethod(primitives.sigmoid)
+    mgs_softmax = staticmethod(primitives.softmax)
+    mgs_log_softmax = staticmethod(primitives.log_softmax)
+    mgs_einsum = staticmethod(anp.einsum)
 
     def __getattr__(self, name: str) -> Any:
         """Return autograd's function of that name."""
         return getattr(anp, name)
+
+    @staticmethod
+    def isdtype(dtype: Any, kind: Any) -> bool:
+        """Say whether a dtype is of a kind; NumPy itself does not know bfloat16."""
+        if getattr(dtype, "name", "") == "bfloat16":
+            return kind in ("real floating", "numeric")
+        return bool(np.isdtype(dtype, kind))
 
     @staticmethod
     def asarray(value: Any, dtype: Any = None) -> Array:
@@ -55,6 +70,19 @@ class TracedNamespace:
         return array if array.dtype == dtype and not copy else array.astype(dtype)
 
     @staticmethod
+    def reshape(array: Array, shape: Any) -> Array:
+        """Return the array in another shape; nothing is traced where it has that shape."""
+        return array if array.shape == shape else anp.reshape(array, shape)
+
+    @staticmethod
+    def permute_dims(array: Array, axes: Any) -> Array:
+        """Return the array with its axes permuted; a reshape where only axes of length 1 move."""
+        moved = [axis for axis in axes if array.shape[axis] != 1]
+        if moved == sorted(moved):
+            return TracedNamespace.reshape(array, tuple(array.shape[axis] for axis in axes))
+        return primitives.transpose(array, tuple(axes))
+
+    @staticmethod
     def zeros_like(array: Array, dtype: Any = None) -> Array:
         """Return zeros of the array's shape."""
         return np.zeros(array.shape, dtype=dtype or array.dtype)
@@ -65,56 +93,44 @@ class TracedNamespace:
         return np.ones(array.shape, dtype=dtype or array.dtype)
 
     @staticmethod
+    def full_like(array: Array, value: Any, dtype: Any = None) -> Array:
+        """Return the array's shape filled with a value."""
+        return np.full(array.shape, value, dtype=dtype or array.dtype)
+
+    @staticmethod
     def take(array: Array, indices: Array, axis: int = 0) -> Array:
         """Return the slices at the indices along an axis."""
         return array[(slice(None),) * (axis % array.ndim) + (indices,)] if axis else array[indices]
 
     @staticmethod
+    def argsort(array: Array, axis: int = -1, descending: bool = False, stable: bool = True) -> Array:
+        """Return the places that sort the array; equal values keep their order."""
+        if descending:
+            length = array.shape[axis]
+            turned = anp.argsort(anp.flip(array, axis=axis), axis=axis, kind="stable")
+            return anp.flip(length - 1 - turned, axis=axis)
+        return anp.argsort(array, axis=axis, kind="stable")
+
+    @staticmethod
+    def cumulative_sum(array: Array, axis: int = -1, dtype: Any = None) -> Array:
+        """Return the running sums along an axis."""
+        summed = anp.cumsum(array, axis=axis)
+        return summed if dtype is None or summed.dtype == dtype else summed.astype(dtype)
+
+    @staticmethod
     def mgs_patches(x: Array, window: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:
         """Return the windows of x (n, channels, *space), already padded: (n, channels, *window, *output positions)."""
-        return _patches(x, tuple(window), tuple(strides), tuple(dilations))
+        return primitives.patches(x, tuple(window), tuple(strides), tuple(dilations))
 
+    @staticmethod
+    def mgs_pad(x: Array, widths: Any, *, value: float = 0.0) -> Array:
+        """Return x with a constant around it."""
+        return primitives.pad(x, tuple(widths), value)
 
-@primitive  # type: ignore[untyped-decorator]  # autograd has no types
-def _patches(x: Array, window: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]) -> Array:
-    out = _positions(x.shape[2:], window, strides, dilations)
-    steps = x.strides[2:]
-    shape = (*x.shape[:2], *window, *out)
-    moves = (
-        *x.strides[:2],
-        *(a * b for a, b in zip(steps, dilations, strict=True)),
-        *(a * b for a, b in zip(steps, strides, strict=True)),
-    )
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(x, shape, moves, writeable=False))
-
-
-@primitive  # type: ignore[untyped-decorator]  # autograd has no types
-def _fold(
-    patches: Array, space: tuple[int, ...], window: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]
-) -> Array:
-    """Add the windows back: the adjoint of `_patches`."""
-    out = _positions(space, window, strides, dilations)
-    total = np.zeros((*patches.shape[:2], *space), dtype=patches.dtype)
-    for offset in product(*(range(size) for size in window)):
-        where = tuple(
-            slice(at * d, at * d + (count - 1) * s + 1, s)
-            for at, d, s, count in zip(offset, dilations, strides, out, strict=True)
-        )
-        total[(slice(None), slice(None), *where)] += patches[(slice(None), slice(None), *offset)]
-    return total
-
-
-def _positions(space: Sequence[int], window: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> tuple[int, ...]:
-    return tuple((size - d * (w - 1) - 1) // s + 1 for size, w, s, d in zip(space, window, strides, dilations, strict=True))
-
-
-defvjp(
-    _patches,
-    lambda ans, x, window, strides, dilations: lambda g: _fold(g, x.shape[2:], window, strides, dilations),
-    argnums=(0,),
-)
-defvjp(
-    _fold,
-    lambda ans, patches, space, window, strides, dilations: lambda g: _patches(g, window, strides, dilations),
-    argnums=(0,),
-)
+    @staticmethod
+    def mgs_max_pool(x: Array, *, window: Any, strides: Any, pads: Any, dilations: Any) -> Array:
+        """Return the greatest of each window; padding counts as the least value."""
+        if any(map(any, pads)):
+            least = -np.inf if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).min
+            x = primitives.pad(x, ((0, 0), (0, 0), *pads), least)
+        return primitives.max_pool(x, tuple(window), tuple(strides), tuple(dilations))

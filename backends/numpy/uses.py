@@ -17,6 +17,7 @@ from autograd.numpy.numpy_boxes import ArrayBox
 
 from mgs_core._types import Array
 
+from . import primitives
 from .tape import TapeNode, plain
 
 
@@ -98,7 +99,7 @@ def _is_view(node: TapeNode) -> bool:
     return node.function in _VIEWS and node.positions == (0,)
 
 
-_VIEWS = {anp.reshape, anp.transpose, anp.swapaxes, anp.moveaxis, anp.squeeze, anp.expand_dims, anp.ravel}
+_VIEWS = {anp.reshape, anp.transpose, primitives.transpose, primitives.flip, anp.swapaxes, anp.moveaxis, anp.squeeze, anp.expand_dims, anp.ravel}
 
 
 def _matmul(node: TapeNode, position: int) -> Site | None:

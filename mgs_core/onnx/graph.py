@@ -1,4 +1,4 @@
-"""The validated form of a graph: names are unique everywhere, nodes stand in order of evaluation, attributes are Python values."""
+"""The validated form of a graph: unique names, nodes in order of evaluation, attributes as Python values."""
 
 from __future__ import annotations
 

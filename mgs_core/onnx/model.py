@@ -22,6 +22,7 @@ from mgs_core.onnx.graph import Graph, Node, Value, needed
 from mgs_core.onnx.operators.common import native_dtype
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
+from mgs_core.onnx.ties import tie
 from mgs_core.onnx.program import Place, compile_nodes
 
 _PRECISIONS = (None, "float16", "float32", "float64")
@@ -35,10 +36,12 @@ class OnnxModel(FunctionalModel):
         function: `function(parameters, inputs) → (n, c)`; inputs are one array, or a dict by input name.
         parameters: the trained initialisers by name.
         proto: the model as read.
+        ties: initialisers that are transposed copies of a parameter: name of the copy → name of the parameter.
     """
 
     function: _Function
     proto: ModelProto
+    ties: Mapping[str, str]
 
     def example_inputs(self, n: int, *, seed: int = 0) -> dict[str, Array]:
         """Draw inputs of the declared shapes: normal numbers, and small integers that index what they look up.
@@ -68,8 +71,8 @@ def load(
     Args:
         model: path of an .onnx file, or a `ModelProto`, which is left as it is.
         backend: name of the backend whose arrays the parameters are.
-        parameters: None for the initialisers that are trained, by the rule of `mgs_core.onnx.parameters`; or names or a predicate on
-            names, of all floating-point initialisers.
+        parameters: None for the initialisers that are trained, by the rule of `mgs_core.onnx.parameters`; or names or a predicate
+            on names, of all floating-point initialisers.
         output: name of the output; None for the first that is floating-point. Outputs of other ranks are brought to (n, c).
         dtype: "float16", "float32" or "float64" to replace every floating-point type of the model; None to keep them.
 
@@ -103,6 +106,7 @@ def load(
     found = get_backend(backend)
     proto, folder = read_model(model)
     graph = parse(proto, folder, dtype)
+    ties = tie(graph)
     wanted = _output(graph, output)
     nodes = needed(graph.nodes, [wanted])
     used = {name for node in nodes for name in node.inputs} | {wanted}
@@ -117,7 +121,7 @@ def load(
             "Name them by `parameters`."
         )
     function = _Function(graph, nodes, wanted, chosen, found)
-    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto)
+    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto, ties)
 
 
 class _Function:
@@ -178,7 +182,7 @@ class _Function:
             if _is_float(dtype):
                 drawn[value.name] = random.normal(size=shape).astype(dtype)
             else:
-                drawn[value.name] = random.integers(0, 2 if dtype == bool else self._rows(value.name), shape).astype(dtype)
+                drawn[value.name] = random.integers(0, 2 if dtype.kind == "b" else self._rows(value.name), shape).astype(dtype)
         return {name: self._backend.asarray(value) for name, value in drawn.items()}
 
     def _rows(self, name: str) -> int:

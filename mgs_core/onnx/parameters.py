@@ -1,8 +1,8 @@
 """Which initialisers of a graph are its trained parameters.
 
-An ONNX file does not say. The rule: a floating-point initialiser is a parameter when it reaches, as it is or through nodes that take
-nothing but constants and sizes, an input where networks keep weights (`_WEIGHTS`), or a place where it is added to or multiplied with data
-that earlier parameters have touched, except
+An ONNX file does not say. The rule: a floating-point initialiser is a parameter when it reaches, as it is or through nodes that
+take nothing but constants and sizes, an input where networks keep weights (`_WEIGHTS`), or a place where it is added to or
+multiplied with data that earlier parameters have touched, except
 
 * numbers of rank 0, and single elements unless they are added to the output of a layer with one unit: ε, scales, exponents;
 * values that are not finite or as small as a type goes: attention masks;
@@ -27,12 +27,26 @@ _WEIGHTS: dict[str, frozenset[int]] = {
     for name, places in {
         "MatMul": (0, 1), "Gemm": (0, 1, 2), "Conv": (1, 2), "ConvTranspose": (1, 2), "Einsum": range(8), "Gather": (0,),
         "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
-        "RMSNormalization": (1,), "PRelu": (1,), "Concat": range(1 << 10), "LSTM": (1, 2, 3, 7), "GRU": (1, 2, 3), "RNN": (1, 2, 3), "DeformConv": (1, 3),
+        "RMSNormalization": (1,), "PRelu": (1,), "Concat": range(1 << 10), "LSTM": (1, 2, 3, 7), "GRU": (1, 2, 3),
+        "RNN": (1, 2, 3), "DeformConv": (1, 3),
     }.items()
 }  # fmt: skip
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum"}
 #: Rearrange their first input, and take sizes besides.
-_VIEWS = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Split", "Slice", "Expand", "Tile"}
+_VIEWS = {
+    "Identity",
+    "Cast",
+    "Transpose",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Split",
+    "Slice",
+    "Expand",
+    "Tile",
+    "CastLike",
+}
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
 

@@ -193,7 +193,7 @@ class _Parser:
         if len(proto.input) > len(function.input) or len(proto.output) > len(function.output):
             raise damaged(where, f"has more inputs or outputs than its function {function.name!r}")
         names = {inner: scope.rename(outer) if outer else "" for inner, outer in zip(function.input, proto.input, strict=False)}
-        names |= {inner: "" for inner in function.input[len(proto.input) :]}
+        names |= dict.fromkeys(function.input[len(proto.input) :], "")
         bindings = bound(proto, function, scope.bindings)
         prefix = f"{label}.{next(self._numbers)}/"
         inside = _Scope(_versions(function.opset_import), names, bindings, scope.depth + 1, scope.calls | {key})

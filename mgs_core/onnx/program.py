@@ -1,7 +1,7 @@
 """Compile a graph to a list of ready calls, and run it.
 
-Everything that can be decided before data comes is decided here: the function of each node, where each value lives, and the values
-that no data or parameter reaches, which are computed once. A value is
+Everything that can be decided before data comes is decided here: the function of each node, where each value lives, and the
+values that no data or parameter reaches, which are computed once. A value is
 
 * constant: known when the model is loaded;
 * host: a NumPy array that depends on shapes only, computed anew at each run;

@@ -45,7 +45,12 @@ def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None)
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for name, value in values.items():
+    copies = {
+        copy: np.asarray(get_backend(values[table]).to_numpy(values[table])).T
+        for copy, table in model.ties.items()
+        if table in values
+    }
+    for name, value in {**values, **copies}.items():
         array, tensor = np.asarray(get_backend(value).to_numpy(value)), tensors[name]
         if array.shape != tuple(tensor.dims):
             raise ArgumentError(f"`parameters` must keep their shapes; got {array.shape} for {name!r} of {tuple(tensor.dims)}.")

@@ -56,7 +56,7 @@ def dtype_of(code: int, where: str, precision: str | None = None) -> np.dtype:
         raise unsupported(where, f"has the element type {name}", "Use a model of floating-point, integer and bool tensors.")
     if precision is not None and code in _FLOATS:
         return np.dtype(precision)
-    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
+    return np.dtype(str(helper.tensor_dtype_to_np_dtype(code)))
 
 
 def to_array(tensor: TensorProto, folder: Path | None, where: str, precision: str | None = None) -> Array:
@@ -134,4 +134,5 @@ def _read_external(tensor: TensorProto, folder: Path | None, size: int, where: s
         )
     with path.open("rb") as file:
         file.seek(offset)
-        return file.read(length)
+        data: bytes = file.read(length)
+    return data

@@ -66,7 +66,7 @@ def eye_like(node: Node, xp: Namespace) -> Run:
 
     def run(x: Array) -> Array:
         dtype = x.dtype if kind is None else native_dtype(xp, node.dtype(kind))
-        return xp.astype(xp.asarray(np.eye(*x.shape, k=k)), dtype)
+        return xp.astype(xp.asarray(np.eye(x.shape[0], x.shape[1], k=k)), dtype)
 
     return run
 

@@ -38,8 +38,8 @@ class Operator:
         host: positions of inputs that are wanted as NumPy arrays, because they fix shapes; None for all.
         many: whether the function returns a sequence, one entry for each output.
         host_result: whether the result is a NumPy array whatever the inputs (shapes).
-        control: for operators with subgraphs: makes the function, which takes each input where it lives, and says where its results
-            live; None for others.
+        control: for operators with subgraphs: makes the function, which takes each input where it lives, and says where its
+            results live; None for others.
     """
 
     build: Builder

@@ -188,12 +188,12 @@ def depth_to_space(node: Node, xp: Namespace) -> Run:
 @operator("SpaceToDepth")
 def space_to_depth(node: Node, xp: Namespace) -> Run:
     """Move blocks of space into channels."""
-    block = node.attributes["blocksize"]
+    block, column = node.attributes["blocksize"], node.attributes.get("mode", "DCR") == "DCR"
 
     def run(x: Array) -> Array:
         n, channels, height, width = x.shape
         x = xp.reshape(x, (n, channels, height // block, block, width // block, block))
-        x = xp.permute_dims(x, (0, 3, 5, 1, 2, 4))
+        x = xp.permute_dims(x, (0, 3, 5, 1, 2, 4) if column else (0, 1, 3, 5, 2, 4))
         return xp.reshape(x, (n, channels * block * block, height // block, width // block))
 
     return _blocks(node, block, run)

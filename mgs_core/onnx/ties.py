@@ -1,0 +1,37 @@
+"""Undo an exporter's habit: the output weight that is tied to an embedding comes as a transposed copy of the table."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mgs_core.onnx.graph import Graph, Node
+
+
+def tie(graph: Graph) -> dict[str, str]:
+    """Replace transposed copies of lookup tables by a transposition of the table, and so share its gradient.
+
+    Only the exact transpose of a table that `Gather` reads is tied: two layers that merely start from the same values are not.
+
+    Args:
+        graph: changed in place.
+
+    Returns:
+        Name of each copy → name of its table.
+    """
+    tables = {
+        node.inputs[0]
+        for node in graph.nodes
+        if node.operator == "Gather" and node.inputs[0] in graph.initializers and graph.initializers[node.inputs[0]].ndim == 2
+    }
+    ties: dict[str, str] = {}
+    for name, value in graph.initializers.items():
+        for table in sorted(tables - {name}):
+            source = graph.initializers[table]
+            if value.shape == source.shape[::-1] and value.dtype == source.dtype and np.any(value != value[0, 0]):
+                if np.array_equal(value, source.T):
+                    ties[name] = table
+                    break
+    for copy, table in ties.items():
+        del graph.initializers[copy]
+        graph.nodes.insert(0, Node("Transpose", "", 13, f"{copy} (tied)", (table,), (copy,), {"perm": [1, 0]}, 1))
+    return ties
