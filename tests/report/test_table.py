@@ -14,8 +14,8 @@ from mgs_core.report import table, write_report
 from mgs_core.report.runs import group, read
 
 KEYS = [
-    "regulariser", "test %, last (± s.e.)", "test %, best", "memorised %", "trace", "log det", "similarity", "eff. rank", "seconds",
-    "runs",
+    "regulariser", "test %, last (± s.e.)", "test %, best", "memorised %", "trace", "log det", "similarity", "eff. rank",
+    "seconds", "runs",
 ]  # fmt: skip
 FIELDS = {
     "test %, last (± s.e.)": ("last_test_accuracy", 100), "test %, best": ("best_test_accuracy", 100),
@@ -122,12 +122,14 @@ def test_no_records(records, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("records", "got"), [({}, "dict"), ("text", "str"), (None, "NoneType"), (iter(()), "iterator")])
 def test_records_of_another_type(records, got):
     with pytest.raises(ArgumentError, match=f"`records` must be a list of dicts; got .*{got}"):
         table(records)
 
 
+@pytest.mark.wrong_types
 def test_a_record_of_another_type():
     with pytest.raises(ArgumentError, match="`records` must be a list of dicts; got one of type int"):
         table([run("none", 0), 3])
