@@ -29,7 +29,7 @@ class Axis:
     logarithmic: bool = False
     share: bool = False
 
-    def place(self, value: float) -> float:
+    def place(self, value: int | float) -> float:
         """Return where a number lies; beyond the ends of the axis too, but for numbers of at most 0 on a logarithmic one."""
         low, high, at = self.low, self.high, value
         if self.logarithmic:

@@ -11,7 +11,7 @@ from mgs_core.report.metrics import Metric
 from mgs_core.report.numbers import MISSING, mean, written
 from mgs_core.report.runs import Comparison, Point, Run
 
-WIDTH, TOP, LEFT, BOTTOM, ROW = 440, 12, 52, 36, 16
+WIDTH, TOP, LEFT, BOTTOM, ROW = 440.0, 12.0, 52.0, 36.0, 16.0
 MOST_EPOCHS = 100
 
 
@@ -175,8 +175,8 @@ def end_labels(comparison: Comparison, lines: list[Line], box: tuple[float, floa
 
 def _epoch_axis(first: int, last: int, box: tuple[float, float, float, float]) -> Axis:
     if first == last:
-        return Axis(first - 1, last + 1, box[0], box[2])
-    return Axis(first, last, box[0], box[2])
+        return Axis(first - 1.0, last + 1.0, box[0], box[2])
+    return Axis(float(first), float(last), box[0], box[2])
 
 
 def _unfinished(comparison: Comparison, name: str, metric: Metric, kept: set[int]) -> list[list[Point]]:

@@ -12,7 +12,7 @@ from mgs_core.report.metrics import KERNEL_METRICS, MEMORISATION, OUTCOMES, TEST
 from mgs_core.report.numbers import MISSING, mean, rank_correlation, written
 from mgs_core.report.runs import Comparison
 
-NAMES = 162  # width of a column of names left of a drawing
+NAMES = 162.0  # width of a column of names left of a drawing
 
 
 @dataclass(frozen=True)

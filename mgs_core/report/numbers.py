@@ -6,17 +6,23 @@ import math
 from collections.abc import Sequence
 
 MISSING = "–"
+_MOST = 1e150
 
 
 def finite(value: object) -> float | None:
-    """Return the number, or None for whatever is none: NaN, infinity, a text, a truth value, None."""
+    """Return the number, or None for whatever is none: NaN, infinity, a text, a truth value, None.
+
+    Numbers at the edges of the floats count as infinite or 0, so that spans and ratios of numbers are finite.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    if not abs(number) < _MOST:
+        return None
+    return number if abs(number) > 1 / _MOST else 0.0
 
 
 def mean(values: Sequence[float]) -> float:

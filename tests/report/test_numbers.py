@@ -44,13 +44,14 @@ def test_two_pairs_have_no_rank_correlation() -> None:
     assert rank_correlation([1.0, 2.0], [1.0, 2.0]) is None
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, "3", True, [1.0], 10**400])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, "3", True, [1.0], 10**400, 1e200, -1e200])
 def test_what_is_no_number(value: object) -> None:
     assert finite(value) is None
 
 
 def test_numbers_are_finite() -> None:
     assert finite(3) == 3.0
+    assert finite(1e-310) == 0.0
     assert finite(np.float64(0.5)) == 0.5
 
 

@@ -14,8 +14,8 @@ from mgs_core.report import table, write_report
 from mgs_core.report.runs import group, read
 
 KEYS = [
-    "regulariser", "test %, last (± s.e.)", "test %, best", "memorised %", "trace", "log det", "similarity", "eff. rank", "seconds",
-    "runs",
+    "regulariser", "test %, last (± s.e.)", "test %, best", "memorised %", "trace", "log det", "similarity", "eff. rank",
+    "seconds", "runs",
 ]  # fmt: skip
 FIELDS = {
     "test %, last (± s.e.)": ("last_test_accuracy", 100), "test %, best": ("best_test_accuracy", 100),
@@ -122,6 +122,7 @@ def test_no_records(records, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("records", "got"), [({}, "dict"), ("text", "str"), (None, "NoneType"), (iter(()), "iterator")])
 @pytest.mark.wrong_types
 def test_records_of_another_type(records, got):

@@ -1,0 +1,100 @@
+"""The sentences, against records for which they can be foretold."""
+
+from __future__ import annotations
+
+import pytest
+
+from mgs_core.report.dots import correlations
+from mgs_core.report.runs import read
+from mgs_core.report.words import findings, headline
+
+
+def run(name, seed, test=None, wrong=None, **figures):
+    return {
+        "event": "run", "regularizer": name, "seed": seed, "last_test_accuracy": test, "memorisation": wrong, **figures,
+    }  # fmt: skip
+
+
+def said(records):
+    comparison = read(records)
+    return [
+        sentence.replace("\u00a0", " ") for sentence in (headline(comparison), *findings(comparison, correlations(comparison)))
+    ]
+
+
+def test_who_memorises_most_and_least():
+    records = [run("none", 0, 0.6, 0.8), run("none", 1, 0.7, 0.9), run("mgs-trace", 0, 0.9, 0.1), run("mgs-trace", 1, 0.9, 0.2)]
+    head, *rest = said(records)
+    assert head == "Without a regulariser, the network memorises 85.0 % of the wrong labels; with mgs-trace, 15.0 %."
+    assert "Test accuracy ends highest with mgs-trace, at 90.0 ± 0.0 % (mean ± standard error over seeds)." in rest
+    assert "Without a regulariser it ends at 65.0 ± 5.0 %." in rest
+
+
+def test_figures_within_the_error_are_not_told_apart():
+    records = [run("a", 0, 0.5, 0.4), run("a", 1, 0.7, 0.6), run("b", 0, 0.51, 0.41), run("b", 1, 0.71, 0.61)]
+    head, *rest = said(records)
+    assert head == "The regularisers memorise alike: 50.0 % to 51.0 % of the wrong labels, within one standard error."
+    assert (
+        rest[0] == "Test accuracy ends highest with b, at 61.0 ± 10.0 % (mean ± standard error over seeds), not clearly above a."
+    )
+
+
+def test_without_wrong_labels_test_accuracy_is_told():
+    assert said([run("none", 0, 0.9), run("mixup", 0, 0.95)])[0] == (
+        "With mixup, test accuracy ends highest, at 95.0 %; without a regulariser lowest, at 90.0 %."
+    )
+    assert said([run("a", 0, 0.9), run("b", 0, 0.9)])[0].startswith("The regularisers end alike: 90.0 % to 90.0 % test accuracy")
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        (run("none", 0, 0.9, 0.3), "Without a regulariser, the network memorises 30.0 % of the wrong labels."),
+        (run("mgs-trace", 0, 0.9), "With mgs-trace, the network reaches 90.0 % test accuracy."),
+        (run("none", 0), "The records hold neither test accuracy nor memorisation."),
+    ],
+)
+def test_one_regulariser(record, sentence):
+    assert said([record])[0] == sentence
+
+
+def test_the_fall_from_the_best_epoch():
+    assert "Without a regulariser it ends at 60.0 %, 20.0 points below its own best epoch." in said(
+        [run("none", 0, 0.6, 0.5, best_test_accuracy=0.8)]
+    )
+    assert "Without a regulariser it ends at 80.0 %, its best epoch." in said([run("none", 0, 0.8, 0.5, best_test_accuracy=0.8)])
+
+
+def test_the_metric_with_the_largest_rank_correlation():
+    values = [(0.1, 9.0, 3.0), (0.2, 8.0, 1.0), (0.3, 7.0, 4.0), (0.4, 6.0, 2.0)]  # ρ with memorisation: −1 and 0
+    records = [run("a", seed, 1 - w, w, mgs_trace=t, mgs_effective_rank=r) for seed, (w, t, r) in enumerate(values)]
+    rest = said(records)
+    assert rest[-2] == (
+        "Over 4 finished runs, the trace tells best which run memorises: rank correlation −1.00; "
+        "the effective rank tells least: +0.00."
+    )
+    assert rest[-1] == "The order of the last test accuracy is met most closely by the trace: +1.00."
+
+
+def test_no_metric_ranks_well():
+    records = [
+        run("a", seed, 0.5, w, mgs_similarity=s) for seed, (w, s) in enumerate([(0.1, 3.0), (0.2, 1.0), (0.3, 4.0), (0.4, 2.0)])
+    ]
+    assert (
+        "Over 4 finished runs, no metric ranks memorisation well; the similarity part comes closest: rank correlation +0.00."
+        in said(records)
+    )
+
+
+def test_one_seed_is_said():
+    sentence = "Each regulariser was run from one seed only: differences may be chance."
+    assert sentence in said([run("a", 0, 0.5, 0.1), run("b", 0, 0.6, 0.2)])
+    assert sentence not in said([run("a", 0, 0.5, 0.1), run("a", 1, 0.6, 0.2), run("b", 0, 0.6, 0.2)])
+    assert sentence not in said([run("a", 0, 0.5, 0.1)])
+
+
+def test_unfinished_runs_are_said():
+    records = [run("a", 0, 0.5, 0.1), {"event": "epoch", "regularizer": "b", "seed": 0, "epoch": 1, "test_accuracy": 0.4}]
+    assert (
+        said(records)[-1] == "1 run is not finished (b). b: no run is finished, the figures are those of the last epoch so far."
+    )
