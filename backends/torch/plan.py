@@ -1,7 +1,7 @@
 """Find where the parameters meet data, once for each structure of graph.
 
 Going up from a parameter, a node either only reshapes or transforms it (`weight.T`, weight normalisation: part of the *chain*),
-or is the *site* where data enter. What tells them apart is the gradient at the node's output: at a site, its rows belong to single
+or is the *site* where data enter. The gradient at the node's output tells them apart: at a site, its rows belong to single
 samples (see `layout.py`); in a chain they do not. So every node that a chain reaches is taken for a site and tested, and goes to
 the chain if it fails. Samples interact where data enter a chain, so that samples separate only later, where no data enter.
 """
