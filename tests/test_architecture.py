@@ -22,6 +22,7 @@ ALLOWED_IN = {
     "mgs_core/report": {"jinja2", "matplotlib", "numpy"},
     "backends/numpy": {"autograd", "numpy"},
     "backends/torch": {"torch"},
+    "adapters/torch.py": {"torch"},
 }
 
 

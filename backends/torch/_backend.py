@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +18,15 @@ from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
 from .collect import collect, weighted_pulls
+from .evaluated import Evaluated
+from .evaluated import evaluated as _evaluated
+from .fused import refuse_fused
+from .fused import twice_differentiable as _twice_differentiable
 from .graph import Graph, read_graph
 from .namespace import namespace
 from .plan import Plan, make_plan
-from .run import run_module
+from .rules.normalisation import frozen_batch_norm
+from .run import Configured, as_tensor, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
 
@@ -34,6 +40,10 @@ class TorchBackend:
 
     name = "torch"
     namespace: Namespace = namespace
+    evaluated = staticmethod(_evaluated)
+    tensor = staticmethod(as_tensor)
+    Configured = Configured
+    twice_differentiable = staticmethod(_twice_differentiable)
 
     def __init__(self) -> None:
         self._depth = 0  # of nested value_and_gradient calls
@@ -49,9 +59,12 @@ class TorchBackend:
 
     def parameters(self, model: Any) -> dict[str, Array]:
         """Return the trainable parameters by name."""
-        if isinstance(model, FunctionalModel):
+        if isinstance(model, Evaluated):
+            leaves = dict(model.parameters)
+        elif isinstance(model, FunctionalModel):
             leaves = flatten(model.parameters)
-        elif isinstance(model, torch.nn.Module):
+        elif isinstance(model, torch.nn.Module | Configured):
+            model = unwrap(model.model if isinstance(model, Configured) else model)
             leaves = {name: value for name, value in model.named_parameters() if value.requires_grad}
         else:
             raise ArgumentError(
@@ -70,17 +83,21 @@ class TorchBackend:
         leaves = self.parameters(model)
         chosen = select(leaves, parameters)
         with torch.inference_mode(False), torch.enable_grad():
-            if isinstance(model, FunctionalModel):
+            if isinstance(model, Evaluated):
+                evaluated = model
+                if model.outputs.shape[0] != _batch.count(inputs):
+                    raise ArgumentError("`chunk_size` must be None for outputs that are there already. Leave it out.")
+            elif isinstance(model, FunctionalModel):
                 leaves = {name: _source(value, differentiable and name in chosen) for name, value in leaves.items()}
-                outputs, owner = model.function(unflatten(model.parameters, leaves), inputs), model.function
+                outputs = model.function(unflatten(model.parameters, leaves), inputs)
+                evaluated = Evaluated(outputs, leaves, plans=_known_plans(model.function))
             else:
-                outputs, owner = run_module(model, inputs), model
-            heads = _heads(head(outputs, targets), _batch.count(inputs))
-            try:
-                plans = _plans.setdefault(owner, {})
-            except TypeError:  # a function that takes no weak reference
-                plans = {}
-            return read_statistics(heads, {name: leaves[name] for name in chosen}, plans, differentiable=differentiable)
+                settings = model if isinstance(model, Configured) else Configured(model)
+                evaluated = Evaluated(
+                    settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_known_plans(settings.model)
+                )
+            heads = _heads(head(evaluated.outputs, targets), _batch.count(inputs))
+            return _read(heads, evaluated, {name: leaves[name] for name in chosen}, differentiable)
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""
@@ -107,27 +124,31 @@ class TorchBackend:
         return function
 
 
-def read_statistics(
-    heads: torch.Tensor, parameters: dict[str, torch.Tensor], plans: Plans, *, differentiable: bool
+def _read(
+    heads: torch.Tensor, model: Evaluated, parameters: dict[str, torch.Tensor], differentiable: bool
 ) -> list[LayerStatistics]:
-    """Return the statistics of the chosen parameters from the heads' graph.
-
-    Args:
-        heads: (n, k).
-        parameters: the chosen ones by name.
-        plans: plans of graphs seen before; a new one is added.
-        differentiable: keep the statistics differentiable.
-
-    Returns:
-        Statistics that together cover every chosen parameter once per use.
-    """
+    """Return the statistics of the chosen parameters from the heads' graph."""
     graph = read_graph(heads, parameters)
-    plan = _plan(graph, plans) if graph.nodes else None
-    statistics = collect(graph, plan, differentiable=differentiable) if plan is not None else []
+    samples = heads.shape[0] if model.samples is None else min(model.samples, heads.shape[0])
+    statistics: list[LayerStatistics] = []
+    if graph.nodes:
+        with frozen_batch_norm(graph.nodes) if model.batch_norm == "frozen" else nullcontext():
+            plan = _plan(graph, model.plans)
+            if differentiable:
+                refuse_fused(graph, {use.site for use in plan.uses})
+            statistics = collect(graph, plan, samples, differentiable=differentiable)
     if statistics:
         return statistics
     name, some = next(iter(parameters.items()))
-    return [Rows(name, torch.zeros((*heads.shape, 1), dtype=some.dtype, device=some.device))]
+    return [Rows(name, torch.zeros((samples, heads.shape[1], 1), dtype=some.dtype, device=some.device))]
+
+
+def _known_plans(owner: Any) -> Plans:
+    """Return the plans of a module or function, as long as it lives."""
+    try:
+        return _plans.setdefault(owner, {})
+    except TypeError:  # a function that takes no weak reference
+        return {}
 
 
 def _plan(graph: Graph, plans: Plans) -> Plan:

@@ -36,39 +36,40 @@ def weighted_pulls(graph: Graph, edges: list[Edge], weights: list[torch.Tensor])
     return [pull(graph, edges, seed), *(pull(graph, edges, seed * weight[:, None]) for weight in weights)]
 
 
-def collect(graph: Graph, plan: Plan, *, differentiable: bool) -> list[LayerStatistics]:
+def collect(graph: Graph, plan: Plan, samples: int, *, differentiable: bool) -> list[LayerStatistics]:
     """Return the statistics of every use in the plan.
 
     Args:
         graph: the graph of a batch.
         plan: made for its structure.
+        samples: only the first so many samples are wanted.
         differentiable: keep the graph of the gradients.
 
     Returns:
         Statistics that together cover every chosen parameter that moves the heads.
     """
-    n, k = graph.heads.shape
     edges = list(dict.fromkeys((use.site, output) for use in plan.uses for output in range(len(use.layouts))))
     found: list[dict[Edge, torch.Tensor | None]] = []
-    for head in range(k):
+    for head in range(graph.heads.shape[1]):
         seed = torch.zeros_like(graph.heads)
-        seed[:, head] = 1.0
+        seed[:samples, head] = 1.0
         found.append(dict(zip(edges, pull(graph, edges, seed, differentiable=differentiable), strict=True)))
     statistics: list[LayerStatistics] = []
     with torch.set_grad_enabled(differentiable):
         for use in plan.uses:
             at_outputs = [[gradients[use.site, output] for gradients in found] for output in range(len(use.layouts))]
             if any(gradient is not None for by_head in at_outputs for gradient in by_head):
-                statistics += _Reader(graph, use, n, k, differentiable).read(at_outputs)
+                statistics += _Reader(graph, use, samples, differentiable).read(at_outputs)
     return statistics
 
 
 class _Reader:
     """Read the statistics of one use."""
 
-    def __init__(self, graph: Graph, use: Use, n: int, k: int, differentiable: bool) -> None:
-        self._graph, self._use, self._n, self._k = graph, use, n, k
-        self._differentiable = differentiable
+    def __init__(self, graph: Graph, use: Use, samples: int, differentiable: bool) -> None:
+        self._graph, self._use, self._differentiable = graph, use, differentiable
+        self._n, self._k = graph.heads.shape
+        self._samples = samples
         self._site = site_of(Place(graph, use.site, use.slot))
         self._names = sources(graph, use.source)
         self._views = _view_key(graph, use.source)
@@ -96,24 +97,27 @@ class _Reader:
             raise TypeError("`layouts` must give the layout of a site with a rule; got None.")
         some = next(gradient for gradient in gradients if gradient is not None)
         split = [
-            _wide(layout.split(site.arrange(torch.zeros_like(some) if gradient is None else gradient), self._n))
-            for gradient in gradients
+            self._split(layout, site.arrange(torch.zeros_like(some) if gradient is None else gradient)) for gradient in gradients
         ]
         d = torch.stack(split, dim=1) if len(split) > 1 else split[0].unsqueeze(1)
         inputs = None
         if site.inputs is not None:
             at_layer = site.inputs()
-            inputs = _wide(layout.split(at_layer if self._differentiable else at_layer.detach(), self._n))
+            inputs = self._split(layout, at_layer if self._differentiable else at_layer.detach())
         use = site.make(d, inputs, **common)
         self._form = use.gradients.shape[2], use.gradients.shape[-1]
         return use
+
+    def _split(self, layout: Layout, array: torch.Tensor) -> torch.Tensor:
+        """Return (samples, groups, s, features)."""
+        return _wide(layout.split(array, self._n)[: self._samples])
 
     def _rows(self, gradients: list[list[torch.Tensor | None]]) -> torch.Tensor:
         """Return rows in the coordinates of the source, by one call of the node's backward for each sample and head."""
         node, slot, shape = self._graph.nodes[self._use.site], self._use.slot, self._graph.shape(self._use.source)
         backward = node if callable(node) else node.apply  # a Python function's node is called by `apply`
         rows = []
-        for sample in range(self._n):
+        for sample in range(self._samples):
             for head in range(self._k):
                 masked = [
                     None if by_head[head] is None else _of_sample(by_head[head], layout, sample, self._n)
@@ -122,7 +126,7 @@ class _Reader:
                 parts = backward(*masked)
                 part = parts[slot] if isinstance(parts, tuple) else parts
                 rows.append(part.sum_to_size(shape))
-        return _wide(torch.stack(rows).reshape(self._n, self._k, prod(shape)))
+        return _wide(torch.stack(rows).reshape(self._samples, self._k, prod(shape)))
 
     def _to_source(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows (n, k, size) in the order of the source's elements, (n, k, *shape)."""
@@ -140,7 +144,7 @@ class _Reader:
             parts = _pull_chain(self._graph, self._use.source, row, list(chosen.values()), self._differentiable)
             for name, part in zip(chosen, parts, strict=True):
                 by_name[name].append(part.reshape(-1))
-        return {name: torch.stack(parts).reshape(self._n, self._k, -1) for name, parts in by_name.items()}
+        return {name: torch.stack(parts).reshape(self._samples, self._k, -1) for name, parts in by_name.items()}
 
     def _restore(self, rows: torch.Tensor) -> torch.Tensor:
         n, k = rows.shape[:2]

@@ -18,6 +18,7 @@ from mgs_core._errors import SamplesInteractError
 from .graph import Edge, Graph
 from .layout import Layout, find_layout, sample_weights
 from .rules import Place, Site, site_of
+from .rules.normalisation import BATCH_NORMS
 
 #: (gradient of the sum over samples and heads, those of the weighted sums) for each edge.
 Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | None]]]
@@ -26,9 +27,8 @@ _VIEWS = {
     "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Split",
     "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Clone", "Alias", "ToCopy", "Diagonal", "Flip",
 }  # fmt: skip
-_MIXERS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 # of their inputs only the first can be data
-_DATA_FIRST = {*_MIXERS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
+_DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
 # the data are among what the node keeps, not among its inputs
 _DATA_INSIDE = {"Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Expand", "Repeat"}
 
@@ -205,7 +205,7 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     mixers = [
         graph.parameters[edges[1]].rpartition(".")[0]
         for node, edges in enumerate(graph.inputs)
-        if graph.name(node) in _MIXERS and graph.nodes[node]._saved_training
+        if graph.name(node) in BATCH_NORMS and graph.nodes[node]._saved_training
         if edges[1] in graph.parameters
     ]
     where = f"batch normalisation in training mode: {', '.join(map(repr, mixers))}" if mixers else "statistics over the batch"

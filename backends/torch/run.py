@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from mgs_core._errors import ArgumentError
 from mgs_core._tree import flatten, unflatten
 
+BatchNorm = Literal["refuse", "frozen"]
 
-def run_module(module: torch.nn.Module, inputs: Any) -> torch.Tensor:
-    """Return the module's outputs; its buffers and the random state stay as they were.
+
+@dataclass(frozen=True, eq=False)
+class Configured:
+    """Hold a module with what `mgs_core.kernel` cannot ask for; takes the module's place there.
+
+    Attributes:
+        model: the module.
+        select: takes the outputs' tensor out of what the module returns; by default the tensor itself, or its `logits`.
+        batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch for
+            constants of the per-sample gradients.
+
+    Example:
+        >>> import torch
+        >>> import mgs_core as mgs
+        >>> from mgs_core.adapters.torch import Configured
+        >>> lstm = torch.nn.LSTM(3, 4, batch_first=True)
+        >>> last = Configured(lstm, select=lambda outputs: outputs[0][:, -1])
+        >>> mgs.kernel(last, torch.ones(2, 5, 3)).shape
+        torch.Size([2, 2])
+    """
+
+    model: torch.nn.Module
+    select: Callable[[Any], torch.Tensor] | None = None
+    batch_norm: BatchNorm = "refuse"
+
+    def __call__(self, inputs: Any) -> torch.Tensor:
+        """Run the module and return its outputs; the module is left as it was."""
+        outputs = run_module(self.model, inputs)
+        return as_tensor(outputs if self.select is None else self.select(outputs))
+
+
+def run_module(module: torch.nn.Module, inputs: Any) -> Any:
+    """Return what the module returns; its buffers and the random state stay as they were.
 
     Args:
         module: called with a tensor, `**dict` or `*sequence`.
@@ -21,7 +55,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> torch.Tensor:
         The outputs, with their graph.
 
     Raises:
-        ArgumentError: when the module has parameters without a shape yet, or returns no tensor.
+        ArgumentError: when the module has parameters without a shape yet.
     """
     module = unwrap(module)
     if any(torch.nn.parameter.is_lazy(value) for value in module.parameters()):
@@ -32,8 +66,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> torch.Tensor:
     arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)
     devices = {value.device for value in module.parameters() if value.device.type == "cuda"}
     with torch.random.fork_rng(devices):
-        outputs = torch.func.functional_call(module, buffers, arguments, keywords)
-    return as_tensor(outputs)
+        return torch.func.functional_call(module, buffers, arguments, keywords)
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from ._registry import Place, Site, elementwise, register
+
+#: Nodes of batch normalisations.
+BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 
 @register("NativeLayerNorm")
@@ -52,7 +57,7 @@ def group_norm(place: Place) -> Site | None:
     return _affine(place, (1,), normalised)
 
 
-@register("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+@register(*BATCH_NORMS)
 def batch_norm(place: Place) -> Site | None:
     """Normalise each channel by statistics of the batch or by fixed ones."""
     return _affine(place, (1,), lambda: batch_normalised(place.node))
@@ -76,6 +81,30 @@ def batch_statistics(node: Any) -> tuple[torch.Tensor, torch.Tensor]:
     axes = (0, *range(2, x.ndim))
     variance, mean = torch.var_mean(x, axes, correction=0)
     return mean, torch.rsqrt(variance + eps)
+
+
+@contextmanager
+def frozen_batch_norm(nodes: Iterable[Any]) -> Iterator[None]:
+    """Within it, gradients pass batch normalisations as if the statistics of the batch were constants."""
+    handles = []
+    try:
+        for node in nodes:
+            name = node.name().partition("Backward")[0]
+            if name in BATCH_NORMS and node._saved_training and node._saved_input.shape[0] > 1:
+                handles.append(node.register_hook(partial(_pass_frozen, node)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pass_frozen(node: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if outputs[0] is None:
+        return inputs
+    _, factor = batch_statistics(node)
+    if node._saved_weight is not None:
+        factor = factor * node._saved_weight
+    return (outputs[0] * factor.reshape(1, -1, *(1,) * (outputs[0].ndim - 2)), *inputs[1:])
 
 
 def _affine(place: Place, own: tuple[int, ...], normalised: Callable[[], torch.Tensor]) -> Site | None:
