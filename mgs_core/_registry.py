@@ -12,7 +12,10 @@ from mgs_core._tree import flatten
 from mgs_core.functional import FunctionalModel
 
 # name → (module that must be importable, roots of the modules whose types belong to it)
-_BACKENDS: dict[str, tuple[str, frozenset[str]]] = {"numpy": ("autograd", frozenset({"numpy", "autograd"}))}
+_BACKENDS: dict[str, tuple[str, frozenset[str]]] = {
+    "numpy": ("autograd", frozenset({"numpy", "autograd"})),
+    "torch": ("torch", frozenset({"torch"})),
+}
 _loaded: dict[str, Backend] = {}
 
 
@@ -71,7 +74,7 @@ def _name_of(source: Any) -> str:
     for kind in type(source).__mro__:
         root = kind.__module__.partition(".")[0]
         for name, (_, roots) in _BACKENDS.items():
-            if root in roots:
+            if root in roots or kind.__module__.startswith(f"mgs_core.backends.{name}."):
                 return name
     raise ArgumentError(
         f"`model` must be a FunctionalModel or a model or array of {', '.join(_BACKENDS)}; got {type(source).__name__}. "

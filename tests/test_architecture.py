@@ -21,6 +21,8 @@ ALLOWED_IN = {
     "mgs_core/onnx": {"numpy", "onnx"},
     "mgs_core/report": {"jinja2", "matplotlib", "numpy"},
     "backends/numpy": {"autograd", "numpy"},
+    "backends/torch": {"torch"},
+    "adapters/torch.py": {"torch"},
 }
 
 

@@ -1,0 +1,323 @@
+"""PyTorch: a loss that penalises or weights by the kernel, and a monitor. The outputs' graph is all they need.
+
+criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 5e-3))
+loss = criterion(model(x), y)
+loss.backward()
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+
+import mgs_core as mgs
+
+_backend: Any = mgs.get_backend("torch")
+Configured = _backend.Configured
+twice_differentiable = _backend.twice_differentiable
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """Hold the parts of one value of `MGSLoss`, detached and where they were computed.
+
+    Attributes:
+        loss: the total.
+        criterion: the part of the criterion alone, weighted as it entered.
+        penalty: the part of the penalty, the factor `every` included; None on steps without.
+        kernel: the kernel that was penalised, or else weighted by; None on steps without.
+        weights: the weights of the samples, (n,); None without weighting.
+    """
+
+    loss: torch.Tensor
+    criterion: torch.Tensor
+    penalty: torch.Tensor | None = None
+    kernel: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+    @cached_property
+    def summary(self) -> mgs.Summary | None:
+        """Return the kernel's summary, computed now."""
+        return None if self.kernel is None else mgs.summarize(self.kernel)
+
+
+class MGSLoss(torch.nn.Module):
+    """Add a penalty on the kernel to a criterion, or weight its samples by their agreement, or both.
+
+    The value is `criterion + strength · R(K)`, with the kernel K of the batch's per-sample gradients in the parameters that the
+    outputs depend on. With `weighting="agreement"` the criterion is `mean(w · loss)` with `w = agreement_weights(K_loss)`.
+    In evaluation mode, and where gradients are off, it is the criterion alone.
+
+    Attributes:
+        last: the `LossRecord` of the last call.
+
+    Cost:
+        A penalty takes about three to four plain steps (second derivatives); weighting less than one more. `every=k` spreads it.
+
+    Example:
+        >>> import torch
+        >>> import mgs_core as mgs
+        >>> from mgs_core.adapters.torch import MGSLoss
+        >>> model = torch.nn.Linear(4, 3)
+        >>> criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 5e-3))
+        >>> loss = criterion(model(torch.ones(2, 4)), torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> bool(criterion.last.loss == criterion.last.criterion + criterion.last.penalty)
+        True
+    """
+
+    def __init__(
+        self,
+        criterion: Callable[..., torch.Tensor],
+        *,
+        penalty: mgs.Penalty | None = None,
+        weighting: Literal["agreement"] | None = None,
+        output: Any = "loss",
+        transform: Any = "identity",
+        probes: int = 1,
+        every: int = 1,
+        max_samples: int | None = None,
+        batch_norm: Literal["refuse", "frozen"] = "refuse",
+        model: torch.nn.Module | None = None,
+        parameters: Any = None,
+        select: Callable[[Any], torch.Tensor] | None = None,
+    ) -> None:
+        """Hold the criterion and the options.
+
+        Args:
+            criterion: a loss module or function with an attribute or argument `reduction`, or a callable
+                `(outputs, targets) → (n, …)` without reduction. It is not changed.
+            penalty: what to add; None adds nothing.
+            weighting: "agreement" or None.
+            output: the head whose kernel is penalised, as for `mgs_core.kernel`. Agreement always uses the losses.
+            transform: applied to the outputs before that head, as for `mgs_core.kernel`.
+            probes: of `output="random"`; drawn anew for each call.
+            every: penalise every k-th call, k times as strongly.
+            max_samples: penalise the kernel of only the first so many samples of a batch.
+            batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch
+                for constants of the per-sample gradients, as the kernel of a model that trains with it needs.
+            model: names the parameters in messages; needed to choose `parameters` by name.
+            parameters: as for `mgs_core.kernel`; names need `model`.
+            select: takes the outputs' tensor out of what the model returns; by default the tensor itself, or its `logits`.
+
+        Raises:
+            ArgumentError: when an option is out of range.
+        """
+        super().__init__()
+        for name, value, least in (("every", every, 1), ("max_samples", max_samples, 2)):
+            if (name != "max_samples" or value is not None) and (
+                not isinstance(value, int) or isinstance(value, bool) or value < least
+            ):
+                raise mgs.ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+        if weighting not in (None, "agreement"):
+            raise mgs.ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
+        if batch_norm not in ("refuse", "frozen"):
+            raise mgs.ArgumentError(f'`batch_norm` must be "refuse" or "frozen"; got {batch_norm!r}.')
+        if output == "loss" and transform != "identity":
+            raise mgs.ArgumentError(
+                f'`transform` must be "identity" for output="loss"; got {transform!r}. The criterion has its own.'
+            )
+        if not callable(criterion):
+            raise mgs.ArgumentError(
+                f"`criterion` must be callable as criterion(outputs, targets); got {type(criterion).__name__}."
+            )
+        self.criterion = criterion
+        self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
+        self.last: LossRecord | None = None
+        self._head: dict[str, Any] = {"output": output, "transform": transform, "probes": probes}
+        self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": {}}
+        self._model = (model,)  # in a tuple, so that it does not become a submodule
+        self._chosen = parameters
+        self._select = select
+        self._calls = 0
+
+    def forward(self, outputs: Any, *arguments: Any, sample_weight: torch.Tensor | None = None, **keywords: Any) -> torch.Tensor:
+        """Return the loss.
+
+        Args:
+            outputs: what the model returned, samples first.
+            *arguments: the targets, and whatever else the criterion takes.
+            sample_weight: factors on the samples' losses, (n,).
+            **keywords: passed to the criterion.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ArgumentError: when the criterion gives no loss for each sample, or the outputs have no graph.
+        """
+        outputs = self._take(outputs)
+        losses, reduce = self._losses(outputs, arguments, keywords)
+        if sample_weight is not None:
+            losses = losses * sample_weight
+        penalty = kernel = weights = None
+        if self.training and torch.is_grad_enabled() and (self.penalty is not None or self.weighting is not None):
+            if self.penalty is not None and self._calls % self.every == 0:
+                kernel = self._kernel(outputs, losses, arguments)
+                penalty = self.every * self.penalty(kernel)
+            if self.weighting is not None:
+                shared = self._head["output"] == "loss" and self.max_samples is None
+                agreeing = kernel if kernel is not None and shared else self._loss_kernel(outputs, losses)
+                weights = mgs.agreement_weights(agreeing.detach()).to(losses.dtype)
+                kernel = agreeing if kernel is None else kernel
+            self._calls += 1
+        value = reduce(losses if weights is None else weights * losses)
+        total = value if penalty is None else value + penalty
+        kept = (None if part is None else part.detach() for part in (penalty, kernel, weights))
+        self.last = LossRecord(total.detach(), value.detach(), *kept)
+        return total
+
+    def _losses(
+        self, outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value."""
+        n = outputs.shape[0]
+        unreduced, reduction = _without_reduction(self.criterion)
+        elements = unreduced(outputs, *arguments, **keywords)
+        if not isinstance(elements, torch.Tensor) or elements.ndim == 0 or elements.shape[0] != n:
+            shape = tuple(getattr(elements, "shape", ()))
+            raise mgs.ArgumentError(
+                f"`criterion` must be able to give a loss for each of {n} samples; got shape {shape}. "
+                "Give it an argument or attribute `reduction`, or return losses of shape (n,)."
+            )
+        losses = elements.reshape(n, -1).sum(1)
+        if reduction == "sum":
+            return losses, torch.sum
+        if reduction == "none":
+            return losses * (n / elements.numel()), torch.mean
+        # what a mean divides by (weights of classes, ignored targets) only the criterion knows; it does not depend on the outputs
+        with torch.no_grad():
+            total, size = elements.sum(), elements.abs().sum()
+            mean = self.criterion(outputs, *arguments, **keywords)
+            divisor = torch.where(total.abs() > 1e-3 * size, total / mean, float(elements.numel()))
+        return losses * (n / divisor), torch.mean
+
+    def _kernel(self, outputs: torch.Tensor, losses: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
+        """Return the kernel to penalise."""
+        if self._head["output"] == "loss":
+            return self._loss_kernel(outputs, losses, differentiable=True, samples=self.max_samples)
+        wants_targets = self._head["output"] == "target" or callable(self._head["output"])
+        targets = arguments[0] if arguments and wants_targets else None
+        model = _backend.evaluated(outputs, self._model[0], samples=self.max_samples, **self._graph)
+        kernel: torch.Tensor = mgs.kernel(
+            model, outputs.detach(), targets, seed=self._calls, parameters=self._chosen, differentiable=True, **self._head
+        )
+        return kernel
+
+    def _loss_kernel(
+        self, outputs: torch.Tensor, losses: torch.Tensor, *, differentiable: bool = False, samples: int | None = None
+    ) -> torch.Tensor:
+        model = _backend.evaluated(outputs, self._model[0], samples=samples, **self._graph)
+        kernel: torch.Tensor = mgs.kernel(
+            model, outputs.detach(), output=lambda *_: losses, parameters=self._chosen, differentiable=differentiable
+        )
+        return kernel
+
+    def _take(self, outputs: Any) -> torch.Tensor:
+        taken: torch.Tensor = _backend.tensor(outputs if self._select is None else self._select(outputs))
+        return taken
+
+
+def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any], str]:
+    """Return the criterion without reduction, and its reduction: "mean" (of some kind), "sum" or "none"."""
+    if hasattr(criterion, "reduction"):
+        unreduced: Any = copy.copy(criterion)
+        unreduced.reduction = "none"
+        return unreduced, str(criterion.reduction)
+    try:
+        argument = inspect.signature(criterion).parameters.get("reduction")
+    except ValueError:  # a function that does not say what it takes
+        argument = None
+    if argument is None:
+        return criterion, "none"
+    return partial(criterion, reduction="none"), str(argument.default)
+
+
+class MGSMonitor:
+    """Measure the kernel of a probe batch during training.
+
+    The model is measured in evaluation mode and left as it was: modes, gradients, buffers and random state.
+
+    Attributes:
+        history: the records, as of `mgs_core.Recorder`.
+
+    Example:
+        >>> import torch
+        >>> from mgs_core.adapters.torch import MGSMonitor
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> monitor = MGSMonitor(model, torch.eye(2), every=2)
+        >>> for _ in range(4):
+        ...     summary = monitor.step()
+        >>> [(record["step"], record["mgs_trace"]) for record in monitor.history]
+        [(0, 2.0), (2, 2.0)]
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        labels: Any = None,
+        every: mgs.Schedule | int = 100,
+        sinks: Iterable[Any] = (),
+        select: Callable[[Any], torch.Tensor] | None = None,
+        **kernel_options: Any,
+    ) -> None:
+        """Hold the model and the probe batch.
+
+        Args:
+            model: the module that is trained.
+            inputs: probe batch: a tensor for `model(inputs)`, a dict for `model(**inputs)`, a list or tuple for `model(*inputs)`.
+            targets: its targets, if the head needs them.
+            labels: integers (n,) for the class-wise summaries.
+            every: calls of `step` between measurements, or a `mgs_core.Schedule`; a call may stand for a step or an epoch.
+            sinks: where records go besides `history`.
+            select: takes the outputs' tensor out of what the model returns.
+            **kernel_options: passed to `mgs_core.kernel`: `output`, `transform`, `parameters`, `chunk_size`, …
+        """
+        self._model = model
+        self._source = Configured(model, select=select)
+        self._schedule = mgs.Schedule(every) if isinstance(every, int) else every
+        self._recorder = mgs.Recorder(inputs, targets, labels=labels, schedule=self._schedule, sinks=sinks, **kernel_options)
+        self._next = 0
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Return the records so far."""
+        return self._recorder.history
+
+    def step(self, number: int | None = None, **extra: Any) -> mgs.Summary | None:
+        """Count a step and measure if it is due.
+
+        Args:
+            number: the step's number; None counts on from the last.
+            **extra: further entries of the record, for instance the loss.
+
+        Returns:
+            The summary, or None when no measurement is due.
+        """
+        number = self._next if number is None else number
+        self._next = number + 1
+        if not self._schedule(number):
+            return None
+        with _evaluation_mode(self._model):
+            return self._recorder(self._source, number, **extra)
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

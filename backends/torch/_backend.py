@@ -1,0 +1,179 @@
+"""The backend's face: layer statistics and gradients of modules and functional models on PyTorch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from mgs_core import _batch
+from mgs_core._errors import ArgumentError
+from mgs_core._namespace import register_namespace
+from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
+from mgs_core._tree import flatten, select, unflatten
+from mgs_core._types import Array, Namespace, Tree
+from mgs_core.functional import FunctionalModel
+
+from .collect import collect, weighted_pulls
+from .evaluated import Evaluated
+from .evaluated import evaluated as _evaluated
+from .fused import refuse_fused
+from .fused import twice_differentiable as _twice_differentiable
+from .graph import Graph, read_graph
+from .namespace import namespace
+from .plan import Plan, make_plan
+from .rules.normalisation import frozen_batch_norm
+from .run import Configured, as_tensor, unwrap
+
+register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
+
+#: Plans by the structure of the graph.
+Plans = dict[Any, Plan]
+_plans: WeakKeyDictionary[Any, Plans] = WeakKeyDictionary()
+
+
+class TorchBackend:
+    """Implement `Backend` on PyTorch's autograd graph."""
+
+    name = "torch"
+    namespace: Namespace = namespace
+    evaluated = staticmethod(_evaluated)
+    tensor = staticmethod(as_tensor)
+    Configured = Configured
+    twice_differentiable = staticmethod(_twice_differentiable)
+
+    def __init__(self) -> None:
+        self._depth = 0  # of nested value_and_gradient calls
+
+    def asarray(self, value: Any) -> Array:
+        """Return the value as a tensor; a tensor keeps its graph."""
+        return namespace.asarray(value)
+
+    def to_numpy(self, array: Array) -> Any:
+        """Return a NumPy array on the host; low precision comes as float32."""
+        array = array.detach()
+        return (array.float() if array.dtype == torch.bfloat16 else array).cpu().numpy()
+
+    def parameters(self, model: Any) -> dict[str, Array]:
+        """Return the trainable parameters by name."""
+        if isinstance(model, Evaluated):
+            leaves = dict(model.parameters)
+        elif isinstance(model, FunctionalModel):
+            leaves = flatten(model.parameters)
+        elif isinstance(model, torch.nn.Module | Configured):
+            model = unwrap(model.model if isinstance(model, Configured) else model)
+            leaves = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        else:
+            raise ArgumentError(
+                f"`model` must be a torch.nn.Module or a FunctionalModel; got {type(model).__name__}. Pass the model itself."
+            )
+        for name, value in leaves.items():
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                kind = f"dtype {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ArgumentError(f"`parameters` must be real floating-point tensors; got {kind} for {name!r}.")
+        return leaves
+
+    def statistics(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
+    ) -> list[LayerStatistics]:
+        """Return the layer statistics, as `Backend.statistics` says."""
+        leaves = self.parameters(model)
+        chosen = select(leaves, parameters)
+        with torch.inference_mode(False), torch.enable_grad():
+            if isinstance(model, Evaluated):
+                evaluated = model
+                if model.outputs.shape[0] != _batch.count(inputs):
+                    raise ArgumentError("`chunk_size` must be None for outputs that are there already. Leave it out.")
+            elif isinstance(model, FunctionalModel):
+                leaves = {name: _source(value, differentiable and name in chosen) for name, value in leaves.items()}
+                outputs = model.function(unflatten(model.parameters, leaves), inputs)
+                evaluated = Evaluated(outputs, leaves, plans=_known_plans(model.function))
+            else:
+                settings = model if isinstance(model, Configured) else Configured(model)
+                evaluated = Evaluated(
+                    settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_known_plans(settings.model)
+                )
+            heads = _heads(head(evaluated.outputs, targets), _batch.count(inputs))
+            return _read(heads, evaluated, {name: leaves[name] for name in chosen}, differentiable)
+
+    def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
+        """Return a function that gives the value and the gradient in the first argument."""
+
+        def both(parameters: Tree, *arguments: Any) -> tuple[Array, Tree]:
+            nested = self._depth > 0
+            given = flatten(parameters)
+            leaves = {name: _source(value, nested) for name, value in given.items()}
+            self._depth += 1
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    value = function(unflatten(parameters, leaves), *arguments)
+                    gradients = torch.autograd.grad(
+                        value, list(leaves.values()), create_graph=nested, allow_unused=True, materialize_grads=True
+                    )
+            finally:
+                self._depth -= 1
+            return value if nested else value.detach(), unflatten(parameters, dict(zip(leaves, gradients, strict=True)))
+
+        return both
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function itself: what a compiled graph holds cannot be seen."""
+        return function
+
+
+def _read(
+    heads: torch.Tensor, model: Evaluated, parameters: dict[str, torch.Tensor], differentiable: bool
+) -> list[LayerStatistics]:
+    """Return the statistics of the chosen parameters from the heads' graph."""
+    graph = read_graph(heads, parameters)
+    samples = heads.shape[0] if model.samples is None else min(model.samples, heads.shape[0])
+    statistics: list[LayerStatistics] = []
+    if graph.nodes:
+        with frozen_batch_norm(graph.nodes) if model.batch_norm == "frozen" else nullcontext():
+            plan = _plan(graph, model.plans)
+            if differentiable:
+                refuse_fused(graph, {use.site for use in plan.uses})
+            statistics = collect(graph, plan, samples, differentiable=differentiable)
+    if statistics:
+        return statistics
+    name, some = next(iter(parameters.items()))
+    return [Rows(name, torch.zeros((samples, heads.shape[1], 1), dtype=some.dtype, device=some.device))]
+
+
+def _known_plans(owner: Any) -> Plans:
+    """Return the plans of a module or function, as long as it lives."""
+    try:
+        return _plans.setdefault(owner, {})
+    except TypeError:  # a function that takes no weak reference
+        return {}
+
+
+def _plan(graph: Graph, plans: Plans) -> Plan:
+    key = graph.key
+    if key in plans:
+        return plans[key]
+    plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights))
+    if plan.sure:
+        plans[key] = plan
+    return plan
+
+
+def _source(value: torch.Tensor, connected: bool) -> torch.Tensor:
+    """Return a tensor to differentiate in: the value itself where it must stay connected, else a leaf of its own."""
+    return value if connected and value.requires_grad else value.detach().requires_grad_()
+
+
+def _heads(heads: Any, n: int) -> torch.Tensor:
+    if not isinstance(heads, torch.Tensor) or heads.ndim != 2 or heads.shape[0] != n:
+        shape = tuple(getattr(heads, "shape", ()))
+        raise ArgumentError(
+            f"`model` must return outputs of shape (n, c) with n = {n}, or `output` reduce them so; got {shape} heads. "
+            "Keep the samples first and flatten the outputs of each."
+        )
+    return heads
+
+
+backend = TorchBackend()

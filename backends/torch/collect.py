@@ -1,0 +1,204 @@
+"""Collect the layer statistics of a graph: one backward pass for each head, to the sites only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from mgs_core._protocol import LayerStatistics, Rows
+from mgs_core.statistics import as_rows
+
+from .graph import Edge, Graph
+from .layout import Layout
+from .plan import Plan, Use, is_view, sources
+from .rules import Place, Site, site_of
+
+
+def pull(graph: Graph, edges: list[Edge], seed: torch.Tensor, *, differentiable: bool = False) -> list[torch.Tensor | None]:
+    """Return the gradients of `Σ seed · heads` at the edges; None where none arrives.
+
+    Gradients of parameters are not computed: autograd runs only what leads to the edges.
+    """
+    wanted = [GradientEdge(graph.nodes[number], output) for number, output in edges]
+    return list(torch.autograd.grad(graph.heads, wanted, seed, retain_graph=True, create_graph=differentiable, allow_unused=True))
+
+
+def weighted_pulls(graph: Graph, edges: list[Edge], weights: list[torch.Tensor]) -> list[list[torch.Tensor | None]]:
+    """Return the gradients at the edges of the plain sum of the heads, and of each weighting (n,) of the samples."""
+    n, k = graph.heads.shape
+    # distinct factors keep heads from cancelling, as the outputs of a softmax would
+    factors = 1.0 + torch.arange(1, k + 1, device=graph.heads.device, dtype=graph.heads.dtype) / (k + 1)
+    seed = factors.expand(n, k)
+    return [pull(graph, edges, seed), *(pull(graph, edges, seed * weight[:, None]) for weight in weights)]
+
+
+def collect(graph: Graph, plan: Plan, samples: int, *, differentiable: bool) -> list[LayerStatistics]:
+    """Return the statistics of every use in the plan.
+
+    Args:
+        graph: the graph of a batch.
+        plan: made for its structure.
+        samples: only the first so many samples are wanted.
+        differentiable: keep the graph of the gradients.
+
+    Returns:
+        Statistics that together cover every chosen parameter that moves the heads.
+    """
+    edges = list(dict.fromkeys((use.site, output) for use in plan.uses for output in range(len(use.layouts))))
+    found: list[dict[Edge, torch.Tensor | None]] = []
+    for head in range(graph.heads.shape[1]):
+        seed = torch.zeros_like(graph.heads)
+        seed[:samples, head] = 1.0
+        found.append(dict(zip(edges, pull(graph, edges, seed, differentiable=differentiable), strict=True)))
+    statistics: list[LayerStatistics] = []
+    with torch.set_grad_enabled(differentiable):
+        for use in plan.uses:
+            at_outputs = [[gradients[use.site, output] for gradients in found] for output in range(len(use.layouts))]
+            if any(gradient is not None for by_head in at_outputs for gradient in by_head):
+                statistics += _Reader(graph, use, samples, differentiable).read(at_outputs)
+    return statistics
+
+
+class _Reader:
+    """Read the statistics of one use."""
+
+    def __init__(self, graph: Graph, use: Use, samples: int, differentiable: bool) -> None:
+        self._graph, self._use, self._differentiable = graph, use, differentiable
+        self._n, self._k = graph.heads.shape
+        self._samples = samples
+        self._site = site_of(Place(graph, use.site, use.slot))
+        self._names = sources(graph, use.source)
+        self._views = _view_key(graph, use.source)
+        self._form = (1, 1)  # groups and outputs of the statistics
+
+    def read(self, gradients: list[list[torch.Tensor | None]]) -> list[LayerStatistics]:
+        """Return statistics, from the gradients by output of the node and head."""
+        transposed = self._site is not None and self._site.transposed
+        common: dict[str, Any] = {"parameter": self._names[0], "view": (*(self._views or ()), transposed)}
+        if self._views or transposed:
+            common["restore"] = self._restore
+        use = (
+            Rows(gradients=self._rows(gradients), **common)
+            if self._site is None
+            else self._layer(self._site, gradients[0], common)
+        )
+        if self._views is not None:
+            return [use]
+        rows = self._through_chain(self._to_source(as_rows(use)))
+        return [Rows(name, part) for name, part in rows.items()]
+
+    def _layer(self, site: Site, gradients: list[torch.Tensor | None], common: Mapping[str, Any]) -> LayerStatistics:
+        layout = self._use.layouts[0]
+        if layout is None:
+            raise TypeError("`layouts` must give the layout of a site with a rule; got None.")
+        some = next(gradient for gradient in gradients if gradient is not None)
+        split = [
+            self._split(layout, site.arrange(torch.zeros_like(some) if gradient is None else gradient)) for gradient in gradients
+        ]
+        d = torch.stack(split, dim=1) if len(split) > 1 else split[0].unsqueeze(1)
+        inputs = None
+        if site.inputs is not None:
+            at_layer = site.inputs()
+            inputs = self._split(layout, at_layer if self._differentiable else at_layer.detach())
+        use = site.make(d, inputs, **common)
+        self._form = use.gradients.shape[2], use.gradients.shape[-1]
+        return use
+
+    def _split(self, layout: Layout, array: torch.Tensor) -> torch.Tensor:
+        """Return (samples, groups, s, features)."""
+        return _wide(layout.split(array, self._n)[: self._samples])
+
+    def _rows(self, gradients: list[list[torch.Tensor | None]]) -> torch.Tensor:
+        """Return rows in the coordinates of the source, by one call of the node's backward for each sample and head."""
+        node, slot, shape = self._graph.nodes[self._use.site], self._use.slot, self._graph.shape(self._use.source)
+        backward = node if callable(node) else node.apply  # a Python function's node is called by `apply`
+        rows = []
+        for sample in range(self._samples):
+            for head in range(self._k):
+                masked = [
+                    None if by_head[head] is None else _of_sample(by_head[head], layout, sample, self._n)
+                    for by_head, layout in zip(gradients, self._use.layouts, strict=True)
+                ]
+                parts = backward(*masked)
+                part = parts[slot] if isinstance(parts, tuple) else parts
+                rows.append(part.sum_to_size(shape))
+        return _wide(torch.stack(rows).reshape(self._samples, self._k, prod(shape)))
+
+    def _to_source(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows (n, k, size) in the order of the source's elements, (n, k, *shape)."""
+        shape = self._graph.shape(self._use.source)
+        if self._site is not None and self._site.transposed:
+            groups, o = self._form
+            rows = rows.reshape(*rows.shape[:2], groups, -1, o).mT
+        return rows.reshape(*rows.shape[:2], *shape)
+
+    def _through_chain(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return rows (n, k, p) of the parameters, by one backward pass through the chain for each sample and head."""
+        chosen = {name: edge for edge, name in self._graph.parameters.items() if name in self._names}
+        by_name: dict[str, list[torch.Tensor]] = {name: [] for name in chosen}
+        for row in rows.flatten(0, 1):
+            parts = _pull_chain(self._graph, self._use.source, row, list(chosen.values()), self._differentiable)
+            for name, part in zip(chosen, parts, strict=True):
+                by_name[name].append(part.reshape(-1))
+        return {name: torch.stack(parts).reshape(self._samples, self._k, -1) for name, parts in by_name.items()}
+
+    def _restore(self, rows: torch.Tensor) -> torch.Tensor:
+        n, k = rows.shape[:2]
+        rows = self._to_source(rows).reshape(n, k, -1)
+        if not self._views:
+            return rows
+        places = _places(self._graph, self._use.source, self._names[0])
+        rows = torch.nn.functional.pad(rows, (1, 0))  # place 0: elements of the parameter that the view leaves out
+        return rows[:, :, places]
+
+
+def _of_sample(gradient: torch.Tensor | None, layout: Layout | None, sample: int, n: int) -> torch.Tensor | None:
+    """Return the gradient with the rows of all other samples set to zero."""
+    if gradient is None or layout is None:
+        return gradient
+    mask = torch.zeros(n, dtype=gradient.dtype, device=gradient.device)
+    mask[sample] = 1.0
+    return gradient * layout.spread(mask, gradient.shape)
+
+
+def _pull_chain(graph: Graph, source: Edge, row: torch.Tensor, edges: list[Edge], differentiable: bool) -> list[torch.Tensor]:
+    wanted = [GradientEdge(graph.nodes[number], output) for number, output in edges]
+    top = GradientEdge(graph.nodes[source[0]], source[1])
+    row = row.to(graph.dtype(source))
+    return list(torch.autograd.grad([top], wanted, [row], retain_graph=True, create_graph=differentiable, materialize_grads=True))
+
+
+def _places(graph: Graph, source: Edge, name: str) -> torch.Tensor:
+    """Return, for each element of the parameter, its place in the source, counted from 1; 0 when it is not there.
+
+    A view's backward moves elements, so it is asked to move their numbers; in digits below 256, which every precision holds.
+    """
+    edge = next(edge for edge, parameter in graph.parameters.items() if parameter == name)
+    shape = graph.shape(source)
+    number = torch.arange(1, prod(shape) + 1, device=graph.heads.device)
+    places, factor = torch.zeros((), dtype=torch.int64, device=graph.heads.device), 1
+    while factor <= prod(shape):
+        (digit,) = _pull_chain(graph, source, (number // factor % 256).reshape(shape), [edge], False)
+        places = places + digit.reshape(-1).to(torch.int64) * factor
+        factor *= 256
+    return places
+
+
+def _view_key(graph: Graph, edge: Edge) -> tuple[Any, ...] | None:
+    """Return the steps from the parameter to the edge when all are views, else None."""
+    if edge in graph.parameters:
+        return ()
+    if not is_view(graph, edge[0]):
+        return None
+    (below,) = graph.inputs[edge[0]]
+    steps = None if below is None else _view_key(graph, below)
+    return None if steps is None else (*steps, (*graph.steps[edge[0]], edge[1]))
+
+
+def _wide(array: torch.Tensor) -> torch.Tensor:
+    """Return low-precision values in float32, in which kernels are summed."""
+    return array.float() if array.dtype in (torch.bfloat16, torch.float16) else array

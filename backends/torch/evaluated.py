@@ -1,0 +1,76 @@
+"""A model that has been evaluated already: its outputs, with their graph, are all there is and all that is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mgs_core._errors import ArgumentError
+
+from .plan import Plan
+from .run import BatchNorm, unwrap
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """Hold outputs in place of the model that made them; takes the model's place in `mgs_core.kernel`.
+
+    Attributes:
+        outputs: what the model returned, (n, …), with its graph.
+        parameters: the parameters in that graph by name.
+        batch_norm: "frozen" takes statistics of the batch for constants; "refuse" refuses them.
+        samples: use only the first so many samples.
+        plans: plans of earlier batches, by the structure of the graph.
+    """
+
+    outputs: torch.Tensor
+    parameters: dict[str, torch.Tensor]
+    batch_norm: BatchNorm = "refuse"
+    samples: int | None = None
+    plans: dict[Any, Plan] = field(default_factory=dict)
+
+
+def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **options: Any) -> Evaluated:
+    """Return outputs in place of the model that made them.
+
+    Args:
+        outputs: with their graph.
+        model: gives names to the parameters, and leaves out those that are not its own; without it they are numbered.
+        **options: `batch_norm`, `samples` and `plans` of `Evaluated`.
+
+    Returns:
+        The evaluated model.
+
+    Raises:
+        ArgumentError: when the outputs have no graph or no parameter is in it.
+    """
+    if not isinstance(outputs, torch.Tensor) or outputs.grad_fn is None:
+        raise ArgumentError(
+            "`outputs` must be a tensor that the model made with gradients enabled; got one without a graph. "
+            "Pass the model's outputs themselves, not detached."
+        )
+    found = _parameters(outputs)
+    parameters: dict[str, torch.Tensor]
+    if model is None:
+        parameters = {f"parameter {number}": value for number, value in enumerate(found)}
+    else:
+        names = {id(value): name for name, value in unwrap(model).named_parameters()}
+        parameters = {names[id(value)]: value for value in found if id(value) in names}
+    if not parameters:
+        raise ArgumentError("`outputs` must depend on trainable parameters; got none in their graph. Check `model` and freezing.")
+    return Evaluated(outputs, parameters, **options)
+
+
+def _parameters(outputs: torch.Tensor) -> list[torch.nn.Parameter]:
+    """Return the parameters in the graph; other leaves are data."""
+    nodes: list[Any] = [outputs.grad_fn]
+    seen = set(nodes)
+    for node in nodes:
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                nodes.append(child)
+    leaves = [node.variable for node in reversed(nodes) if hasattr(node, "variable")]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)]

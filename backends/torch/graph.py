@@ -1,0 +1,134 @@
+"""The autograd graph below the heads, as far as it leads to the chosen parameters.
+
+A node is one operation's backward function. `next_functions` has one edge for each of its inputs: None for what needs no gradient
+(data, constants), else the node that made it and which of that node's outputs it was. `_saved_…` are the tensors it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from mgs_core._errors import UnsupportedModelError
+
+#: Number of a node in `Graph.nodes`, and number of the node's output.
+Edge: TypeAlias = tuple[int, int]
+
+# they run parameters that the graph does not show
+_OPAQUE = {"CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`"}
+
+
+@dataclass(eq=False)
+class Graph:
+    """Hold the nodes that depend on the chosen parameters, each after the nodes that it depends on.
+
+    Attributes:
+        heads: the scalars, (n, k), at the root.
+        nodes: autograd nodes.
+        inputs: for each node and input, the edge; None when nothing there depends on a chosen parameter.
+        parameters: the edges at which a chosen parameter enters, by name.
+        steps: for each node, its name and settings (axes, strides, flags).
+    """
+
+    heads: torch.Tensor
+    nodes: list[Any] = field(default_factory=list)
+    inputs: list[tuple[Edge | None, ...]] = field(default_factory=list)
+    parameters: dict[Edge, str] = field(default_factory=dict)
+    steps: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Return what two graphs of one structure have in common."""
+        return (tuple(self.heads.shape), tuple(self.inputs), tuple(self.steps), tuple(self.parameters.values()))
+
+    def name(self, number: int) -> str:
+        """Return the operation's name, for instance "Addmm"."""
+        return str(self.steps[number][0])
+
+    def shape(self, edge: Edge) -> torch.Size:
+        """Return the shape of the tensor that flows along the edge."""
+        return torch.Size(self.nodes[edge[0]]._input_metadata[edge[1]].shape)
+
+    def dtype(self, edge: Edge) -> torch.dtype:
+        """Return the dtype of the tensor that flows along the edge."""
+        dtype: torch.dtype = self.nodes[edge[0]]._input_metadata[edge[1]].dtype
+        return dtype
+
+
+def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Graph:
+    """Walk from the heads to the parameters.
+
+    Args:
+        heads: (n, k).
+        parameters: the chosen ones by name; leaves of the graph or any tensors in it.
+
+    Returns:
+        The graph; without nodes when no parameter moves the heads.
+
+    Raises:
+        UnsupportedModelError: when an operation hides its parameters from the graph.
+    """
+    graph = Graph(heads)
+    if heads.grad_fn is None:
+        return graph
+    entries = {}
+    for name, parameter in parameters.items():
+        edge = get_gradient_edge(parameter)
+        entries[edge.node, edge.output_nr] = name
+    places: dict[Any, int | None] = {}  # a node's number, None when it leads to no parameter
+    stack: list[tuple[Any, bool]] = [(heads.grad_fn, False)]
+    leaves: dict[Any, int] = {}
+    while stack:
+        node, below = stack.pop()
+        if node in places:
+            continue
+        edges = node.next_functions
+        if not below:
+            stack.append((node, True))
+            stack.extend((child, False) for child, output in edges if child is not None and (child, output) not in entries)
+            continue
+        inputs: list[Edge | None] = []
+        for child, output in edges:
+            if (child, output) in entries:
+                if child not in leaves:
+                    leaves[child] = _add(graph, child, (), ("parameter",))
+                graph.parameters[leaves[child], output] = entries[child, output]
+                inputs.append((leaves[child], output))
+            else:
+                place = places.get(child) if child is not None else None
+                inputs.append(None if place is None else (place, output))
+        name = node.name().rpartition("::")[2].partition("Backward")[0]
+        if name in _OPAQUE:
+            raise UnsupportedModelError(f"`model` must show its parameters in the autograd graph; got {_OPAQUE[name]}.")
+        if all(edge is None for edge in inputs):
+            places[node] = None
+        else:
+            places[node] = _add(graph, node, tuple(inputs), (name, *_settings(node)))
+    return graph
+
+
+def _add(graph: Graph, node: Any, inputs: tuple[Edge | None, ...], step: tuple[Any, ...]) -> int:
+    graph.nodes.append(node)
+    graph.inputs.append(inputs)
+    graph.steps.append(step)
+    return len(graph.nodes) - 1
+
+
+_names: dict[type, tuple[str, ...]] = {}
+
+
+def _settings(node: Any) -> tuple[Any, ...]:
+    """Return the numbers that the node keeps (axes, strides, flags), which belong to the structure; tensors do not."""
+    kind = type(node)
+    if kind not in _names:
+        names = [name for name in dir(kind) if name.startswith("_saved_")]
+        _names[kind] = tuple(name for name in names if _is_setting(getattr(node, name)))
+    return tuple(value for name in _names[kind] if _is_setting(value := getattr(node, name)))
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, int | str) or (isinstance(value, tuple) and all(isinstance(entry, int) for entry in value))

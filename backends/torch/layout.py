@@ -1,0 +1,123 @@
+"""Find the sample axis by weighted backward passes.
+
+A row of the gradient that belongs to sample a is scaled by exactly `w_a` when the heads of sample a are weighted by `w_a`. That
+gives the axis; where no axis is scaled so, the place does not belong to single samples. The weights are powers of two, so that
+scaling commutes with rounding in any precision; sample numbers are spelled in digits, one pass each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from mgs_core._errors import ArgumentError
+
+_BASE = 8  # weights 1, 2, …, 128: far from overflow even in float16
+# what heads of size 1 may leave by rounding, relative to the precision
+_NOISE = 10.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say where the samples are among the lead axes.
+
+    Attributes:
+        axis: the axis that holds them; -1 when there is one sample and so no axis.
+        before: positions merged into the axis that are slower than the sample (1: the sample is the slowest index).
+    """
+
+    axis: int
+    before: int = 1
+
+    def split(self, array: torch.Tensor, n: int) -> torch.Tensor:
+        """Rearrange (groups, *lead, features) to (n, groups, s, features)."""
+        groups, *lead, features = array.shape
+        if self.axis < 0:
+            return array.reshape(1, groups, prod(lead), features)
+        front, length, rest = prod(lead[: self.axis]), lead[self.axis], prod(lead[self.axis + 1 :])
+        after = length // (n * self.before)
+        array = array.reshape(groups, front * self.before, n, after * rest, features)
+        return array.permute(2, 0, 1, 3, 4).reshape(n, groups, prod(lead) // n, features)
+
+    def spread(self, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Return values (n,) along the axis of the samples, to be broadcast over an array (*lead) of this shape."""
+        if self.axis < 0:
+            return values.reshape((1,) * len(shape))
+        length = shape[self.axis] // self.before
+        along = values.repeat_interleave(length // values.shape[0]).repeat(self.before)
+        return along.reshape(-1, *(1,) * (len(shape) - self.axis - 1))
+
+
+def sample_weights(n: int, like: torch.Tensor) -> list[torch.Tensor]:
+    """Return weights (n,), one for each pass, that together tell the samples apart."""
+    number = torch.arange(n, device=like.device)
+    passes = []
+    while True:
+        passes.append(torch.pow(2.0, number % _BASE).to(like.dtype))
+        number = number // _BASE
+        n = -(-n // _BASE)
+        if n <= 1:
+            return passes
+
+
+def find_layout(
+    gradient: torch.Tensor, weighted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> tuple[Layout | None, Literal["sure", "open", "silent", "mixed"]]:
+    """Find the layout of one use.
+
+    Args:
+        gradient: of the sum of the heads, (groups, *lead, features).
+        weighted: those of the weighted sums.
+        weights: (n,), positive.
+
+    Returns:
+        (layout or None; "sure", "open" where zero gradients leave more than one layout, "silent" where all is zero, or "mixed"
+        where no layout fits, for the rows belong to no single sample).
+
+    Raises:
+        ArgumentError: when the gradient is not finite.
+    """
+    n = weights[0].shape[0]
+    if n == 1:
+        return Layout(-1), "sure"
+    candidates = list(_candidates(gradient.shape[1:-1], n))
+    size = float(gradient.abs().max()) if gradient.numel() else 0.0
+    if not math.isfinite(size):
+        raise ArgumentError(
+            "`model` must have finite gradients; got NaN or infinity. Look for them in the inputs and the parameters."
+        )
+    eps = torch.finfo(gradient.dtype).eps
+    tolerance = 1e3 * min(eps, torch.finfo(torch.float32).eps) * size
+    fits = [layout for layout in candidates if _fits(layout, gradient, weighted, weights, tolerance)]
+    if candidates and (size == 0 or (not fits and size <= _NOISE * eps)):
+        return candidates[0], "silent"
+    if not fits:
+        return None, "mixed"
+    return fits[0], "sure" if len(fits) == 1 else "open"
+
+
+def _fits(
+    layout: Layout, gradient: torch.Tensor, weighted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], tolerance: float
+) -> bool:
+    n = weights[0].shape[0]
+    flat = layout.split(gradient, n)
+    for array, weight in zip(weighted, weights, strict=True):
+        difference = layout.split(array, n) - flat * weight[:, None, None, None]
+        if not bool((difference.abs() <= tolerance * weight[:, None, None, None]).all()):
+            return False
+    return True
+
+
+def _candidates(lead: Sequence[int], n: int) -> Iterator[Layout]:
+    """Yield the layouts that fit the shape, those with an axis of its own for the samples first."""
+    yield from (Layout(axis) for axis, length in enumerate(lead) if length == n)
+    for axis, length in enumerate(lead):
+        if length > n and length % n == 0:
+            positions = length // n
+            befores = [before for before in range(1, positions + 1) if positions % before == 0]
+            yield from (Layout(axis, before) for before in sorted(befores, key=lambda before: before not in (1, positions)))

@@ -1,0 +1,124 @@
+"""The array-API namespace of PyTorch tensors, with PyTorch's own kernels for what the array API lacks.
+
+The names that begin with `mgs_` are those of `mgs_core/onnx/extensions.py`, which says what each takes and returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import array_api_compat.torch as compat
+import torch
+from torch.nn import functional
+
+Sizes: TypeAlias = Sequence[int]
+Pairs: TypeAlias = Sequence[tuple[int, int]]
+_SCATTER = {"mul": "prod", "max": "amax", "min": "amin", "add": "sum"}
+
+
+class TorchNamespace:
+    """Offer array-API names; those not defined here are array-api-compat's."""
+
+    mgs_lookup = staticmethod(lambda table, indices: table[indices])
+    mgs_einsum = staticmethod(torch.einsum)
+    mgs_relu = staticmethod(torch.relu)
+    mgs_sigmoid = staticmethod(torch.sigmoid)
+    mgs_erf = staticmethod(torch.erf)
+    mgs_softmax = staticmethod(torch.softmax)
+    mgs_log_softmax = staticmethod(torch.log_softmax)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return array-api-compat's function of that name."""
+        return getattr(compat, name)
+
+    @staticmethod
+    def asarray(value: Any, dtype: Any = None, **options: Any) -> torch.Tensor:
+        """Return the value as a tensor; a tensor keeps its graph."""
+        if isinstance(value, torch.Tensor):
+            return value if dtype is None else value.to(dtype)
+        return torch.as_tensor(value, dtype=dtype, **options)
+
+    @staticmethod
+    def mgs_convolution(
+        x: torch.Tensor, weight: torch.Tensor, *, strides: Sizes, pads: Pairs, dilations: Sizes, groups: int
+    ) -> torch.Tensor:
+        """Return the cross-correlation."""
+        x, padding = _own_padding(x, pads)
+        nothing = [0] * len(padding)
+        return torch.convolution(x, weight, None, strides, padding, dilations, False, nothing, groups)
+
+    @staticmethod
+    def mgs_convolution_transpose(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        strides: Sizes,
+        pads: Pairs,
+        dilations: Sizes,
+        groups: int,
+        output_padding: Sizes,
+    ) -> torch.Tensor:
+        """Return the adjoint of a convolution: without padding, then cut (or filled with zeros) to size."""
+        nothing = [0] * len(strides)
+        y = torch.convolution(x, weight, None, strides, nothing, dilations, True, nothing, groups)
+        widths = [(-before, extra - after) for (before, after), extra in zip(pads, output_padding, strict=True)]
+        return functional.pad(y, _reversed(widths))
+
+    @staticmethod
+    def mgs_max_pool(x: torch.Tensor, *, window: Sizes, strides: Sizes, pads: Pairs, dilations: Sizes) -> torch.Tensor:
+        """Return the greatest of each window; padding counts as −∞."""
+        lowest = -float("inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
+        x = functional.pad(x, _reversed(pads), value=lowest)
+        pool = _by_rank(len(window), functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
+        pooled: torch.Tensor = pool(x, window, strides, 0, dilations)
+        return pooled
+
+    @staticmethod
+    def mgs_average_pool(x: torch.Tensor, *, window: Sizes, strides: Sizes, pads: Pairs, dilations: Sizes) -> torch.Tensor:
+        """Return the mean of each window; padding counts as zeros."""
+        x = functional.pad(x, _reversed(pads))
+        if any(dilation != 1 for dilation in dilations):
+            return TorchNamespace.mgs_patches(x, window, strides, dilations).mean(tuple(range(2, 2 + len(window))))
+        pool = _by_rank(len(window), functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
+        pooled: torch.Tensor = pool(x, window, strides)
+        return pooled
+
+    @staticmethod
+    def mgs_patches(x: torch.Tensor, window: Sizes, strides: Sizes, dilations: Sizes) -> torch.Tensor:
+        """Return the windows, (n, channels, *window, *output positions), as a view."""
+        for axis, (width, stride, dilation) in enumerate(zip(window, strides, dilations, strict=True)):
+            x = x.unfold(2 + axis, dilation * (width - 1) + 1, stride)[..., ::dilation]
+        rank = len(window)
+        return x.permute(0, 1, *range(2 + rank, 2 + 2 * rank), *range(2, 2 + rank))
+
+    @staticmethod
+    def mgs_pad(x: torch.Tensor, widths: Pairs, *, value: float = 0.0) -> torch.Tensor:
+        """Return x with a value added around it."""
+        return functional.pad(x, _reversed(widths), value=value)
+
+    @staticmethod
+    def mgs_scatter(data: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, *, reduction: str) -> torch.Tensor:
+        """Return data with updates written at indices."""
+        if reduction == "none":
+            return data.index_put((indices,), updates)
+        return data.scatter_reduce(0, indices.to(torch.int64), updates, _SCATTER[reduction], include_self=True)
+
+
+def _by_rank(rank: int, *functions: Callable[..., Any]) -> Callable[..., Any]:
+    return functions[rank - 1]
+
+
+def _reversed(widths: Pairs) -> list[int]:
+    """Return pairs in the order of `torch.nn.functional.pad`: the last axis first."""
+    return [width for pair in reversed(list(widths)) for width in pair]
+
+
+def _own_padding(x: torch.Tensor, pads: Pairs) -> tuple[torch.Tensor, list[int]]:
+    """Return x and the padding that a convolution can add itself, which is the same on both sides."""
+    if all(before == after for before, after in pads):
+        return x, [before for before, _ in pads]
+    return functional.pad(x, _reversed(pads)), [0] * len(pads)
+
+
+namespace = TorchNamespace()

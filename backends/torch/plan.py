@@ -1,0 +1,215 @@
+"""Find where the parameters meet data, once for each structure of graph.
+
+Going up from a parameter, a node either only reshapes or transforms it (`weight.T`, weight normalisation: part of the *chain*),
+or is the *site* where data enter. The gradient at the node's output tells them apart: at a site, its rows belong to single
+samples (see `layout.py`); in a chain they do not. So every node that a chain reaches is taken for a site and tested, and goes to
+the chain if it fails. Samples interact where data enter a chain, so that samples separate only later, where no data enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mgs_core._errors import SamplesInteractError
+
+from .graph import Edge, Graph
+from .layout import Layout, find_layout, sample_weights
+from .rules import Place, Site, site_of
+from .rules.normalisation import BATCH_NORMS
+
+#: (gradient of the sum over samples and heads, those of the weighted sums) for each edge.
+Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | None]]]
+
+_VIEWS = {
+    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Split",
+    "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Clone", "Alias", "ToCopy", "Diagonal", "Flip",
+}  # fmt: skip
+# of their inputs only the first can be data
+_DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
+# the data are among what the node keeps, not among its inputs
+_DATA_INSIDE = {"Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Expand", "Repeat"}
+
+
+@dataclass(frozen=True)
+class Use:
+    """Hold one use of a parameter, by numbers in the graph, so that it fits every graph of the same structure.
+
+    Attributes:
+        site: number of the node.
+        slot: which of its inputs.
+        source: the edge there.
+        layouts: where the samples are, for each output of the node; one for a node with a rule.
+    """
+
+    site: int
+    slot: int
+    source: Edge
+    layouts: tuple[Layout | None, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the uses of all parameters.
+
+    Attributes:
+        uses: the uses.
+        sure: whether the plan holds for other values too.
+    """
+
+    uses: tuple[Use, ...]
+    sure: bool
+
+
+def is_view(graph: Graph, number: int) -> bool:
+    """Return whether the node only rearranges or selects elements of its one input."""
+    return len(graph.inputs[number]) == 1 and graph.name(number) in _VIEWS
+
+
+def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
+    """Find the uses of every parameter.
+
+    Args:
+        graph: the graph.
+        n: number of samples.
+        gradients: `(edges, weights)` → for the plain sum of the heads and each weighting, the gradients at the edges.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SamplesInteractError: when samples interact after a parameter.
+    """
+    weights = sample_weights(n, graph.heads)
+    failed: set[int] = set()
+    known: dict[int, _Found] = {}
+    while True:
+        sites = _classify(graph, failed)
+        fresh = [number for number, slots in sites.items() if number not in known or known[number].layouts.keys() != slots.keys()]
+        if not fresh:
+            break
+        known |= _test(graph, fresh, sites, weights, gradients)
+        mixed = [number for number in fresh if not known[number].separate]
+        up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
+        if mixed and not up:  # activations meet the parameter here, and samples mix later
+            raise _interaction(graph, sites[mixed[0]])
+        failed.update(up)
+        for number in mixed:
+            del known[number]
+    for number, slots in sites.items():
+        alone = not _data_enter(graph, number, slots) and not _data_may_enter(graph, number)
+        if alone and not known[number].silent:  # samples separate where no data enter: they entered before, and were mixed
+            raise _interaction(graph, slots)
+    uses = [
+        Use(number, slot, edge, known[number].layouts[slot]) for number, slots in sites.items() for slot, edge in slots.items()
+    ]
+    return Plan(tuple(uses), all(known[number].sure for number in sites))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
+
+    layouts: dict[int, tuple[Layout | None, ...]]
+    separate: bool
+    sure: bool
+    silent: bool
+
+
+def _data_enter(graph: Graph, number: int, slots: dict[int, Edge]) -> bool:
+    """Return whether the node has an input that depends on parameters and is no chain: activations."""
+    return any(edge is not None and slot not in slots for slot, edge in enumerate(graph.inputs[number]))
+
+
+def _data_may_enter(graph: Graph, number: int) -> bool:
+    """Return whether the node has an input that may be data: a constant, or what the node keeps."""
+    name = graph.name(number)
+    inputs = graph.inputs[number]
+    return name in _DATA_INSIDE or any(edge is None for edge in (inputs[:1] if name in _DATA_FIRST else inputs))
+
+
+def _classify(graph: Graph, failed: set[int]) -> dict[int, dict[int, Edge]]:
+    """Return the sites, with the slots at which a chain ends."""
+    entries = {number for number, _ in graph.parameters}
+    chain: set[int] = set()
+    sites: dict[int, dict[int, Edge]] = {}
+    for number, edges in enumerate(graph.inputs):
+        slots = {
+            slot: edge
+            for slot, edge in enumerate(edges)
+            if edge is not None and (edge in graph.parameters or (edge[0] in chain and edge[0] not in entries))
+        }
+        if not slots:
+            continue
+        if is_view(graph, number) or number in failed:
+            chain.add(number)
+        else:
+            sites[number] = slots
+    return sites
+
+
+def _test(
+    graph: Graph, fresh: list[int], sites: dict[int, dict[int, Edge]], weights: list[torch.Tensor], gradients: Gradients
+) -> dict[int, _Found]:
+    """Test whether samples separate at the nodes."""
+    edges = [(number, output) for number in fresh for output in range(len(graph.nodes[number]._input_metadata))]
+    flat, *weighted = gradients(edges, weights)
+    at = {edge: (flat[place], [found[place] for found in weighted]) for place, edge in enumerate(edges)}
+    results = {}
+    for number in fresh:
+        layouts: dict[int, tuple[Layout | None, ...]] = {}
+        states: list[str] = []
+        for slot in sites[number]:
+            site = site_of(Place(graph, number, slot))
+            outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
+            found = [_of_output(arrangement(site), *at[edge], weights) for edge in outputs]
+            layouts[slot] = tuple(layout for layout, _ in found)
+            states += [state for _, state in found]
+        results[number] = _Found(
+            layouts,
+            separate="mixed" not in states,
+            sure="open" not in states and "silent" not in states,
+            silent=all(state in ("silent", "absent") for state in states),
+        )
+    return results
+
+
+def _of_output(
+    arrange: Callable[[torch.Tensor], torch.Tensor],
+    flat: torch.Tensor | None,
+    weighted: list[torch.Tensor | None],
+    weights: list[torch.Tensor],
+) -> tuple[Layout | None, str]:
+    if flat is None:
+        return None, "absent"
+    return find_layout(arrange(flat), [arrange(gradient) for gradient in weighted if gradient is not None], weights)
+
+
+def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return how the gradient is arranged to (groups, *lead, features); without a rule every axis may hold the samples."""
+    return (lambda gradient: gradient[None, ..., None]) if site is None else site.arrange
+
+
+def sources(graph: Graph, edge: Edge) -> list[str]:
+    """Return the parameters at the end of the chain that comes down to the edge."""
+    if edge in graph.parameters:
+        return [graph.parameters[edge]]
+    below = [name for child in graph.inputs[edge[0]] if child is not None for name in sources(graph, child)]
+    return list(dict.fromkeys(below))
+
+
+def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
+    names = [name for edge in slots.values() for name in sources(graph, edge)]
+    mixers = [
+        graph.parameters[edges[1]].rpartition(".")[0]
+        for node, edges in enumerate(graph.inputs)
+        if graph.name(node) in BATCH_NORMS and graph.nodes[node]._saved_training
+        if edges[1] in graph.parameters
+    ]
+    where = f"batch normalisation in training mode: {', '.join(map(repr, mixers))}" if mixers else "statistics over the batch"
+    return SamplesInteractError(
+        f"`model` must treat each sample by itself; got samples that interact after parameter {names[0]!r} ({where}). "
+        'Use `model.eval()`, `batch_norm="frozen"` or another normalisation, or leave these parameters out by `parameters=`.'
+    )

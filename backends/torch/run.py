@@ -1,0 +1,92 @@
+"""Run a module and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from mgs_core._errors import ArgumentError
+from mgs_core._tree import flatten, unflatten
+
+BatchNorm = Literal["refuse", "frozen"]
+
+
+@dataclass(frozen=True, eq=False)
+class Configured:
+    """Hold a module with what `mgs_core.kernel` cannot ask for; takes the module's place there.
+
+    Attributes:
+        model: the module.
+        select: takes the outputs' tensor out of what the module returns; by default the tensor itself, or its `logits`.
+        batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch for
+            constants of the per-sample gradients.
+
+    Example:
+        >>> import torch
+        >>> import mgs_core as mgs
+        >>> from mgs_core.adapters.torch import Configured
+        >>> lstm = torch.nn.LSTM(3, 4, batch_first=True)
+        >>> last = Configured(lstm, select=lambda outputs: outputs[0][:, -1])
+        >>> mgs.kernel(last, torch.ones(2, 5, 3)).shape
+        torch.Size([2, 2])
+    """
+
+    model: torch.nn.Module
+    select: Callable[[Any], torch.Tensor] | None = None
+    batch_norm: BatchNorm = "refuse"
+
+    def __call__(self, inputs: Any) -> torch.Tensor:
+        """Run the module and return its outputs; the module is left as it was."""
+        outputs = run_module(self.model, inputs)
+        return as_tensor(outputs if self.select is None else self.select(outputs))
+
+
+def run_module(module: torch.nn.Module, inputs: Any) -> Any:
+    """Return what the module returns; its buffers and the random state stay as they were.
+
+    Args:
+        module: called with a tensor, `**dict` or `*sequence`.
+        inputs: a tensor, or a dict, list or tuple of arrays.
+
+    Returns:
+        The outputs, with their graph.
+
+    Raises:
+        ArgumentError: when the module has parameters without a shape yet.
+    """
+    module = unwrap(module)
+    if any(torch.nn.parameter.is_lazy(value) for value in module.parameters()):
+        raise ArgumentError("`model` must have parameters with shapes; got a lazy module. Run it once on a batch first.")
+    inputs = unflatten(inputs, {name: torch.as_tensor(leaf) for name, leaf in flatten(inputs).items()})
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    keywords = inputs if isinstance(inputs, dict) else {}
+    arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)
+    devices = {value.device for value in module.parameters() if value.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        return torch.func.functional_call(module, buffers, arguments, keywords)
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module below torch.compile and data parallelism."""
+    while True:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            below = module.module
+        else:
+            below = getattr(module, "_orig_mod", None)
+        if not isinstance(below, torch.nn.Module):
+            return module
+        module = below
+
+
+def as_tensor(outputs: Any) -> torch.Tensor:
+    """Return the tensor of outputs: itself, or the field `logits` that transformers' models give."""
+    found = outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", None)
+    if isinstance(found, torch.Tensor):
+        return found
+    raise ArgumentError(
+        f"`model` must return a tensor, or an object with a tensor `logits`; got {type(outputs).__name__}. "
+        "Give `select`, a function that takes the tensor out of the outputs."
+    )
