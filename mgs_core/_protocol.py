@@ -21,12 +21,15 @@ class _Use:
         gradients: gradient of each head at the output of the use, samples first, then heads.
         view: what lies between the parameter and its use (transposes, reshapes); uses with equal views share coordinates.
         restore: maps rows in the coordinates of the use to those of the parameter.
+        part: number of the part of the parameter that is used; parts share no element, so they have no cross terms. None when
+            the uses of the parameter are not all divided into the same parts.
     """
 
     parameter: str
     gradients: Array
     view: tuple[Any, ...] = ()
     restore: Restore = None
+    part: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from mgs_core.functional import FunctionalModel
 _BACKENDS: dict[str, tuple[str, frozenset[str]]] = {
     "numpy": ("autograd", frozenset({"numpy", "autograd"})),
     "torch": ("torch", frozenset({"torch"})),
+    "jax": ("jax", frozenset({"jax", "jaxlib", "flax"})),
 }
 _loaded: dict[str, Backend] = {}
 

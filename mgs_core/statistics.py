@@ -63,7 +63,8 @@ def contribution(left: LayerStatistics, right: LayerStatistics, *, full: bool = 
         return _pairwise_tiled(left, right, full)
     if isinstance(left, Outer) and isinstance(right, Outer):
         return _outer_rows_tiled(left, right, full)
-    return _gram(as_rows(left), as_rows(right), full)
+    rows = as_rows(left)
+    return _gram(rows, rows if right is left else as_rows(right), full)
 
 
 def merge(uses: Iterable[LayerStatistics]) -> list[LayerStatistics]:
@@ -75,11 +76,11 @@ def merge(uses: Iterable[LayerStatistics]) -> list[LayerStatistics]:
         uses: statistics, any number for each parameter.
 
     Returns:
-        One statistics object for each parameter, in order of first use.
+        One statistics object for each parameter, or part of one, in order of first use.
     """
-    by_parameter: dict[str, list[LayerStatistics]] = {}
+    by_parameter: dict[tuple[str, int | None], list[LayerStatistics]] = {}
     for use in uses:
-        by_parameter.setdefault(use.parameter, []).append(use)
+        by_parameter.setdefault((use.parameter, use.part), []).append(use)
     return [_join(group) if len(group) > 1 else group[0] for group in by_parameter.values()]
 
 
@@ -174,10 +175,18 @@ def _gram(left: Array, right: Array, full: bool) -> Array:
     """Multiply rows (n, k, p) and (m, k, p) to (n, m), or (n, k, m, k)."""
     xp = array_namespace(left, right)
     (n, k, p), m = left.shape, right.shape[0]
-    if full:
-        flat = xp.matmul(xp.reshape(left, (n * k, p)), xp.permute_dims(xp.reshape(right, (m * k, p)), (1, 0)))
-        return xp.reshape(flat, (n, k, m, k))
-    return xp.matmul(xp.reshape(left, (n, k * p)), xp.permute_dims(xp.reshape(right, (m, k * p)), (1, 0)))
+    rows, columns = ((n * k, p), (m * k, p)) if full else ((n, k * p), (m, k * p))
+    flat = xp.reshape(left, rows)
+    product = _product(xp, flat, flat if right is left else xp.reshape(right, columns))
+    return xp.reshape(product, (n, k, m, k)) if full else product
+
+
+def _product(xp: Namespace, left: Array, right: Array) -> Array:
+    """Return `left rightᵀ` over the last axis; a namespace's `mgs_product` may use that both are one array, and round less."""
+    native = getattr(xp, "mgs_product", None)
+    if native is not None:
+        return native(left, right)
+    return xp.matmul(left, xp.permute_dims(right, (*range(right.ndim - 2), right.ndim - 1, right.ndim - 2)))
 
 
 def _outer_rows_tiled(left: Outer, right: Outer, full: bool) -> Array:
@@ -187,8 +196,9 @@ def _outer_rows_tiled(left: Outer, right: Outer, full: bool) -> Array:
     step = max(1, MEMORY_BUDGET // max(1, max(n, right.gradients.shape[0]) * k * groups * o))
     total: Array = None
     for start in range(0, i, step):
-        a, b = (replace(use, inputs=use.inputs[:, :, :, start : min(start + step, i)]) for use in (left, right))
-        part = _gram(as_rows(a), as_rows(b), full)
+        chosen = (..., slice(start, min(start + step, i)))
+        rows = as_rows(replace(left, inputs=left.inputs[chosen]))
+        part = _gram(rows, rows if right is left else as_rows(replace(right, inputs=right.inputs[chosen])), full)
         total = part if total is None else total + part
     return total
 
@@ -216,27 +226,37 @@ def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     xp = array_namespace(left.gradients, right.gradients)
     n, k, s = left.gradients.shape[0], left.gradients.shape[1], left.gradients.shape[-2]
     m, t = right.gradients.shape[0], right.gradients.shape[-2]
+    same = right is left
     if isinstance(left, Outer) and isinstance(right, Outer):
-        groups = left.inputs.shape[1]
-        i = left.inputs.shape[3]
-        a_left = _arranged(xp, left.inputs, (1, 0, 2, 3), (groups, n * s, i))
-        a = xp.matmul(a_left, xp.permute_dims(_arranged(xp, right.inputs, (1, 0, 2, 3), (groups, m * t, i)), (0, 2, 1)))
-        d_left, d_right = left.gradients, right.gradients
+        groups, inputs = left.inputs.shape[1], _inputs_by_group(left)
+        a = _product(xp, inputs, inputs if same else _inputs_by_group(right))
     elif isinstance(left, Lookup) and isinstance(right, Lookup):
         groups = 1
-        a = _equal(xp, xp.reshape(left.indices, (1, n * s)), xp.reshape(right.indices, (m * t,)), left.gradients)
-        d_left, d_right = xp.expand_dims(left.gradients, axis=2), xp.expand_dims(right.gradients, axis=2)
+        a = _equal(xp, xp.reshape(left.indices, (n * s,)), xp.reshape(right.indices, (m * t,)), left.gradients)
     else:
         raise TypeError(f"`left` must be Outer or Lookup on both sides; got {type(left).__name__}, {type(right).__name__}.")
-    o = d_left.shape[-1]
+    gradients = _gradients_by_group(left, full)
+    d = _product(xp, gradients, gradients if same else _gradients_by_group(right, full))
     if full:
-        d_left = _arranged(xp, d_left, (2, 0, 1, 3, 4), (groups, n * k * s, o))
-        d_right = _arranged(xp, d_right, (2, 4, 0, 1, 3), (groups, o, m * k * t))
-        d = xp.reshape(xp.matmul(d_left, d_right), (groups, n, k, s, m, k, t))
+        d = xp.reshape(d, (groups, n, k, s, m, k, t))
         return xp.sum(xp.reshape(a, (groups, n, 1, s, m, 1, t)) * d, axis=(0, 3, 6))
-    d_left = _arranged(xp, d_left, (2, 0, 3, 1, 4), (groups, n * s, k * o))
-    d_right = _arranged(xp, d_right, (2, 1, 4, 0, 3), (groups, k * o, m * t))
-    product = a * xp.matmul(d_left, d_right)
+    product = a * d
     if groups == s == t == 1:
         return xp.reshape(product, (n, m))
     return xp.sum(xp.reshape(product, (groups, n, s, m, t)), axis=(0, 2, 4))
+
+
+def _inputs_by_group(use: Outer) -> Array:
+    """Return the inputs as (g, n·s, i); as (n·s, i) of one group."""
+    n, groups, s, i = use.inputs.shape
+    shape = (n * s, i) if groups == 1 else (groups, n * s, i)
+    return _arranged(array_namespace(use.inputs), use.inputs, (1, 0, 2, 3), shape)
+
+
+def _gradients_by_group(use: Outer | Lookup, full: bool) -> Array:
+    """Return the gradients as (g, n·s, k·o), or with `full` (g, n·k·s, o); without the axis g of one group."""
+    n, k, *groups, s, o = use.gradients.shape
+    xp = array_namespace(use.gradients)
+    gradients = use.gradients if groups else xp.expand_dims(use.gradients, axis=2)
+    order, shape = ((2, 0, 1, 3, 4), (n * k * s, o)) if full else ((2, 0, 3, 1, 4), (n * s, k * o))
+    return _arranged(xp, gradients, order, shape if prod(groups) == 1 else (*groups, *shape))

@@ -20,6 +20,7 @@ ALLOWED_IN = {
     "mgs_core/experiments": {"numpy", "onnx", "sklearn"},
     "mgs_core/onnx": {"numpy", "onnx"},
     "mgs_core/report": {"jinja2", "matplotlib", "numpy"},
+    "backends/jax": {"jax", "numpy"},
     "backends/numpy": {"autograd", "numpy"},
     "backends/torch": {"torch"},
     "adapters/torch.py": {"torch"},

@@ -1,0 +1,123 @@
+"""The backend's face: layer statistics and gradients of pure functions on JAX arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgs_core._errors import ArgumentError
+from mgs_core._namespace import register_namespace
+from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
+from mgs_core._tree import select
+from mgs_core._types import Array, Namespace, Tree
+from mgs_core.functional import FunctionalModel
+
+from .interaction import refuse_interaction
+from .namespace import JaxNamespace
+from .program import program_for
+
+_namespace = JaxNamespace()
+register_namespace(lambda array: isinstance(array, jax.Array), _namespace)
+
+
+class JaxBackend:
+    """Implement `Backend` on JAX."""
+
+    name = "jax"
+    namespace: Namespace = _namespace
+
+    def asarray(self, value: Any) -> Array:
+        """Return the value as a JAX array; a traced array stays traced."""
+        return jnp.asarray(value)
+
+    def to_numpy(self, array: Array) -> Any:
+        """Return the array as a NumPy array on the host."""
+        if isinstance(array, jax.core.Tracer):
+            raise ArgumentError("`array` must have values; got a traced array. Return it from the function that is compiled.")
+        return np.asarray(array)
+
+    def parameters(self, model: Any) -> dict[str, Array]:
+        """Return the parameters by name."""
+        return _named(_functional(model).parameters)
+
+    def statistics(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
+    ) -> list[LayerStatistics]:
+        """Return the layer statistics, as `Backend.statistics` says."""
+        _, statistics = self.heads_and_statistics(model, inputs, targets, head, parameters, differentiable=differentiable)
+        return statistics
+
+    def heads_and_statistics(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
+    ) -> tuple[Array, list[LayerStatistics]]:
+        """Return the heads (n, k) of the same pass too."""
+        model = _functional(model)
+        leaves = _named(model.parameters)
+        chosen = select(leaves, parameters)
+        tree = jax.tree.structure(model.parameters)
+        samples, layout = jax.tree.flatten((inputs, targets))
+        samples = [jnp.asarray(leaf) for leaf in samples]
+        n = samples[0].shape[0]
+
+        def batch(leaves: list[Array], samples: list[Array]) -> Array:
+            inputs, targets = jax.tree.unflatten(layout, samples)
+            return _scalars(model.function(jax.tree.unflatten(tree, leaves), inputs), head, targets, samples[0].shape[0])
+
+        def one(leaves: list[Array], sample: list[Array]) -> Array:
+            return batch(leaves, [leaf[None] for leaf in sample])[0]
+
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
+        slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
+        jaxpr = jax.make_jaxpr(one)(shapes, slices)
+        program = program_for(jaxpr, list(leaves), chosen)
+        if n > 1 and not program.checked:
+            refuse_interaction(batch, jaxpr, list(leaves.values()), samples)
+            program.checked = True
+        given = (leaves, samples, jaxpr.consts)
+        heads, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))
+        statistics = program.statistics(found)
+        return heads, statistics or [Rows(chosen[0], jnp.zeros((*heads.shape, 1), leaves[chosen[0]].dtype))]
+
+    def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
+        """Return a function that gives the value and the gradient in the first argument."""
+        both: Callable[..., tuple[Array, Tree]] = jax.value_and_grad(function)
+        return both
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function compiled."""
+        compiled: Callable[..., Any] = jax.jit(function)
+        return compiled
+
+
+def _functional(model: Any) -> FunctionalModel:
+    if not isinstance(model, FunctionalModel):
+        raise ArgumentError(f"`model` must be a FunctionalModel for the JAX backend; got {type(model).__name__}.")
+    return model
+
+
+def _named(parameters: Tree) -> dict[str, Array]:
+    leaves = {}
+    for path, value in jax.tree_util.tree_flatten_with_path(parameters)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "parameter"
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+            kind = f"dtype {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
+            raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
+        leaves[name] = jnp.asarray(value)
+    return leaves
+
+
+def _scalars(outputs: Any, head: HeadFunction, labels: Any, n: int) -> Array:
+    """Return the heads (n, k); outputs that are no single array are left to the head's transform."""
+    if hasattr(outputs, "shape") and (len(outputs.shape) != 2 or outputs.shape[0] != n):
+        raise ArgumentError(
+            f"`model` must return outputs of shape (n, c) with n = {n}; got {outputs.shape}. "
+            "Keep the samples first and flatten the outputs of each."
+        )
+    return head(outputs, labels)
+
+
+backend = JaxBackend()

@@ -1,0 +1,105 @@
+"""Array-API names for JAX arrays: those of jax.numpy, and what the core uses where a namespace offers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mgs_core._errors import ArgumentError
+from mgs_core._types import Array
+
+Pairs: TypeAlias = Sequence[tuple[int, int]]
+
+
+class JaxNamespace:
+    """Offer jax.numpy, with extensions."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return jax.numpy's function of that name."""
+        return getattr(jnp, name)
+
+    mgs_einsum = staticmethod(jnp.einsum)
+    mgs_erf = staticmethod(jax.scipy.special.erf)
+    mgs_relu = staticmethod(jax.nn.relu)
+
+    @staticmethod
+    def mgs_convolution(
+        x: Array, weight: Array, *, strides: Sequence[int], pads: Pairs, dilations: Sequence[int], groups: int
+    ) -> Array:
+        """Return the cross-correlation of x (n, i, *space) with weight (o, i/groups, *window)."""
+        return lax.conv_general_dilated(x, weight, strides, pads, rhs_dilation=dilations, feature_group_count=groups)
+
+    @staticmethod
+    def mgs_convolution_transpose(
+        x: Array,
+        weight: Array,
+        *,
+        strides: Sequence[int],
+        pads: Pairs,
+        dilations: Sequence[int],
+        groups: int,
+        output_padding: Sequence[int],
+    ) -> Array:
+        """Return the adjoint of a convolution: x (n, i, *space), weight (i, o/groups, *window)."""
+        i, o, *window = weight.shape
+        flipped = jnp.flip(weight, axis=tuple(range(2, weight.ndim)))
+        kernels = jnp.reshape(
+            jnp.swapaxes(jnp.reshape(flipped, (groups, i // groups, o, *window)), 1, 2), (groups * o, i // groups, *window)
+        )
+        margins = [
+            (d * (size - 1) - before, d * (size - 1) - after + extra)
+            for (before, after), d, size, extra in zip(pads, dilations, window, output_padding, strict=True)
+        ]
+        ones = (1,) * len(window)
+        return lax.conv_general_dilated(
+            x, kernels, ones, margins, lhs_dilation=strides, rhs_dilation=dilations, feature_group_count=groups
+        )
+
+    @staticmethod
+    def mgs_pad(x: Array, widths: Pairs, *, value: float = 0.0) -> Array:
+        """Return x with `value` added around it, one pair of widths for each axis."""
+        return jnp.pad(x, widths, constant_values=value)
+
+    @staticmethod
+    def mgs_lookup(table: Array, indices: Array) -> Array:
+        """Return `table[indices]`, indices of any shape."""
+        return jnp.take(table, indices, axis=0)
+
+    @staticmethod
+    def mgs_scatter(data: Array, indices: Array, updates: Array, *, reduction: str) -> Array:
+        """Return data (size,) with updates (m,) written at indices (m,); of equal indices the last counts without reduction."""
+        at = data.at[indices]
+        if reduction == "none":
+            order = jnp.zeros(data.shape, int).at[indices].max(jnp.arange(1, indices.shape[0] + 1))
+            return jnp.where(order > 0, updates[jnp.maximum(order - 1, 0)], data) if indices.shape[0] else data
+        reductions = {"add": at.add, "mul": at.multiply, "max": at.max, "min": at.min}
+        if reduction not in reductions:
+            raise ArgumentError(f"`reduction` must be none, {', '.join(reductions)}; got {reduction!r}. Choose one of them.")
+        return reductions[reduction](updates)
+
+    @staticmethod
+    def mgs_product(left: Array, right: Array) -> Array:
+        """Return `left rightᵀ` over the last axis, (..., n, p) and (..., m, p) to (..., n, m), in float32 at least."""
+        return _gram(left) if left is right else _product(left, right)
+
+
+def _product(left: Array, right: Array) -> Array:
+    dtype = jnp.promote_types(jnp.result_type(left, right), jnp.float32)
+    return jnp.matmul(left, jnp.swapaxes(right, -1, -2), preferred_element_type=dtype)
+
+
+@jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed
+def _gram(rows: Array) -> Array:
+    """Return `R Rᵀ`; its derivative is `T + Tᵀ` with `T = Ṙ Rᵀ`, one product where the product rule has two."""
+    return _product(rows, rows)
+
+
+@_gram.defjvp  # type: ignore[untyped-decorator]  # jax is not followed
+def _gram_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (rows,), (change,) = primals, tangents
+    half = _product(change, rows)
+    return _gram(rows), half + jnp.swapaxes(half, -1, -2)

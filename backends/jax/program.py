@@ -1,0 +1,180 @@
+"""Programs: the compiled function from parameters and batch to layer statistics, found again by the jaxpr of one sample."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
+from mgs_core._types import Array
+
+from .execute import Parameterised, execute
+from .fingerprint import fingerprint
+from .plan import DATA, Plan, Site, make_plan
+from .views import View
+
+#: Programs that are kept, the last used ones.
+_KEPT = 64
+_programs: OrderedDict[Any, Program] = OrderedDict()
+
+
+@dataclass(eq=False)
+class Program:
+    """Hold the plan of one sample's program and the compiled function for the batch.
+
+    Attributes:
+        plan: the plan.
+        names: of all parameters, in the order of the jaxpr's inputs.
+        run: `(parameters, samples, constants) → (heads (n, k), gradients and inputs of the sites, rows of ε by name)`.
+        shapes: shape and dtype of each parameter.
+        checked: whether samples are known not to interact.
+    """
+
+    plan: Plan
+    names: tuple[str, ...]
+    run: Callable[..., Any]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    checked: bool = False
+
+    def statistics(self, found: tuple[list[Any], dict[str, Array]]) -> list[LayerStatistics]:
+        """Name the arrays that `run` found.
+
+        Args:
+            found: (gradients and inputs of the sites, rows of ε by name).
+
+        Returns:
+            The layer statistics.
+        """
+        sites, rows = found
+        statistics: list[LayerStatistics] = []
+        separate = _separable(self.plan)
+        for site, (gradients, inputs) in zip(self.plan.sites, sites, strict=True):
+            statistics += self._of_site(site, gradients, inputs, site.rule.weight.parameter in separate)
+        for name, gradients in rows.items():
+            statistics.append(_of_rows(name, gradients, self.plan.rooted[name]))
+        return statistics
+
+    def _of_site(self, site: Site, gradients: Array, inputs: list[Array], separate: bool) -> list[LayerStatistics]:
+        rule = site.rule
+        view, like = rule.weight, self.shapes[rule.weight.parameter]
+        common: dict[str, Any] = {"parameter": view.parameter, "gradients": gradients}
+        if rule.kind == "lookup":
+            return [Lookup(**common, view=view.keys, restore=view.restore(like), indices=inputs[0], size=rule.size)]
+        if rule.pieces == 1:
+            return [Outer(**common, view=view.keys, restore=view.restore(like), inputs=inputs[0])]
+        pieces = [view.then(("piece", place), partial(_piece, place=place)) for place in range(rule.pieces)]
+        return [
+            Outer(**common, view=piece.keys, restore=piece.restore(like), inputs=x, part=place if separate else None)
+            for place, (piece, x) in enumerate(zip(pieces, inputs, strict=True))
+        ]
+
+
+def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str]) -> Program:
+    """Return the program of a traced sample.
+
+    Args:
+        jaxpr: from the parameters and the leaves of one sample to its heads (k,); its constants are given when it runs.
+        names: of the parameters, the first inputs of the jaxpr.
+        chosen: those that belong to the kernel.
+
+    Returns:
+        The program, a known one when the same computation came before.
+    """
+    key = (fingerprint(jaxpr.jaxpr), tuple(names), tuple(chosen))
+    if key not in _programs:
+        _programs[key] = _make(jaxpr, tuple(names), frozenset(chosen))
+        while len(_programs) > _KEPT:
+            _programs.popitem(last=False)
+    _programs.move_to_end(key)
+    return _programs[key]
+
+
+def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str]) -> Program:
+    jaxpr = closed.jaxpr
+    variables = jaxpr.invars[: len(names)]
+    shapes = {name: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for name, v in zip(names, variables, strict=True)}
+    # the constants become inputs, so that one program serves other values of them
+    whole = jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
+    origins = [View(name) if name in chosen else None for name in names]
+    plan = make_plan(whole, [*[None] * len(jaxpr.constvars), *origins, *[DATA] * (len(jaxpr.invars) - len(names))])
+    heads = jaxpr.outvars[0].aval
+
+    def one(parameters: dict[str, Array], sample: list[Array], constants: list[Array]) -> Any:
+        def head(taps: list[Array], epsilon: dict[str, Array]) -> tuple[Array, list[Array]]:
+            values = [Parameterised(partial(_rooted, value=parameters[n], epsilon=epsilon.get(n))) for n in names]
+            given = [v if n in chosen else parameters[n] for n, v in zip(names, values, strict=True)]
+            (outputs,), records = execute(plan, [*constants, *given, *sample], taps)
+            return outputs, records
+
+        taps = [jnp.zeros((*(length for length, _ in site.loops), *site.tap.shape), site.tap.dtype) for site in plan.sites]
+        epsilon = {name: jnp.zeros_like(parameters[name]) for name in names if name in plan.rooted}
+        outputs, pull, records = jax.vjp(head, taps, epsilon, has_aux=True)
+        if heads.shape[0] == 1:
+            gradients, rows = jax.tree.map(lambda leaf: leaf[None], pull(jnp.ones_like(outputs)))
+        else:
+            gradients, rows = jax.vmap(pull)(jnp.eye(heads.shape[0], dtype=heads.dtype))
+        sites = [_arranged(site, d, x) for site, d, x in zip(plan.sites, gradients, records, strict=True)]
+        return outputs, (sites, {name: jnp.reshape(row, (heads.shape[0], -1)) for name, row in rows.items()})
+
+    return Program(plan, names, jax.jit(jax.vmap(one, in_axes=(None, 0, None))), shapes)
+
+
+def _rooted(rooted: bool, *, value: Array, epsilon: Array | None) -> Array:
+    return value + epsilon if rooted and epsilon is not None else value
+
+
+def _piece(weight: Array, *, place: int) -> Array:
+    return weight[place]
+
+
+def _arranged(site: Site, gradients: Array, record: Array) -> tuple[Array, list[Array]]:
+    """Return the gradients (k, g, s, o) and the inputs (g, s, i) of one sample's site."""
+    rule, loops = site.rule, [length for length, _ in site.loops]
+    of_gradient, of_inputs, of_valid = rule.gradient, rule.inputs, rule.valid
+    for _ in loops:
+        of_gradient, of_inputs = jax.vmap(of_gradient), jax.vmap(of_inputs)
+        of_valid = of_valid and jax.vmap(of_valid)
+    d = jax.vmap(lambda gradient: _merge_loops(of_gradient(gradient), site.loops))(gradients)
+    inputs = of_inputs(record)
+    if rule.kind == "outer":
+        return d, [_merge_loops(x, site.loops) for x in inputs]
+    index = jnp.reshape(inputs[0], (-1,))
+    d = d[:, 0]
+    if of_valid is not None:
+        d = jnp.where(jnp.reshape(of_valid(record), (-1, 1)), d, 0)
+    return d, [index]
+
+
+def _merge_loops(array: Array, loops: Sequence[tuple[int, bool]]) -> Array:
+    """Move the axes of loops in (*loops, g, s, features) into g, where they run over the weight, else into s."""
+    over_weight = [axis for axis, (_, block) in enumerate(loops) if block]
+    shared = [axis for axis, (_, block) in enumerate(loops) if not block]
+    g, s, features = array.shape[len(loops) :]
+    g, s = g * prod(loops[axis][0] for axis in over_weight), s * prod(loops[axis][0] for axis in shared)
+    array = jnp.transpose(array, (*over_weight, len(loops), *shared, len(loops) + 1, len(loops) + 2))
+    return jnp.reshape(array, (g, s, features))
+
+
+def _separable(plan: Plan) -> set[str]:
+    """Return the parameters whose uses all divide them into the same pieces, so that pieces have no cross terms."""
+    by_name: dict[str, set[Any]] = {}
+    for site in plan.sites:
+        by_name.setdefault(site.rule.weight.parameter, set()).add((site.rule.weight.keys, site.rule.pieces))
+    return {name for name, uses in by_name.items() if len(uses) == 1 and name not in plan.rooted}
+
+
+def _of_rows(name: str, rows: Array, readers: set[str]) -> LayerStatistics:
+    """Return rows (n, k, p) as what they are: the sums over positions have been taken already."""
+    if readers <= {"add", "sub", "add_any", "output"}:
+        return Sum(parameter=name, gradients=rows[:, :, None])
+    if readers <= {"mul", "div", "add", "sub", "add_any", "output"}:
+        return Scale(parameter=name, gradients=rows[:, :, None], inputs=jnp.ones((rows.shape[0], 1, rows.shape[2]), rows.dtype))
+    return Rows(parameter=name, gradients=rows)

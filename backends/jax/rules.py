@@ -1,0 +1,167 @@
+"""Rules: for an equation in which a weight meets data, the layer's input and how to bring both sides into the common layout.
+
+One function for each primitive. It sees one sample, so that no axis holds the samples. The common layout is that of the layer
+statistics: groups g, positions s, features i and o.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import lax
+
+from mgs_core._types import Array
+
+from .views import View
+
+#: A convolution with fewer input channels than this stacks its windows: separate products would be too thin.
+_THIN = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Hold what one equation says about the weight at one place.
+
+    Attributes:
+        kind: which layer statistics.
+        weight: the view of the parameter; its value is (g, i, o), (size, o) for lookups, or (pieces, g, i, o).
+        gradient: takes the gradient at the equation's output to (g, s, o).
+        inputs: takes the other operand to (g, s, i), (s,) for lookups, or to a list of them, one for each piece of the weight.
+        pieces: parts of the weight that share no element, each with its own inputs; 1 for the whole.
+        whole: of several pieces, the same as one: takes the list of inputs to (g, s, pieces·i).
+        valid: takes the other operand to (s,) booleans: which positions touch the table at all.
+        size: rows of a table.
+    """
+
+    kind: Literal["outer", "lookup"]
+    weight: View
+    gradient: Callable[[Array], Array]
+    inputs: Callable[[Array], list[Array]]
+    pieces: int = 1
+    valid: Callable[[Array], Array] | None = None
+    size: int = 0
+
+
+def rule_for(equation: Any, place: int, view: View) -> Rule | None:
+    """Return the rule of an equation for the weight at one place among its operands, or None when there is none.
+
+    Args:
+        equation: of a jaxpr of one sample.
+        place: of the weight.
+        view: the weight.
+
+    Returns:
+        The rule or None.
+    """
+    rule = _RULES.get(equation.primitive.name)
+    floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+    return rule(equation, place, view) if rule is not None and floating else None
+
+
+def _dot_general(equation: Any, place: int, view: View) -> Rule | None:
+    contracting, batch = equation.params["dimension_numbers"]
+    data_shape, weight_shape = (equation.invars[at].aval.shape for at in (1 - place, place))
+    data_axes, data_groups = tuple(contracting[1 - place]), tuple(batch[1 - place])
+    axes, groups = tuple(contracting[place]), tuple(batch[place])
+    data_free = tuple(axis for axis in range(len(data_shape)) if axis not in (*data_axes, *data_groups))
+    free = tuple(axis for axis in range(len(weight_shape)) if axis not in (*axes, *groups))
+    g = prod(weight_shape[axis] for axis in groups)
+    i = prod(weight_shape[axis] for axis in axes)
+    s, o = prod(data_shape[axis] for axis in data_free), prod(weight_shape[axis] for axis in free)
+
+    def arrange(weight: Array) -> Array:
+        return jnp.reshape(jnp.transpose(weight, (*groups, *axes, *free)), (g, i, o))
+
+    def gradient(d: Array) -> Array:
+        return jnp.reshape(d, (g, s, o)) if place == 1 else jnp.swapaxes(jnp.reshape(d, (g, o, s)), 1, 2)
+
+    def inputs(x: Array) -> list[Array]:
+        return [jnp.reshape(jnp.transpose(x, (*data_groups, *data_free, *data_axes)), (g, s, i))]
+
+    return Rule("outer", view.then(("matrix", groups, axes, free), arrange), gradient, inputs)
+
+
+def _convolution(equation: Any, place: int, view: View) -> Rule | None:
+    params = equation.params
+    if place != 1 or params["batch_group_count"] != 1:
+        return None
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    shape, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+    window = tuple(shape[axis] for axis in numbers.rhs_spec[2:])
+    features, i = shape[numbers.rhs_spec[0]], shape[numbers.rhs_spec[1]]
+    space = tuple(out[axis] for axis in numbers.out_spec[2:])
+    s, o = out[numbers.out_spec[0]] * prod(space), features // groups
+    offsets = list(product(*(range(size) for size in window)))
+    stack = i < _THIN
+    pieces = 1 if stack else len(offsets)
+
+    def arrange(weight: Array) -> Array:
+        weight = jnp.reshape(jnp.transpose(weight, (*numbers.rhs_spec[2:], *numbers.rhs_spec[:2])), (len(offsets), groups, o, i))
+        by_offset = jnp.swapaxes(weight, 2, 3)
+        return jnp.reshape(jnp.swapaxes(by_offset, 0, 1), (groups, len(offsets) * i, o)) if stack else by_offset
+
+    def by_group(array: Array, width: int) -> Array:
+        return jnp.moveaxis(jnp.reshape(array, (s, groups, width)), 1, 0)
+
+    def gradient(d: Array) -> Array:
+        return by_group(jnp.transpose(d, (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])), o)
+
+    def inputs(x: Array) -> list[Array]:
+        x = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+        margins = [(low, high, factor - 1) for (low, high), factor in zip(params["padding"], params["lhs_dilation"], strict=True)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
+        strides, dilations = params["window_strides"], params["rhs_dilation"]
+        found = []
+        for offset in offsets:
+            start = [at * d for at, d in zip(offset, dilations, strict=True)]
+            stop = [at + (size - 1) * stride + 1 for at, size, stride in zip(start, space, strides, strict=True)]
+            x_at = lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
+            found.append(by_group(x_at, i))
+        return [jnp.concatenate(found, axis=-1)] if stack else found
+
+    key = ("convolution", numbers.rhs_spec, groups, stack)
+    return Rule("outer", view.then(key, arrange), gradient, inputs, pieces)
+
+
+def _gather(equation: Any, place: int, view: View) -> Rule | None:
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    table, indices, out = equation.invars[0].aval.shape, equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+    if place != 0 or len(numbers.start_index_map) != 1 or tuple(numbers.collapsed_slice_dims) != tuple(numbers.start_index_map):
+        return None
+    (axis,) = numbers.start_index_map
+    whole = all(size == length for at, (size, length) in enumerate(zip(sizes, table, strict=True)) if at != axis)
+    if numbers.operand_batching_dims or not whole or prod(table) == 0:
+        return None
+    lead = tuple(at for at in range(len(out)) if at not in numbers.offset_dims)
+    s, size = prod(indices[:-1]), table[axis]
+    o = prod(table) // size
+    mode = lax.GatherScatterMode.from_any(equation.params["mode"])
+
+    def arrange(weight: Array) -> Array:
+        return jnp.reshape(jnp.moveaxis(weight, axis, 0), (size, o))
+
+    def gradient(d: Array) -> Array:
+        return jnp.reshape(jnp.transpose(d, (*lead, *numbers.offset_dims)), (1, s, o))
+
+    def inputs(index: Array) -> list[Array]:
+        index = jnp.reshape(index, (s,))
+        return [jnp.clip(index, 0, size - 1) if mode == lax.GatherScatterMode.CLIP else index]
+
+    def valid(index: Array) -> Array:
+        index = jnp.reshape(index, (s,))
+        return (index >= 0) & (index < size)
+
+    key, drops = ("table", axis), mode == lax.GatherScatterMode.FILL_OR_DROP
+    return Rule("lookup", view.then(key, arrange), gradient, inputs, valid=valid if drops else None, size=size)
+
+
+_RULES: Mapping[str, Callable[[Any, int, View], Rule | None]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+}
