@@ -12,7 +12,10 @@ from mgs_core._tree import flatten
 from mgs_core.functional import FunctionalModel
 
 # name → (module that must be importable, roots of the modules whose types belong to it)
-_BACKENDS: dict[str, tuple[str, frozenset[str]]] = {"numpy": ("autograd", frozenset({"numpy", "autograd"}))}
+_BACKENDS: dict[str, tuple[str, frozenset[str]]] = {
+    "numpy": ("autograd", frozenset({"numpy", "autograd"})),
+    "tensorflow": ("tensorflow", frozenset({"tensorflow"})),
+}
 _loaded: dict[str, Backend] = {}
 
 

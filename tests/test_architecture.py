@@ -21,6 +21,7 @@ ALLOWED_IN = {
     "mgs_core/onnx": {"numpy", "onnx"},
     "mgs_core/report": {"jinja2", "matplotlib", "numpy"},
     "backends/numpy": {"autograd", "numpy"},
+    "backends/tensorflow": {"numpy", "tensorflow"},
 }
 
 
