@@ -15,6 +15,7 @@ from mgs_core.functional import FunctionalModel
 _BACKENDS: dict[str, tuple[str, frozenset[str]]] = {
     "numpy": ("autograd", frozenset({"numpy", "autograd"})),
     "tensorflow": ("tensorflow", frozenset({"tensorflow"})),
+    "keras": ("keras", frozenset({"keras"})),  # models only: their arrays are a framework's
 }
 _loaded: dict[str, Backend] = {}
 
@@ -71,8 +72,8 @@ def _name_of(source: Any) -> str:
         if not leaves:
             raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
         source = leaves[0]
-    for kind in type(source).__mro__:
-        root = kind.__module__.partition(".")[0]
+    kinds = [kind.__module__.partition(".")[0] for kind in type(source).__mro__]
+    for root in ["keras"] if "keras" in kinds else kinds:  # a Keras model is also a model of its framework
         for name, (_, roots) in _BACKENDS.items():
             if root in roots:
                 return name
