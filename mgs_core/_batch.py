@@ -29,6 +29,10 @@ def count(inputs: Any, targets: Any = None) -> int:
             )
         if not leaf.shape:
             raise ArgumentError(f"`{name}` must have samples along its first axis; got a scalar. Add the axis: value[None].")
+        if leaf.shape[0] is None:
+            raise ArgumentError(
+                f"`{name}` must have a known number of samples; got None. Fix it, for instance by drop_remainder=True."
+            )
         sizes[name] = int(leaf.shape[0])
     if len(set(sizes.values())) != 1:
         raise ArgumentError(f"`inputs` and `targets` must have the same number of samples; got {sizes}. Slice them alike.")

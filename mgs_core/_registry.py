@@ -16,6 +16,8 @@ _BACKENDS: dict[str, tuple[str, frozenset[str]]] = {
     "numpy": ("autograd", frozenset({"numpy", "autograd"})),
     "torch": ("torch", frozenset({"torch"})),
     "jax": ("jax", frozenset({"jax", "jaxlib", "flax"})),
+    "tensorflow": ("tensorflow", frozenset({"tensorflow"})),
+    "keras": ("keras", frozenset({"keras"})),  # models only: their arrays are a framework's
 }
 _loaded: dict[str, Backend] = {}
 
@@ -72,10 +74,12 @@ def _name_of(source: Any) -> str:
         if not leaves:
             raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
         source = leaves[0]
-    for kind in type(source).__mro__:
-        root = kind.__module__.partition(".")[0]
+    modules = [kind.__module__ for kind in type(source).__mro__]
+    if any(module.partition(".")[0] == "keras" for module in modules):
+        return "keras"  # a Keras model is also a model of its framework
+    for module in modules:
         for name, (_, roots) in _BACKENDS.items():
-            if root in roots or kind.__module__.startswith(f"mgs_core.backends.{name}."):
+            if module.partition(".")[0] in roots or module.startswith(f"mgs_core.backends.{name}."):
                 return name
     raise ArgumentError(
         f"`model` must be a FunctionalModel or a model or array of {', '.join(_BACKENDS)}; got {type(source).__name__}. "

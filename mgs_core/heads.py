@@ -135,7 +135,7 @@ def _pick(outputs: Array, targets: Array) -> Array:
     xp = array_namespace(outputs)
     if targets.ndim == 1 and outputs.shape[:-1] == targets.shape:
         _check_labels(targets, outputs.shape[-1])
-        targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.arange(outputs.shape[-1]), outputs.dtype)
+        targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.arange(outputs.shape[-1], dtype=targets.dtype), outputs.dtype)
     elif targets.shape != outputs.shape:
         n, c = outputs.shape
         raise ArgumentError(f"`targets` must have shape ({n},) for labels or ({n}, {c}) for probabilities; got {targets.shape}.")

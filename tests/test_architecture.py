@@ -24,6 +24,7 @@ ALLOWED_IN = {
     "backends/numpy": {"autograd", "numpy"},
     "backends/torch": {"torch"},
     "adapters/torch.py": {"torch"},
+    "backends/tensorflow": {"numpy", "tensorflow"},
 }
 
 

@@ -1,0 +1,142 @@
+"""The backend's face: a Keras model becomes a functional model over the arrays of Keras' own backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import keras
+
+from mgs_core._errors import ArgumentError
+from mgs_core._protocol import Backend, HeadFunction, LayerStatistics, ParameterChoice
+from mgs_core._registry import get_backend
+from mgs_core._tree import select
+from mgs_core._types import Array, Namespace, Tree
+from mgs_core.functional import FunctionalModel
+
+
+class KerasBackend:
+    """Implement `Backend` for Keras models by the backend of their framework."""
+
+    name = "keras"
+
+    @property
+    def framework(self) -> Backend:
+        """Return the backend of TensorFlow, JAX or PyTorch, as Keras is configured."""
+        return get_backend(keras.backend.backend())
+
+    @property
+    def namespace(self) -> Namespace:
+        """Return the framework's namespace."""
+        return self.framework.namespace
+
+    def asarray(self, value: Any) -> Array:
+        """Return the value as an array of the framework, on its default device."""
+        return keras.ops.convert_to_tensor(value)
+
+    def to_numpy(self, array: Array) -> Any:
+        """Return the array as a NumPy array on the host."""
+        return self.framework.to_numpy(array)
+
+    def functional(
+        self, model: Any, trainable: Sequence[Array] | None = None, fixed: Sequence[Array] | None = None
+    ) -> FunctionalModel:
+        """Return the model as a pure function of its trainable variables, as it is at inference.
+
+        Dropout is off, and batch normalisation uses its running statistics: per-sample gradients exist. Outputs are flattened to
+        (n, c), several side by side.
+
+        Args:
+            model: a built layer or model.
+            trainable: values of `model.trainable_variables`; None for those they have now.
+            fixed: values of `model.non_trainable_variables`; None for those they have now.
+
+        Returns:
+            The functional model; its parameters go by the variables' paths.
+
+        Raises:
+            ArgumentError: when the model is not built.
+        """
+        variables = _names(model)
+        values = [variable.value for variable in variables.values()] if trainable is None else list(trainable)
+        others = model.non_trainable_variables
+        held = [variable.value for variable in others] if fixed is None else list(fixed)
+
+        def function(parameters: dict[str, Array], inputs: Any) -> Array:
+            state = [(variable, parameters[name]) for name, variable in variables.items()]
+            with keras.StatelessScope(state_mapping=[*state, *zip(others, held, strict=True)]), _differentiable_twice():
+                return flat_outputs(call(model, inputs, training=False))
+
+        return FunctionalModel(function, dict(zip(variables, values, strict=True)))
+
+    def parameters(self, model: Any) -> dict[str, Array]:
+        """Return the values of the trainable variables by path."""
+        return self.framework.parameters(model if isinstance(model, FunctionalModel) else self.functional(model))
+
+    def statistics(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
+    ) -> list[LayerStatistics]:
+        """Return the layer statistics, as `Backend.statistics` says."""
+        functional = model if isinstance(model, FunctionalModel) else self.functional(model)
+        chosen = select(functional.parameters, parameters)
+        inputs = keras.tree.map_structure(self.asarray, inputs)
+        targets = None if targets is None else keras.tree.map_structure(self.asarray, targets)
+        return self.framework.statistics(functional, inputs, targets, head, chosen, differentiable=differentiable)
+
+    def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
+        """Return a function that gives the value and the gradient in the first argument."""
+        return self.framework.value_and_gradient(function)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function compiled by the framework."""
+        return self.framework.compile(function)
+
+
+def call(model: Any, inputs: Any, *, training: bool) -> Any:
+    """Call a model or layer, with `training` where it takes it.
+
+    Args:
+        model: the model.
+        inputs: the batch.
+        training: as Keras uses it.
+    """
+    return model(inputs, training=training) if model._call_has_training_arg else model(inputs)
+
+
+def flat_outputs(outputs: Any) -> Array:
+    """Return outputs of any structure as (n, c), side by side in the order of `keras.tree`.
+
+    Args:
+        outputs: tensors with the samples first.
+    """
+    flat = [keras.ops.reshape(leaf, (leaf.shape[0], -1)) for leaf in keras.tree.flatten(outputs)]
+    return flat[0] if len(flat) == 1 else keras.ops.concatenate([keras.ops.cast(leaf, flat[0].dtype) for leaf in flat], axis=-1)
+
+
+def _names(model: Any) -> dict[str, Any]:
+    """Return the trainable variables by path; a path that comes twice gets a number."""
+    if not model.built:
+        raise ArgumentError(f"`model` must be built; got {model.name!r}, which has not seen a batch. Call it on one first.")
+    names: dict[str, Any] = {}
+    for variable in model.trainable_variables:
+        name, number = variable.path, 1
+        while name in names:
+            number += 1
+            name = f"{variable.path}#{number}"
+        names[name] = variable
+    if not names:
+        raise ArgumentError(f"`model` must have trainable variables; got none in {model.name!r}. Unfreeze a layer.")
+    return names
+
+
+def _differentiable_twice() -> AbstractContextManager[Any]:
+    """Keep PyTorch from fused attention, which has no second derivative."""
+    if keras.backend.backend() != "torch":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return cast(AbstractContextManager[Any], sdpa_kernel(SDPBackend.MATH))
+
+
+backend = KerasBackend()

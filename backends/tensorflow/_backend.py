@@ -1,0 +1,197 @@
+"""The backend's face: layer statistics and gradients on TensorFlow tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mgs_core import _batch
+from mgs_core._errors import ArgumentError
+from mgs_core._namespace import register_namespace
+from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
+from mgs_core._tree import flatten, select, unflatten
+from mgs_core._types import Array, Namespace, Tree
+from mgs_core.functional import FunctionalModel
+
+from .layout import Layout
+from .namespace import namespace
+from .probe import find_layouts
+from .terms import Term
+from .walk import Use, each, gradients, record, rows
+
+register_namespace(lambda array: isinstance(array, (tf.Tensor, tf.Variable)), namespace)
+
+
+class TensorFlowBackend:
+    """Implement `Backend` on TensorFlow, eagerly and inside `tf.function`."""
+
+    name = "tensorflow"
+    namespace: Namespace = namespace
+
+    def asarray(self, value: Any) -> Array:
+        """Return the value as a tensor."""
+        return tf.convert_to_tensor(value)
+
+    def to_numpy(self, array: Array) -> Any:
+        """Return the tensor as a NumPy array on the host."""
+        return np.asarray(array)
+
+    def parameters(self, model: Any) -> dict[str, Array]:
+        """Return the parameters by name."""
+        leaves = flatten(_functional(model).parameters)
+        for name, value in leaves.items():
+            dtype: Any = getattr(value, "dtype", None)
+            if not isinstance(value, (tf.Tensor, tf.Variable)) or not dtype.is_floating:
+                kind = type(value).__name__ if not isinstance(dtype, tf.DType) else f"dtype {dtype.name}"
+                raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
+        return leaves
+
+    def statistics(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
+    ) -> list[LayerStatistics]:
+        """Return the layer statistics, as `Backend.statistics` says."""
+        leaves = self.parameters(model)
+        chosen = select(leaves, parameters)
+        values = leaves if differentiable else {name: tf.stop_gradient(value) for name, value in leaves.items()}
+        inputs, targets = each(tf.convert_to_tensor, (inputs, targets))
+        scalars = partial(_scalars, model, head)
+        n = _batch.count(inputs, targets)
+        here = partial(_statistics, scalars, chosen, (leaves, inputs, targets), n)
+        if not tf.executing_eagerly():
+            return here(values, inputs, targets)
+        found: list[LayerStatistics] = []
+
+        def traced(*arguments: Any) -> list[dict[str, Array]]:
+            found[:] = here(*arguments)
+            return [_arrays(use) for use in found]
+
+        arguments = ({name: tf.convert_to_tensor(value) for name, value in values.items()}, inputs, targets)
+        concrete = tf.function(traced, autograph=False).get_concrete_function(*arguments)  # a plain call would warn of retracing
+        return [replace(use, **values) for use, values in zip(found, concrete(*arguments), strict=True)]
+
+    def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
+        """Return a function that gives the value and the gradient in the first argument."""
+
+        def both(parameters: Tree, *arguments: Any) -> tuple[Array, Tree]:
+            leaves = {name: tf.convert_to_tensor(value) for name, value in flatten(parameters).items()}
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(leaves)
+                value = function(unflatten(parameters, leaves), *arguments)
+            gradient = tape.gradient(value, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return value, unflatten(parameters, {name: tf.convert_to_tensor(part) for name, part in gradient.items()})
+
+        return both
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function as a `tf.function`."""
+        compiled: Callable[..., Any] = tf.function(function, autograph=False)
+        return compiled
+
+
+def _functional(model: Any) -> FunctionalModel:
+    if not isinstance(model, FunctionalModel):
+        raise ArgumentError(f"`model` must be a FunctionalModel for the TensorFlow backend; got {type(model).__name__}.")
+    return model
+
+
+def _scalars(model: FunctionalModel, head: HeadFunction, leaves: Mapping[str, Array], inputs: Any, targets: Any) -> Array:
+    n = _batch.count(inputs)
+    outputs = model.function(unflatten(model.parameters, leaves), inputs)
+    if outputs.shape.rank != 2 or outputs.shape[0] != n:
+        raise ArgumentError(
+            f"`model` must return outputs of shape (n, c) with n = {n}; got {tuple(outputs.shape)}. "
+            "Keep the samples first and flatten the outputs of each."
+        )
+    return head(outputs, targets)
+
+
+def _statistics(
+    scalars: Any, chosen: list[str], known: tuple[Any, Any, Any], n: int, leaves: dict[str, Array], inputs: Any, targets: Any
+) -> list[LayerStatistics]:
+    """Build the statistics in the current graph; `known` holds the same values, eager where the caller has them."""
+    traced = record(scalars, leaves, chosen, inputs, targets)
+    k = traced.scalars.shape[1]
+    layouts = find_layouts(traced, scalars, known[0], chosen, known[1], known[2])
+    pairs = list(zip(traced.uses, layouts, strict=True))
+    slow = {use.term.parameter for use, layout in pairs if layout is None or not _absorbs(use)}
+    fast = [(use, layout) for use, layout in pairs if layout is not None and use.term.parameter not in slow]
+    seeds = [tf.one_hot([head] * n, k, dtype=traced.scalars.dtype) for head in range(k)]
+    found = [gradients(traced.scalars, seed, [use.op.outputs[0] for use, _ in fast]) for seed in seeds]
+    statistics: list[LayerStatistics] = []
+    for place, (use, layout) in enumerate(fast):
+        at_use = [gradient[place] for gradient in found]
+        if any(gradient is not None for gradient in at_use):
+            dense = [tf.zeros_like(use.op.outputs[0]) if gradient is None else gradient for gradient in at_use]
+            statistics.append(_layer(use, layout, dense, n, leaves[use.term.parameter].dtype))
+    if slow:
+        statistics += [Rows(name, row) for name, row in rows(scalars, leaves, sorted(slow), inputs, targets).items()]
+    return statistics or [Rows(chosen[0], tf.zeros((n, k, 1), leaves[chosen[0]].dtype))]
+
+
+def _absorbs(use: Use) -> bool:
+    """Say whether the statistics can hold the factor between the parameter and its use."""
+    factor = use.term.factor
+    elementwise = use.site is not None and use.site.kind in ("sum", "scale")
+    return factor is None or elementwise or not isinstance(factor, tf.Tensor) or factor.shape.num_elements() == 1
+
+
+def _layer(use: Use, layout: Layout, at_output: list[Array], n: int, dtype: Any) -> LayerStatistics:
+    site = use.site
+    if site is None:
+        raise TypeError("`use` must have a site; got none. Uses without one belong to the rows.")
+    split = [layout.split(site.arrange(gradient), n) for gradient in at_output]
+    d = tf.cast(tf.stack(split, axis=1), dtype)  # (n, k, g, s, o)
+    if use.term.factor is not None:
+        factor = tf.cast(use.term.factor, dtype)
+        size = d.shape[-1] if site.kind in ("sum", "scale") else 1
+        d *= tf.reshape(tf.broadcast_to(factor, use.weight) if size > 1 else factor, (size,))
+    inputs: Any = None if site.inputs is None or site.kind == "lookup" else tf.cast(layout.split(site.inputs, n), dtype)
+    places = _places(use)
+    view = () if places is None else (sha256(places.tobytes()).digest(),)
+    common: dict[str, Any] = {"parameter": use.term.parameter, "restore": _restore(places, use.term)}
+    if site.kind == "outer":
+        return Outer(gradients=d, inputs=inputs, view=(*view, d.shape[2], inputs.shape[-1], d.shape[-1]), **common)
+    common |= {"gradients": d[:, :, 0], "view": view}
+    if site.kind == "sum":
+        return Sum(**common)
+    if site.kind == "scale":
+        return Scale(inputs=inputs[:, 0], **common)
+    if site.kind == "lookup":
+        return Lookup(indices=layout.split(site.inputs[..., None], n)[:, 0, :, 0], size=site.size, **common)
+    raise TypeError(f"`use` must be outer, sum, scale or lookup; got {site.kind!r}.")
+
+
+def _places(use: Use) -> Any:
+    """Return the place in the flat parameter of each coordinate of the use; None when they are the same."""
+    order = use.site.order if use.site is not None else None
+    if use.term.flat and order is None:
+        return None
+    places = use.term.places()
+    return np.ravel(places if order is None else order(places))
+
+
+def _restore(places: Any, term: Term) -> Restore:
+    """Return the map from rows of the use to rows of the parameter."""
+    if places is None:
+        return None
+    size = int(np.prod(term.shape))
+    source = np.full(size, len(places))
+    source[places] = np.arange(len(places))
+
+    def restore(rows_of_use: Array) -> Array:
+        return tf.gather(tf.pad(rows_of_use, [(0, 0), (0, 0), (0, 1)]), source, axis=2)
+
+    return restore
+
+
+def _arrays(use: LayerStatistics) -> dict[str, Array]:
+    return {field.name: value for field in fields(use) if isinstance(value := getattr(use, field.name), tf.Tensor)}
+
+
+backend = TensorFlowBackend()

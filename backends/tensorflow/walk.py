@@ -1,0 +1,144 @@
+"""Record one evaluation of a model in the current graph and find where its parameters meet data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, TypeAlias
+
+import numpy as np
+import tensorflow as tf
+
+from mgs_core._types import Array
+
+from .sites import Site, find_site
+from .terms import Term, follow
+
+#: `(parameters by name, inputs, targets) → (n, k)` scalars.
+Scalars: TypeAlias = Callable[[Mapping[str, Array], Any, Any], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """Hold one use of a parameter.
+
+    Attributes:
+        term: the parameter as the operation sees it.
+        op: the operation.
+        site: the place, or None when no rule knows it.
+        weight: shape of the operation's input.
+    """
+
+    term: Term
+    op: Any
+    site: Site | None
+    weight: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Hold one evaluation.
+
+    Attributes:
+        scalars: (n, k).
+        uses: in the order of evaluation.
+        key: equal for evaluations by the same operations, wired alike, on the same shapes and constants.
+    """
+
+    scalars: Array
+    uses: list[Use]
+    key: bytes
+
+
+def record(scalars: Scalars, parameters: Mapping[str, Array], chosen: list[str], inputs: Any, targets: Any) -> Record:
+    """Evaluate in the current graph and find the uses of the chosen parameters.
+
+    Args:
+        scalars: the model and its head.
+        parameters: all parameters by name.
+        chosen: names of those to follow.
+        inputs: the batch.
+        targets: its targets, or None.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    marked = {name: tf.identity(value) for name, value in parameters.items()}
+    inputs, targets = each(tf.identity, (inputs, targets))
+    start = len(graph.get_operations())
+    value = scalars(marked, inputs, targets)
+    ops = graph.get_operations()[start:]
+    known = [marked[name] for name in marked] + tf.nest.flatten((inputs, targets))
+    key = _key(ops, [tensor.name for tensor in known if tensor is not None], chosen)
+    terms = {marked[name].name: [Term(name, tuple(marked[name].shape))] for name in chosen}
+    return Record(value, _uses(ops, terms), key)
+
+
+def _uses(ops: list[Any], terms: dict[str, list[Term]]) -> list[Use]:
+    uses = []
+    for op in ops:
+        positions = [place for place, tensor in enumerate(op.inputs) if terms.get(tensor.name)]
+        if not positions:
+            continue
+        followed = follow(op, terms)
+        if followed is not None:
+            terms.update((tensor.name, found) for tensor, found in zip(op.outputs, followed, strict=True))
+            continue
+        for place in positions:
+            site = find_site(op, place)
+            uses += [Use(term, op, site, _shape(op.inputs[place])) for term in terms[op.inputs[place].name]]
+    return uses
+
+
+def _shape(tensor: Array) -> tuple[int, ...]:
+    return tuple(tensor.shape) if tensor.shape.is_fully_defined() else ()
+
+
+def _key(ops: list[Any], known: list[str], chosen: list[str]) -> bytes:
+    """Digest the operations: type, attributes, wiring and shapes, whatever their names."""
+    number = {name: place for place, name in enumerate(known)}
+    digest = sha256(repr(chosen).encode())
+    for op in ops:
+        wiring = [number.setdefault(tensor.name, len(number)) for tensor in op.inputs]
+        shapes = [(tensor.shape, number.setdefault(tensor.name, len(number))) for tensor in op.outputs]
+        attributes = [(name, op.node_def.attr[name].SerializeToString(deterministic=True)) for name in sorted(op.node_def.attr)]
+        digest.update(repr((op.type, wiring, shapes, attributes)).encode())
+    return digest.digest()
+
+
+def each(function: Callable[[Array], Array], tree: Any) -> Any:
+    """Apply a function to every tensor of a tree; None stays."""
+    return tf.nest.map_structure(lambda leaf: None if leaf is None else function(leaf), tree)
+
+
+def gradients(scalars: Array, seed: Array, tensors: list[Array]) -> list[Array]:
+    """Return the gradients of `Σ seed · scalars` at the tensors, None where nothing depends on one."""
+    found = tf.gradients(scalars, tensors, grad_ys=seed) if tensors else []
+    return [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in found]
+
+
+def rows(scalars: Scalars, parameters: Mapping[str, Array], chosen: list[str], inputs: Any, targets: Any) -> dict[str, Array]:
+    """Return explicit gradients by parameter, (n, k, p), one sample at a time.
+
+    A loop, not `tf.vectorized_map`: that lacks rules for some operations and brings down the process on others.
+    """
+    batch = each(tf.convert_to_tensor, (inputs, targets))
+    n = tf.nest.flatten(inputs)[0].shape[0]
+
+    def one(sample: Array) -> dict[str, Array]:
+        single = each(lambda leaf: tf.expand_dims(leaf[sample], 0), batch)
+        marked = {name: tf.identity(value) for name, value in parameters.items()}
+        value = scalars(marked, *single)
+        k = value.shape[1]
+        found = [
+            gradients(value, tf.one_hot([head], k, dtype=value.dtype), [marked[name] for name in chosen]) for head in range(k)
+        ]
+        flat: dict[str, Array] = {}
+        for place, name in enumerate(chosen):
+            zero = tf.zeros_like(marked[name])
+            dense = [zero if gradient[place] is None else gradient[place] for gradient in found]
+            flat[name] = tf.stack([tf.reshape(gradient, [-1]) for gradient in dense])
+        return flat
+
+    signature = {name: parameters[name].dtype for name in chosen}
+    k_rows: dict[str, Array] = tf.map_fn(one, tf.range(n), fn_output_signature=signature)
+    return {name: tf.reshape(row, (n, -1, int(np.prod(parameters[name].shape)))) for name, row in k_rows.items()}
