@@ -25,6 +25,8 @@ ALLOWED_IN = {
     "backends/torch": {"torch"},
     "adapters/torch.py": {"torch"},
     "backends/tensorflow": {"numpy", "tensorflow"},
+    "backends/keras": {"keras", "torch"},
+    "adapters/keras": {"keras", "tensorflow"},
 }
 
 

@@ -1,0 +1,90 @@
+"""Keras losses as losses of single samples, for heads and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from mgs_core import ArgumentError
+
+from ._keras import keras
+
+
+def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
+    """Return a loss as `(outputs, targets) → (n,)`, for `mgs_core.kernel(model, x, y, output="loss", loss=…)`.
+
+    Args:
+        loss: a name, a function `(y_true, y_pred)` or an object of `keras.losses`; or a compiled model that has been trained or
+            evaluated on a batch, whose losses are added up with their weights.
+
+    Returns:
+        The function; the mean over what axes a sample's loss has, without reduction over samples.
+
+    Raises:
+        ArgumentError: when a model is not compiled with a loss or has seen no batch.
+
+    Example:
+        >>> import keras
+        >>> from mgs_core.adapters.keras import sample_loss
+        >>> loss = sample_loss("mean_squared_error")
+        >>> keras.ops.convert_to_numpy(loss(keras.ops.ones((2, 3)), keras.ops.zeros((2, 3)))).tolist()
+        [1.0, 1.0]
+    """
+    if isinstance(loss, keras.Model):
+        inputs = getattr(loss, "inputs", None)
+        spec = loss.compute_output_spec(inputs if len(inputs) > 1 else inputs[0]) if inputs else None
+        return compiled_loss(loss, spec)
+    function = keras.losses.get(loss)
+    call = function.call if isinstance(function, keras.losses.Loss) else function
+    return lambda outputs, targets: _each(call(targets, outputs))
+
+
+def compiled_loss(model: Any, spec: Any) -> Callable[[Any, Any], Any]:
+    """Return the losses that a model was compiled with, added up, for its flattened outputs.
+
+    Args:
+        model: the model.
+        spec: outputs of the model, whatever their values; None for one output of shape (n, c).
+
+    Returns:
+        `(outputs (n, c), targets) → (n,)`.
+
+    Raises:
+        ArgumentError: when it has none, or they are not built yet.
+    """
+    compiled = model._compile_loss
+    if compiled is None or not compiled.built:
+        raise ArgumentError(
+            f"`model` must be compiled with a loss and have seen a batch; got {model.name!r}. Evaluate it first, or pass a loss."
+        )
+
+    def loss(outputs: Any, targets: Any) -> Any:
+        predicted = outputs if spec is None else _like(spec, outputs)
+        if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
+            targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
+        total = 0.0
+        for path, function, weight, _ in compiled._flat_losses:
+            y_true, y_pred = targets, predicted
+            for key in path:
+                y_true, y_pred = y_true[key], y_pred[key]
+            value = _each(function.call(y_true, y_pred))
+            total = total + (value if weight is None else weight * value)
+        return total
+
+    return loss
+
+
+def _each(values: Any) -> Any:
+    """Return the mean over all axes but the first."""
+    return keras.ops.mean(values, axis=tuple(range(1, len(values.shape)))) if len(values.shape) > 1 else values
+
+
+def _like(spec: Any, outputs: Any) -> Any:
+    """Undo the flattening of a model's outputs to (n, c)."""
+    parts, start = [], 0
+    for leaf in keras.tree.flatten(spec):
+        width = prod(leaf.shape[1:])
+        parts.append(keras.ops.reshape(outputs[:, start : start + width], (outputs.shape[0], *leaf.shape[1:])))
+        start += width
+    return keras.tree.pack_sequence_as(spec, parts)

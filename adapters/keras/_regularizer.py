@@ -1,0 +1,114 @@
+"""The regulariser's arguments: one object that Keras can serialise, as those of `keras.regularizers`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+from mgs_core import ArgumentError, Penalty
+
+from ._keras import keras
+
+OutputName = Literal["loss", "trace", "sum", "target", "random"]
+TransformName = Literal["identity", "softmax", "log_softmax", "sigmoid"]
+
+
+@keras.saving.register_keras_serializable(package="mgs_core")  # type: ignore[untyped-decorator]  # keras has no types
+class MGSRegularizer:
+    """Hold how a model is regularised: `loss + strength · R(K)`, or each sample's loss weighted by its agreement.
+
+    The kernel is that of the model at inference: dropout off, batch normalisation with its running statistics.
+
+    Attributes:
+        penalty: name of the penalty R, see `mgs_core.Penalty`; None for weighting alone.
+        strength: factor of the penalty, at least 0; `StrengthSchedule` changes it during `fit`.
+        scale: of the penalty.
+        output: the head: "loss" (the losses the model is compiled with), "trace", "sum", "target" or "random".
+        transform: applied to the outputs before the head; "softmax" for a model that returns logits.
+        probes: of `output="random"`.
+        seed: of `output="random"`.
+        max_samples: the kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
+        every: penalise every so many steps, that many times as strongly.
+        weighting: "agreement" to weight the samples' losses by `mgs_core.agreement_weights`; None for equal weights.
+
+    Raises:
+        ArgumentError: when an argument is out of range.
+
+    Cost:
+        A second forward and backward pass of the samples in the kernel, their contraction, and the derivative of both.
+
+    Example:
+        >>> from mgs_core.adapters.keras import MGSRegularizer
+        >>> regularizer = MGSRegularizer("trace", strength=0.5, max_samples=32)
+        >>> MGSRegularizer.from_config(regularizer.get_config()).strength
+        0.5
+    """
+
+    def __init__(
+        self,
+        penalty: str | None = "log_determinant",
+        strength: float = 0.1,
+        *,
+        scale: float = 1.0,
+        output: OutputName = "loss",
+        transform: TransformName = "identity",
+        probes: int = 1,
+        seed: int = 0,
+        max_samples: int | None = None,
+        every: int = 1,
+        weighting: Literal["agreement"] | None = None,
+    ) -> None:
+        if penalty is not None:
+            Penalty(penalty, strength, scale)  # type: ignore[arg-type]  # refuses what it does not know
+        elif weighting is None:
+            raise ArgumentError("`penalty` must be the name of a penalty unless `weighting` is given; got None for both.")
+        for name, value, choices in (
+            ("output", output, get_args(OutputName)),
+            ("transform", transform, get_args(TransformName)),
+            ("weighting", weighting, (None, "agreement")),
+        ):
+            if value not in choices:
+                raise ArgumentError(f"`{name}` must be one of {', '.join(map(str, choices))}; got {value!r}.")
+        for name, number in (("probes", probes), ("every", every), ("max_samples", max_samples)):
+            if name == "max_samples" and number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ArgumentError(f"`{name}` must be an integer of at least 1; got {number!r}.")
+        if weighting is not None and max_samples is not None:
+            raise ArgumentError(f"`max_samples` must be None with weighting, which weights all samples; got {max_samples}.")
+        self.penalty, self.scale = penalty, scale
+        self.output, self.transform, self.probes, self.seed = output, transform, probes, seed
+        self.max_samples, self.every, self.weighting = max_samples, every, weighting
+        self.strength = strength
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change the strength, and nothing else once it is made."""
+        if name == "strength":
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ArgumentError(f"`strength` must be a finite number at least 0; got {value!r}.")
+            value = float(value)
+        elif "strength" in self.__dict__:
+            raise ArgumentError(f"`{name}` must stay as it was made, for it is compiled into the step. Attach a new regularizer.")
+        object.__setattr__(self, name, value)
+
+    def __call__(self, kernel: Any) -> Any:
+        """Return R(K), without the strength.
+
+        Args:
+            kernel: (n, n), of any framework.
+        """
+        return Penalty(self.penalty, 1.0, self.scale)(kernel)  # type: ignore[arg-type]  # checked when it was made
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments."""
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MGSRegularizer:
+        """Return the regulariser that `get_config` described."""
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        """Return the call that makes it."""
+        return f"MGSRegularizer({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"

@@ -1,0 +1,217 @@
+"""What `fit` does for a regularised model: the penalty joins the loss, and its value the logs.
+
+`compute_loss` is what the trainers of all three Keras backends call inside the differentiated region, so the kernel is taken
+there, by a second, functional pass over the model's variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import mgs_core as mgs
+
+from ._keras import keras
+from ._losses import compiled_loss
+from ._regularizer import MGSRegularizer
+
+NAME = "mgs_penalty"
+#: Samples of the first batch that the kernel is checked on.
+_CHECKED = 8
+
+
+class Tracker(keras.metrics.Metric):  # type: ignore[misc]  # keras has no types
+    """Average the penalty over an epoch, and hold what must not be compiled into the step as a constant.
+
+    Attributes:
+        strength: factor of the penalty.
+        step: number of steps taken.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__(name=NAME)
+        self.total = self.add_variable((), "zeros", name="total")
+        self.count = self.add_variable((), "zeros", name="count")
+        self.strength = self.add_variable((), keras.initializers.Constant(strength), name="strength")
+        self.step = self.add_variable((), "zeros", dtype="int32", name="step")
+
+    def update_state(self, value: Any, sample_weight: Any = 1.0) -> None:
+        """Add one step's penalty; weight 0 leaves it out."""
+        weight = keras.ops.cast(sample_weight, self.total.dtype)
+        self.total.assign_add(weight * keras.ops.cast(value, self.total.dtype))
+        self.count.assign_add(weight)
+
+    def result(self) -> Any:
+        """Return the mean."""
+        return self.total / keras.ops.maximum(self.count, 1.0)
+
+    def reset_state(self) -> None:
+        """Begin a new mean."""
+        self.total.assign(0.0)
+        self.count.assign(0.0)
+
+
+class Training:
+    """Regularise one model's `fit`.
+
+    Attributes:
+        regularizer: how.
+        tracker: the metric that the logs show.
+    """
+
+    def __init__(self, model: Any, regularizer: MGSRegularizer) -> None:
+        self._model = model
+        self.regularizer = regularizer
+        self.tracker = Tracker(regularizer.strength)
+        self._in_training = True
+        self._checked = False
+
+    def set_strength(self, strength: float) -> None:
+        """Change the strength, also between the batches of a running `fit`.
+
+        Args:
+            strength: at least 0.
+        """
+        self.regularizer.strength = strength
+        self.tracker.strength.assign(strength)
+
+    def loss(self, original: Callable[..., Any], x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
+        """Return the model's own loss, in training with weights and penalty.
+
+        Args:
+            original: the model's own `compute_loss`.
+            x: inputs.
+            y: targets.
+            y_pred: outputs.
+            sample_weight: the user's weights, or None.
+            training: whether this is a training step.
+        """
+        self._in_training = training
+        if not training:
+            return original(x, y, y_pred, sample_weight)
+        backend = keras.backend.backend()
+        if backend == "torch":
+            if self._model.jit_compile is True:
+                raise mgs.UnsupportedModelError(
+                    "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
+                    "Compile the model with jit_compile=False."
+                )
+            self._check(x)
+        if self.regularizer.weighting is not None:
+            # the losses are built by their first use; its value is not needed
+            original(x, y, y_pred, sample_weight)
+            weights = keras.ops.stop_gradient(mgs.agreement_weights(self._kernel(x, y, y_pred, differentiable=False)))
+            sample_weight = _weighted(sample_weight, weights)
+        loss = original(x, y, y_pred, sample_weight)
+        if self.regularizer.penalty is None:
+            return loss
+        return loss + keras.ops.cast(self._penalty(x, y, y_pred), loss.dtype) / self._replicas()
+
+    def results(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the metrics' results, those of validation without the penalty.
+
+        Args:
+            original: the model's own `get_metrics_result`.
+        """
+        results = original()
+        if not self._in_training or self.regularizer.penalty is None:
+            results.pop(NAME, None)
+        return results
+
+    def make_train_function(self, original: Callable[[bool], Any], force: bool) -> None:
+        """Make the model's training step: with known batch sizes on TensorFlow, and a check on the first batch.
+
+        Args:
+            original: the model's own `make_train_function`.
+            force: make it again.
+        """
+        model = self._model
+        if model.train_function is not None and not force:
+            return
+        self._checked = False
+        if keras.backend.backend() == "tensorflow":
+            from ._tensorflow import make_train_function
+
+            model.train_function = make_train_function(model, self._check_batch)
+            return
+        original(force)
+        if keras.backend.backend() == "jax":
+            step = model.train_function
+
+            def checked(state: Any, iterator: Iterator[Any]) -> Any:
+                if not self._checked:
+                    data = next(iterator)
+                    self._check_batch(data, state[0], state[1])
+                    iterator = chain([data], iterator)
+                return step(state, iterator)
+
+            model.train_function = checked
+
+    def _penalty(self, x: Any, y: Any, y_pred: Any) -> Any:
+        regularizer, ops = self.regularizer, keras.ops
+        strength = self.tracker.strength.value
+
+        def value() -> Any:
+            return ops.cast(regularizer(self._kernel(x, y, y_pred, differentiable=True)), keras.config.floatx())
+
+        if regularizer.every == 1:
+            penalty = strength * value()
+            self.tracker.update_state(penalty)
+            return penalty
+        due = ops.equal(self.tracker.step.value % regularizer.every, 0)
+        penalty = strength * ops.cond(due, value, lambda: ops.zeros((), keras.config.floatx()))
+        self.tracker.step.assign_add(1)
+        self.tracker.update_state(penalty, due)
+        return regularizer.every * penalty
+
+    def _kernel(self, x: Any, y: Any, y_pred: Any, *, differentiable: bool) -> Any:
+        regularizer = self.regularizer
+        first = slice(0, regularizer.max_samples)
+        x, y = keras.tree.map_structure(lambda leaf: leaf[first], (x, y))
+        output = "loss" if regularizer.weighting is not None and not differentiable else regularizer.output
+        return mgs.kernel(
+            self._model, x, y, output=output, transform=regularizer.transform, probes=regularizer.probes, seed=regularizer.seed,
+            loss=compiled_loss(self._model, y_pred) if output == "loss" else None, differentiable=differentiable,
+        )  # fmt: skip
+
+    def _replicas(self) -> int:
+        """Return over how many copies of the model Keras will add up the losses."""
+        strategy = getattr(self._model, "distribute_strategy", None)
+        return 1 if strategy is None else int(strategy.num_replicas_in_sync)
+
+    def _check_batch(self, data: Any, trainable: Any = None, fixed: Any = None) -> None:
+        if not self._checked:
+            self._check(keras.utils.unpack_x_y_sample_weight(data)[0], trainable, fixed)
+
+    def _check(self, x: Any, trainable: Any = None, fixed: Any = None) -> None:
+        """Compare `1ᵀK1` of the first batch with `‖∇Σh‖²`, which one ordinary backward pass gives."""
+        if self._checked:
+            return
+        backend: Any = mgs.get_backend(self._model)
+        model = backend.functional(self._model, trainable, fixed)
+        x = keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf[:_CHECKED]), x)
+
+        def both(parameters: dict[str, Any]) -> tuple[Any, Any]:
+            kernel = mgs.kernel(mgs.FunctionalModel(model.function, parameters), x, output="sum")
+            _, gradient = backend.value_and_gradient(lambda given: keras.ops.sum(model.function(given, x)))(parameters)
+            return kernel, [keras.ops.sum(keras.ops.square(part)) for part in gradient.values()]
+
+        kernel, squares = backend.compile(both)(model.parameters)
+        kernel, expected = backend.to_numpy(kernel), sum(float(part) for part in squares)
+        if not abs(float(kernel.sum()) - expected) <= 0.02 * max(expected, len(kernel) * float(kernel.trace())):
+            raise mgs.UnsupportedModelError(
+                f"`model` must be a function of its variables; its kernel sums to {float(kernel.sum()):.6g}, its gradient says "
+                f"{expected:.6g}. A layer's gradient is not that of its value; report it with the model."
+            )
+        self._checked = True
+
+
+def _weighted(sample_weight: Any, weights: Any) -> Any:
+    if sample_weight is None:
+        return weights
+
+    def times(given: Any) -> Any:
+        return given * keras.ops.reshape(keras.ops.cast(weights, given.dtype), (-1,) + (1,) * (len(given.shape) - 1))
+
+    return keras.tree.map_structure(times, sample_weight)
