@@ -105,8 +105,8 @@ def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 
 
     Example:
         >>> from mgs_core.experiments.data import corrupt, load_dataset
-        >>> float(corrupt(load_dataset("digits"), 0.4).wrong.mean().round(1))
-        0.4
+        >>> float(corrupt(load_dataset("digits"), 0.5, "pair").wrong.mean().round(1))
+        0.5
     """
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise ArgumentError(f"`noise` must be a probability between 0 and 1; got {rate!r}.")

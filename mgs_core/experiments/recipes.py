@@ -46,18 +46,20 @@ class Recipe:
     agreement: bool = False
 
 
+#: The strengths are those of five tried, three of mixup, that predict held-out NOISY labels of the digits best (40 % noise, two seeds
+#: that the default comparison does not use); no clean label was looked at.
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("none"),
-        Recipe("weight-decay", weight_decay=1.0),
+        Recipe("weight-decay", weight_decay=3.0),
         Recipe("dropout", dropout=0.5),
         Recipe("early-stopping", hold_out=0.2),
-        Recipe("label-smoothing", label_smoothing=0.2),
-        Recipe("mixup", mixup=1.0),
-        Recipe("gradient-penalty", gradient_penalty=1.0),
-        Recipe("mgs-trace", penalty=Penalty("trace", strength=5e-3)),
-        Recipe("mgs-log-determinant", penalty=Penalty("log_determinant", strength=0.5), output="random", transform="softmax"),
+        Recipe("label-smoothing", label_smoothing=0.4),
+        Recipe("mixup", mixup=4.0),
+        Recipe("gradient-penalty", gradient_penalty=3.0),
+        Recipe("mgs-trace", penalty=Penalty("trace", strength=3e-2)),
+        Recipe("mgs-log-determinant", penalty=Penalty("log_determinant", strength=3.0)),
         Recipe("mgs-agreement", agreement=True),
     )
 }

@@ -40,7 +40,7 @@ class Settings:
     samples: int | None = None
     model: str = "mlp"
     backend: str = "numpy"
-    epochs: int = 60
+    epochs: int = 40
     batch_size: int = 64
     learning_rate: float = 2e-3
     seeds: int = 3

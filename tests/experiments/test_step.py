@@ -81,7 +81,10 @@ def objective(recipe):
     return value
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+RANDOM_HEAD = Recipe("random head", penalty=mgs.Penalty("log_determinant", 0.5, 2.0), output="random", transform="softmax")
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), RANDOM_HEAD], ids=lambda recipe: recipe.name)
 def test_a_step_follows_the_gradient_of_the_recipe(recipe):
     step = make_step(recipe, mgs.get_backend("numpy"), network)
     before = {name: value.copy() for name, value in PARAMETERS.items()}
