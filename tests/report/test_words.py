@@ -48,6 +48,12 @@ def test_figures_within_the_error_are_not_told_apart():
     )
 
 
+@pytest.mark.parametrize(("shift", "alike"), [(0.13, True), (0.15, False)])
+def test_one_standard_error_of_the_difference_parts_them(shift, alike):
+    records = [run(name, seed, None, wrong + 0.2 * seed) for name, wrong in (("a", 0.1), ("b", 0.1 + shift)) for seed in (0, 1)]
+    assert ("alike" in said(records)[0]) is alike  # the errors are 0.1 each, that of the difference 0.141
+
+
 def test_without_wrong_labels_test_accuracy_is_told():
     assert said([run("none", 0, 0.9), run("mixup", 0, 0.95)])[0] == (
         "With mixup, test accuracy ends highest, at 95.0 %; without a regulariser lowest, at 90.0 %."
