@@ -8,10 +8,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-
-pytest.importorskip("jinja2")
-pytest.importorskip("matplotlib")
-
 import scipy.stats
 
 from mgs_core._errors import ArgumentError
