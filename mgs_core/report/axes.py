@@ -47,7 +47,11 @@ class Axis:
     def _text(self, value: float) -> str:
         if self.share:
             return f"{written(round(100 * value, 6))} %"
-        return written(float(f"{value:.4g}"))
+        text = f"{value:.4g}"
+        if value != 0 and not 1e-3 <= abs(value) < 1e5:
+            number, _, exponent = f"{value:.3e}".partition("e")
+            text = f"{number.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return written(float(f"{value:.4g}")) if "e" not in text else text.replace("-", "−")
 
 
 def axis(
@@ -122,6 +126,6 @@ def _round_numbers(low: float, high: float, about: int) -> list[float]:
 def _decades(low: float, high: float, about: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / (about + 1)))
-    steps = (1,) if last - first > 2 else (1, 2, 5)
+    steps = (1,) if math.log10(high / low) > 1.7 else (1, 2, 5)
     values = [step * 10.0**power for power in range(first, last + 1) for step in steps if power % every == 0]
     return [value for value in values if low <= value <= high]

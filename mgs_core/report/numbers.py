@@ -66,16 +66,16 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return math.fsum((x - centre) * (y - centre) for x, y in zip(a, b, strict=True)) / math.sqrt(spread)
 
 
-def written(value: float | None, *, share: bool = False) -> str:
-    """Write a number short: a share in percent with one decimal, other numbers with about four digits."""
+def written(value: float | None, *, share: bool = False, digits: int = 4) -> str:
+    """Write a number short: a share in percent with one decimal, other numbers with about so many digits."""
     if value is None:
         return MISSING
     if share:
         return _signed(f"{100 * value:.1f}")
     size = abs(value)
-    if size != 0 and not 1e-3 <= size < 1e6:
-        return _power(value, 3)
-    return _signed(f"{value:.0f}" if size >= 1000 else f"{value:.4g}")
+    if size != 0 and not 1e-3 <= size < 10.0 ** (digits + 1):
+        return _power(value, digits - 1)
+    return _signed(f"{value:.0f}" if size >= 10.0 ** (digits - 1) else f"{value:.{digits}g}")
 
 
 def written_with_error(values: Sequence[float], *, share: bool = False) -> str:
@@ -88,7 +88,7 @@ def written_with_error(values: Sequence[float], *, share: bool = False) -> str:
     if share:
         return f"{written(centre, share=True)} ± {100 * error:.1f}"
     size = max(abs(centre), error)
-    if size != 0 and not 1e-3 <= size < 1e6:
+    if size != 0 and not 1e-3 <= size < 1e5:
         return f"{_power(centre, 3)} ± {_power(error, 2)}"
     digits = 1 - math.floor(math.log10(error)) if error > 0 else 2
     digits = min(max(digits, 0), 4)

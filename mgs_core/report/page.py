@@ -15,7 +15,7 @@ from mgs_core.report.charts import curve_chart
 from mgs_core.report.dots import correlation_rows, correlations, glance, scatter
 from mgs_core.report.looks import BACKGROUND, looks
 from mgs_core.report.metrics import KERNEL_METRICS, OUTCOMES, SCATTERED, SECTIONS
-from mgs_core.report.overview import ranked, row
+from mgs_core.report.overview import full_row, ranked
 from mgs_core.report.picture import picture
 from mgs_core.report.runs import read
 from mgs_core.report.words import findings, headline
@@ -81,7 +81,7 @@ def comparison_page(records: Sequence[Mapping[str, Any]], settings: Mapping[str,
         facts=_facts(settings),
         looks=list(found.values()),
         counted={name: comparison.counted(name) for name in order},
-        table=[(found[name], row(comparison, name)) for name in order],
+        table=[(found[name], full_row(comparison, name)) for name in order],
         glance=glance(comparison, order, found),
         sections=[section for section in sections if section[2]],
         correlations=correlation_rows(correlated),

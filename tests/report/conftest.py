@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
+if not all(map(find_spec, ("jinja2", "matplotlib", "scipy"))):  # the extra `app`
+    collect_ignore_glob = ["test_*.py"]
 SETTINGS = {
     "data": "digits", "noise": 0.4, "noise_kind": "symmetric", "samples": None, "model": "mlp", "backend": "numpy", "epochs": 60,
     "batch_size": 64, "learning_rate": 0.002, "seeds": 3, "probe_samples": 128,

@@ -29,6 +29,12 @@ def test_logarithmic_places() -> None:
     assert [text for _, text in drawn.ticks()] == ["1", "10", "100", "1000"]
 
 
+def test_large_and_small_ticks_are_short() -> None:
+    drawn = axis([1.2e5, 1.3e6], 0.0, 1.0, logarithmic=True)
+    assert [text for _, text in drawn.ticks()] == ["2e5", "5e5", "1e6"]
+    assert [text for _, text in Axis(-2.5e-5, 0.0, 0.0, 1.0).ticks(5)] == ["−2.5e−5", "−2e−5", "−1.5e−5", "−1e−5", "−5e−6", "0"]
+
+
 def test_shares_end_at_the_whole() -> None:
     drawn = axis([0.0, 1.0], 0.0, 100.0, share=True)
     assert (drawn.low, drawn.high) == (0.0, 1.0)

@@ -60,7 +60,8 @@ def test_numbers_are_finite() -> None:
     [
         (None, False, "–"), (0.0, False, "0"), (-0.0, False, "0"), (0.9236, True, "92.4"), (-0.0001, True, "0.0"),
         (1.0, True, "100.0"),
-        (-1234.5, False, "−1234"), (12.345678, False, "12.35"), (1.5e7, False, "1.50e7"), (-2.5e-5, False, "−2.50e−5"),
+        (-1234.5, False, "−1234"), (12.345678, False, "12.35"), (1.5e7, False, "1.50e7"),
+        (99999.4, False, "99999"), (100000.0, False, "1.00e5"), (-2.5e-5, False, "−2.50e−5"),
     ],
 )  # fmt: skip
 def test_written(value: float | None, share: bool, text: str) -> None:

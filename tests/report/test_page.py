@@ -8,10 +8,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-
-pytest.importorskip("jinja2")
-pytest.importorskip("matplotlib")
-
 import scipy.stats
 
 from mgs_core._errors import ArgumentError
@@ -293,9 +289,12 @@ def test_unfinished_runs_are_marked(make_records, settings, tmp_path):
 
 
 def test_a_kept_epoch_is_marked(make_records, settings, tmp_path):
-    text, _ = write(make_records(4, 2, 12), settings, tmp_path)  # the fourth is early stopping
+    text, _ = write(make_records(4, 2, 12), settings, tmp_path)  # the fourth is early stopping, which keeps the fifth epoch
     figure = text[text.index('id="test-accuracy"') :].partition("</figure>")[0]
+    line = re.findall(r'<path class="curve" d="M([^"]+)"', figure[: figure.index('class="hollow"')])[-1]
     assert figure.count('class="hollow"') == 1
+    mark = re.search(r'class="hollow" transform="translate\(([^)]+)\)', figure).group(1)
+    assert [float(place) for place in mark.split(",")] == [float(place) for place in line.split("L")[4].split(",")]
 
 
 @pytest.mark.wrong_types

@@ -11,17 +11,14 @@ import scipy.stats
 
 from mgs_core._errors import ArgumentError
 from mgs_core.report import table, write_report
+from mgs_core.report.overview import full_row
 from mgs_core.report.runs import group, read
 
-KEYS = [
-    "regulariser", "test %, last (± s.e.)", "test %, best", "memorised %", "trace", "log det", "similarity", "eff. rank",
-    "seconds", "runs",
-]  # fmt: skip
-FIELDS = {
-    "test %, last (± s.e.)": ("last_test_accuracy", 100), "test %, best": ("best_test_accuracy", 100),
-    "memorised %": ("memorisation", 100), "trace": ("mgs_trace", 1), "log det": ("mgs_log_determinant", 1),
-    "similarity": ("mgs_similarity", 1), "eff. rank": ("mgs_effective_rank", 1),
+SHARES = {"test % ± s.e.": "last_test_accuracy", "best % ± s.e.": "best_test_accuracy", "memor. % ± s.e.": "memorisation"}
+METRICS = {
+    "trace": "mgs_trace", "log det": "mgs_log_determinant", "simil. part": "mgs_similarity", "eff. rank": "mgs_effective_rank",
 }  # fmt: skip
+KEYS = ["regulariser", *SHARES, *METRICS, "time s", "runs"]
 
 
 def number(text):
@@ -48,11 +45,33 @@ def test_rows_hold_mean_and_standard_error(make_records):
         assert list(row) == KEYS
         runs = [record for record in records if record["event"] == "run" and record["regularizer"] == row["regulariser"]]
         assert row["runs"] == "3"
-        for key, (field, factor) in FIELDS.items():
-            values = factor * np.array([record[field] for record in runs])
-            for text, expected in zip(row[key].split(" ± "), (values.mean(), scipy.stats.sem(values)), strict=True):
+        for key, field in SHARES.items():
+            values = 100 * np.array([record[field] for record in runs])
+            for text, expected in zip(row[key].split("±"), (values.mean(), scipy.stats.sem(values)), strict=True):
                 found, tolerance = number(text)
                 assert found == pytest.approx(expected, abs=1.001 * tolerance)
+        for key, field in METRICS.items():
+            found, tolerance = number(row[key])
+            assert found == pytest.approx(np.mean([record[field] for record in runs]), abs=1.001 * tolerance)
+        assert float(row["time s"]) == 5.0
+
+
+def test_full_rows_hold_all_standard_errors(make_records):
+    records = make_records(4)
+    titles = {"trace": "mgs_trace", "log-determinant": "mgs_log_determinant", "effective rank": "mgs_effective_rank"}
+    row = full_row(read(records), "none")
+    runs = [record for record in records if record["event"] == "run" and record["regularizer"] == row["regulariser"]]
+    for title, field in titles.items():
+        values = [record[field] for record in runs]
+        for text, expected in zip(row[title].split(" ± "), (np.mean(values), scipy.stats.sem(values)), strict=True):
+            found, tolerance = number(text)
+            assert found == pytest.approx(expected, abs=1.001 * tolerance)
+
+
+def test_the_table_fits_eighty_columns(make_records):
+    rows = table(make_records())
+    widths = [max(len(word) for word in (*key.split(), *(row[key] for row in rows))) for key in KEYS]
+    assert sum(widths) + len(widths) - 1 <= 80
 
 
 def test_highest_last_test_accuracy_comes_first():
@@ -62,24 +81,24 @@ def test_highest_last_test_accuracy_comes_first():
 
 def test_one_seed_has_no_error():
     row = table([run("none", 0, last_test_accuracy=0.5, memorisation=None, mgs_trace=math.nan, seconds=math.inf)])[0]
-    assert row["test %, last (± s.e.)"] == "50.0"
-    assert row["memorised %"] == row["trace"] == row["seconds"] == row["log det"] == "–"
+    assert row["test % ± s.e."] == "50.0"
+    assert row["memor. % ± s.e."] == row["trace"] == row["time s"] == row["log det"] == "–"
 
 
 def test_unfinished_runs_do_not_count_beside_finished_ones():
     records = [run("a", 0, last_test_accuracy=0.5), epoch("a", 0, 1, test_accuracy=0.6), epoch("a", 1, 1, test_accuracy=0.9)]
     row = table(records)[0]
-    assert row["test %, last (± s.e.)"] == "50.0"
-    assert row["test %, best"] == "60.0"  # filled up from the epochs of the same run
+    assert row["test % ± s.e."] == "50.0"
+    assert row["best % ± s.e."] == "60.0"  # filled up from the epochs of the same run
     assert row["runs"] == "1 of 2"
 
 
 def test_a_regulariser_without_finished_runs_shows_its_last_epochs():
     records = [epoch("a", 0, at, test_accuracy=value, memorisation=0.1 * at) for at, value in ((1, 0.9), (3, 0.5), (2, 0.7))]
     row = table(records)[0]
-    assert row["test %, last (± s.e.)"] == "50.0"
-    assert row["test %, best"] == "90.0"
-    assert row["memorised %"] == "30.0"
+    assert row["test % ± s.e."] == "50.0"
+    assert row["best % ± s.e."] == "90.0"
+    assert row["memor. % ± s.e."] == "30.0"
     assert row["runs"] == "1 unfinished"
 
 

@@ -30,6 +30,15 @@ def test_who_memorises_most_and_least():
     assert "Without a regulariser it ends at 65.0 ± 5.0 %." in rest
 
 
+def test_the_plain_run_stands_for_those_that_memorise_as_much():
+    records = [
+        run(name, seed, 0.6, wrong + 0.1 * seed) for name, wrong in (("none", 0.8), ("b", 0.81), ("c", 0.2)) for seed in (0, 1)
+    ]
+    assert said(records)[0] == "Without a regulariser, the network memorises 85.0 % of the wrong labels; with c, 25.0 %."
+    records[0]["memorisation"] = records[1]["memorisation"] = 0.6
+    assert said(records)[0].startswith("With b, the network memorises 86.0 %")
+
+
 def test_figures_within_the_error_are_not_told_apart():
     records = [run("a", 0, 0.5, 0.4), run("a", 1, 0.7, 0.6), run("b", 0, 0.51, 0.41), run("b", 1, 0.71, 0.61)]
     head, *rest = said(records)
@@ -37,6 +46,12 @@ def test_figures_within_the_error_are_not_told_apart():
     assert (
         rest[0] == "Test accuracy ends highest with b, at 61.0 ± 10.0 % (mean ± standard error over seeds), not clearly above a."
     )
+
+
+@pytest.mark.parametrize(("shift", "alike"), [(0.13, True), (0.15, False)])
+def test_one_standard_error_of_the_difference_parts_them(shift, alike):
+    records = [run(name, seed, None, wrong + 0.2 * seed) for name, wrong in (("a", 0.1), ("b", 0.1 + shift)) for seed in (0, 1)]
+    assert ("alike" in said(records)[0]) is alike  # the errors are 0.1 each, that of the difference 0.141
 
 
 def test_without_wrong_labels_test_accuracy_is_told():
