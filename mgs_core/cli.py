@@ -178,14 +178,19 @@ def _show(folder: Path) -> None:
     if not records:
         raise ArgumentError(f"`run` must be a folder with records; {str(folder)!r} holds none. Run mgs compare first.")
     settings = load_settings(folder)
-    shown = Table(title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn", box=box.SIMPLE_HEAD, pad_edge=False)
     rows = table(records)
-    for column in rows[0]:
-        first, widest = column == "regulariser", max(map(len, column.split()))
-        shown.add_column(column, justify="left" if first else "right", no_wrap=first, min_width=widest)
+    shown = Table(
+        title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+        show_edge=False,
+    )
+    for column in rows[0]:  # as wide as its cells and the longest word of its title, which fits 80 columns
+        width = max(len(text) for text in (*column.split(), *(row[column] for row in rows)))
+        shown.add_column(column, justify="left" if column == "regulariser" else "right", min_width=width)
     for row in rows:
-        # the page has the spread of every figure; here there is room for that of accuracies
-        shown.add_row(*(cell if "%" in column else cell.partition(" ± ")[0] for column, cell in row.items()))
+        shown.add_row(*map(escape, row.values()))
     console.print(shown)
     page = write_report(records, settings, folder)
     console.print(f"Page: {page}\nPicture: {page.with_name('figure.png')}\nRecords: {folder / 'records.jsonl'}", soft_wrap=True)
