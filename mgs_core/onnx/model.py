@@ -16,6 +16,7 @@ from mgs_core._registry import get_backend
 from mgs_core._tree import select
 from mgs_core._types import Array
 from mgs_core.functional import FunctionalModel
+from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
 from mgs_core.onnx.files import read_model
 from mgs_core.onnx.graph import Graph, Node, Value, needed
