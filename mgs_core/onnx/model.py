@@ -20,6 +20,7 @@ from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
 from mgs_core.onnx.files import read_model
 from mgs_core.onnx.graph import Graph, Node, Value, needed
+from mgs_core.onnx.lifting import lift
 from mgs_core.onnx.operators.common import native_dtype
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
@@ -107,6 +108,7 @@ def load(
     found = get_backend(backend)
     proto, folder = read_model(model)
     graph = parse(proto, folder, dtype)
+    lift(graph)
     ties = tie(graph)
     wanted = _output(graph, output)
     nodes = needed(graph.nodes, [wanted])

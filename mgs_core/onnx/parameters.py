@@ -28,7 +28,7 @@ _WEIGHTS: dict[str, frozenset[int]] = {
         "MatMul": (0, 1), "Gemm": (0, 1, 2), "Conv": (1, 2), "ConvTranspose": (1, 2), "Einsum": range(8), "Gather": (0,),
         "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
         "RMSNormalization": (1,), "PRelu": (1,), "Concat": range(1 << 10), "LSTM": (1, 2, 3, 7), "GRU": (1, 2, 3),
-        "RNN": (1, 2, 3), "DeformConv": (1, 3),
+        "RNN": (1, 2, 3), "DeformConv": (1, 3), "LinearClassifier": (1, 2), "LinearRegressor": (1, 2),
     }.items()
 }  # fmt: skip
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum"}

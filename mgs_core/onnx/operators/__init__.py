@@ -5,6 +5,7 @@ from mgs_core.onnx.operators import arithmetic as arithmetic
 from mgs_core.onnx.operators import attention as attention
 from mgs_core.onnx.operators import creation as creation
 from mgs_core.onnx.operators import indexing as indexing
+from mgs_core.onnx.operators import learn as learn
 from mgs_core.onnx.operators import linear as linear
 from mgs_core.onnx.operators import normalization as normalization
 from mgs_core.onnx.operators import recurrent as recurrent
