@@ -64,7 +64,8 @@ def _run_loop(node: Node, places: Sequence[Place], backend: Backend) -> tuple[Ru
             to_device(backend, value) if kind is Place.DEVICE and places[at] is not Place.DEVICE else value
             for at, (value, kind) in enumerate(zip(rest[:states], kinds, strict=True), start=2)
         ]
-        captured, collected, step = rest[states:], [[] for _ in scans], 0  # type: list[list[Any]]
+        captured, step = rest[states:], 0
+        collected: list[list[Any]] = [[] for _ in scans]
         while going and (limit is None or step < limit):
             if step >= MAX_STEPS:
                 raise node.unsupported(f"takes more than {MAX_STEPS} steps", "Export the model without this loop.")
@@ -89,7 +90,12 @@ def _run_scan(node: Node, places: Sequence[Place], backend: Backend) -> tuple[Ru
     scans = len(graph.outputs) - states
     if not 1 <= count <= node.explicit or len(graph.inputs) != node.explicit or scans < 0:
         raise node.damaged(f"has a body with {len(graph.inputs)} inputs and {len(graph.outputs)} outputs for {count} scans")
-    defaults = {"scan_input_axes": count, "scan_input_directions": count, "scan_output_axes": scans, "scan_output_directions": scans}
+    defaults = {
+        "scan_input_axes": count,
+        "scan_input_directions": count,
+        "scan_output_axes": scans,
+        "scan_output_directions": scans,
+    }
     in_axes, in_turns, out_axes, out_turns = (node.attributes.get(name) or [0] * size for name, size in defaults.items())
     kinds = [_dynamic(place) for place in places[:states]]
     walked = [_dynamic(place) for place in places[states : node.explicit]]
@@ -138,15 +144,15 @@ class _Body:
     def __init__(self, node: Node, graph: Graph, places: Sequence[Place], backend: Backend, given: Sequence[Place]) -> None:
         self._backend = backend
         outer = dict(zip(node.inputs[node.explicit :], places[node.explicit :], strict=True))
-        known = {
-            name: node.constants[at] for at, name in enumerate(node.inputs) if at >= node.explicit and at in node.constants
-        }
-        inputs = {name: place for name, place in outer.items() if place is not Place.CONSTANT}
+        known = {name: node.constants[at] for at, name in enumerate(node.inputs) if at >= node.explicit and at in node.constants}
+        inputs: dict[str, Place] = {name: place for name, place in outer.items() if place is not Place.CONSTANT}
         self._captured = [at for at, name in enumerate(node.inputs[node.explicit :]) if name in inputs]
         inputs |= {value.name: _dynamic(place) for value, place in zip(graph.inputs, given, strict=True)}
         outputs = [value.name for value in graph.outputs]
         nodes = needed(graph.nodes, outputs)
-        self.program: Program = compile_nodes(nodes, outputs, inputs=inputs, constants={**known, **graph.initializers}, backend=backend)
+        self.program: Program = compile_nodes(
+            nodes, outputs, inputs=inputs, constants={**known, **graph.initializers}, backend=backend
+        )
         self._wanted: list[Place] = list(self.program.places)
 
     def require(self, places: Sequence[Place]) -> None:

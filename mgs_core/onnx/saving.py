@@ -53,6 +53,8 @@ def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None)
     }
     for name, value in {**values, **copies}.items():
         array, tensor = np.asarray(get_backend(value).to_numpy(value)), tensors[name]
+        if name in model.cut:
+            array = np.concatenate([array, np.zeros_like(array)], axis=-1)
         shape = tuple(tensor.dims) if isinstance(tensor, onnx.TensorProto) else model.parameters[name].shape
         if array.shape != shape:
             raise ArgumentError(f"`parameters` must keep their shapes; got {array.shape} for {name!r} of {shape}.")

@@ -1,4 +1,8 @@
-"""Undo an exporter's habit: the output weight that is tied to an embedding comes as a transposed copy of the table."""
+"""Undo two habits of exporters that change what the parameters are.
+
+* The output weight that is tied to an embedding comes as a transposed copy of the table.
+* Keras' recurrent layers have one bias; ONNX has two, and the second comes as zeros.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +39,26 @@ def tie(graph: Graph) -> dict[str, str]:
         del graph.initializers[copy]
         graph.nodes.insert(0, Node("Transpose", "", 13, f"{copy} (tied)", (table,), (copy,), {"perm": [1, 0]}, 1))
     return ties
+
+
+def halve(graph: Graph) -> list[str]:
+    """Cut the biases of recurrent layers whose second half, that of the state's products, is nothing but zeros.
+
+    Args:
+        graph: changed in place.
+
+    Returns:
+        Names of the initialisers that were cut.
+    """
+    uses = [name for node in graph.nodes for name in node.inputs]
+    cut = []
+    for node in graph.nodes:
+        name = node.inputs[3] if node.operator in ("RNN", "GRU", "LSTM") and node.has(3) else ""
+        value = graph.initializers.get(name)
+        if value is None or value.ndim != 2 or uses.count(name) > 1 or value.shape[1] % 2:
+            continue
+        half = value.shape[1] // 2
+        if np.any(value[:, :half]) and not np.any(value[:, half:]):
+            graph.initializers[name] = value[:, :half]
+            cut.append(name)
+    return cut
