@@ -31,10 +31,10 @@ def tie(graph: Graph) -> dict[str, str]:
     for name, value in graph.initializers.items():
         for table in sorted(tables - {name}):
             source = graph.initializers[table]
-            if value.shape == source.shape[::-1] and value.dtype == source.dtype and np.any(value != value[0, 0]):
-                if np.array_equal(value, source.T):
-                    ties[name] = table
-                    break
+            alike = value.shape == source.shape[::-1] and value.dtype == source.dtype and value.size > 0
+            if alike and np.any(value != value[0, 0]) and np.array_equal(value, source.T):
+                ties[name] = table
+                break
     for copy, table in ties.items():
         del graph.initializers[copy]
         graph.nodes.insert(0, Node("Transpose", "", 13, f"{copy} (tied)", (table,), (copy,), {"perm": [1, 0]}, 1))

@@ -19,8 +19,8 @@ from mgs_core.functional import FunctionalModel
 from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
 from mgs_core.onnx.files import read_model
-from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.graph import Graph, Node, Value, needed
+from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.invariants import capture_invariants
 from mgs_core.onnx.lifting import lift
 from mgs_core.onnx.operators.common import native_dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from mgs_core._types import Array, Namespace
@@ -75,7 +77,7 @@ def split_to_sequence(node: Node, xp: Namespace) -> Run:
             starts = np.cumsum([0, *integers(sizes)]).tolist()
         if starts[-1] != total or sorted(starts) != starts:
             raise node.damaged(f"cuts an axis of length {total} at {starts}")
-        return [x[(*front, slice(a, b), ...)] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [x[(*front, slice(a, b), ...)] for a, b in pairwise(starts)]
 
     return run
 
