@@ -29,7 +29,8 @@ def fold(parts: Array, space: Sizes, window: Sizes, strides: Sizes, dilations: S
     total = np.zeros((*parts.shape[:2], *space), dtype=parts.dtype)
     for offset in product(*(range(size) for size in window)):
         where = tuple(
-            slice(at * d, at * d + (count - 1) * s + 1, s) for at, d, s, count in zip(offset, dilations, strides, out, strict=True)
+            slice(at * d, at * d + (count - 1) * s + 1, s)
+            for at, d, s, count in zip(offset, dilations, strides, out, strict=True)
         )
         total[(slice(None), slice(None), *where)] += parts[(slice(None), slice(None), *offset)]
     return total
@@ -38,9 +39,7 @@ def fold(parts: Array, space: Sizes, window: Sizes, strides: Sizes, dilations: S
 defvjp(
     patches, lambda ans, x, window, strides, dilations: lambda g: fold(g, x.shape[2:], window, strides, dilations), argnums=(0,)
 )
-defvjp(
-    fold, lambda ans, parts, space, window, strides, dilations: lambda g: patches(g, window, strides, dilations), argnums=(0,)
-)
+defvjp(fold, lambda ans, parts, space, window, strides, dilations: lambda g: patches(g, window, strides, dilations), argnums=(0,))
 
 
 def max_pool(x: Array, window: Sizes, strides: Sizes, dilations: Sizes) -> Array:

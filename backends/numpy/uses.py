@@ -99,7 +99,17 @@ def _is_view(node: TapeNode) -> bool:
     return node.function in _VIEWS and node.positions == (0,)
 
 
-_VIEWS = {anp.reshape, anp.transpose, primitives.transpose, primitives.flip, anp.swapaxes, anp.moveaxis, anp.squeeze, anp.expand_dims, anp.ravel}
+_VIEWS = {
+    anp.reshape,
+    anp.transpose,
+    primitives.transpose,
+    primitives.flip,
+    anp.swapaxes,
+    anp.moveaxis,
+    anp.squeeze,
+    anp.expand_dims,
+    anp.ravel,
+}
 
 
 def _matmul(node: TapeNode, position: int) -> Site | None:

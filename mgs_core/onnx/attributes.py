@@ -31,6 +31,24 @@ def bound(proto: NodeProto, function: FunctionProto, outer: Mapping[str, Attribu
     return bindings
 
 
+def definition(schema: Any, opset: int) -> FunctionProto:
+    """Return the function by which ONNX defines an operator.
+
+    Args:
+        schema: of the operator.
+        opset: version that the model imports.
+
+    Returns:
+        The function, with the operator's default attributes.
+    """
+    versions = [version for version in schema.function_opset_versions if version <= opset]
+    function = FunctionProto()
+    function.ParseFromString(schema.get_function_with_opset_version(max(versions)))
+    defaults = [each.default_value for each in schema.attributes.values() if each.default_value.type != AttributeProto.UNDEFINED]
+    function.attribute_proto.extend(defaults)
+    return function
+
+
 def read_attributes(
     proto: NodeProto, schema: Any, bindings: Mapping[str, AttributeProto], where: str, folder: Path | None, precision: str | None
 ) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -116,13 +116,15 @@ def needed(nodes: Iterable[Node], outputs: Iterable[str]) -> list[Node]:
         outputs: names of values.
 
     Returns:
-        The nodes that matter.
+        The nodes that matter; outputs that nothing takes are "".
     """
     wanted, kept = set(outputs), []
     for node in reversed(list(nodes)):
-        if wanted.intersection(name for name in node.outputs if name):
-            kept.append(node)
+        outputs = tuple(name if name in wanted else "" for name in node.outputs)
+        if any(outputs):
+            kept.append(replace(node, outputs=outputs))
             wanted.update(node.inputs)
+            wanted.discard("")
     return kept[::-1]
 
 

@@ -16,13 +16,16 @@ from mgs_core._registry import get_backend
 from mgs_core._tree import select
 from mgs_core._types import Array
 from mgs_core.functional import FunctionalModel
+from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
 from mgs_core.onnx.files import read_model
 from mgs_core.onnx.graph import Graph, Node, Value, needed
+from mgs_core.onnx.habits import halve, tie
+from mgs_core.onnx.invariants import capture_invariants
+from mgs_core.onnx.lifting import lift
 from mgs_core.onnx.operators.common import native_dtype
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
-from mgs_core.onnx.ties import tie
 from mgs_core.onnx.program import Place, compile_nodes
 
 _PRECISIONS = (None, "float16", "float32", "float64")
@@ -37,11 +40,13 @@ class OnnxModel(FunctionalModel):
         parameters: the trained initialisers by name.
         proto: the model as read.
         ties: initialisers that are transposed copies of a parameter: name of the copy → name of the parameter.
+        cut: biases of recurrent layers of which the file has a second half of zeros.
     """
 
     function: _Function
     proto: ModelProto
     ties: Mapping[str, str]
+    cut: frozenset[str]
 
     def example_inputs(self, n: int, *, seed: int = 0) -> dict[str, Array]:
         """Draw inputs of the declared shapes: normal numbers, and small integers that index what they look up.
@@ -106,7 +111,9 @@ def load(
     found = get_backend(backend)
     proto, folder = read_model(model)
     graph = parse(proto, folder, dtype)
-    ties = tie(graph)
+    lift(graph)
+    capture_invariants(graph)
+    ties, cut = tie(graph), halve(graph)
     wanted = _output(graph, output)
     nodes = needed(graph.nodes, [wanted])
     used = {name for node in nodes for name in node.inputs} | {wanted}
@@ -121,7 +128,7 @@ def load(
             "Name them by `parameters`."
         )
     function = _Function(graph, nodes, wanted, chosen, found)
-    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto, ties)
+    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
 
 
 class _Function:

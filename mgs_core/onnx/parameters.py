@@ -7,6 +7,7 @@ multiplied with data that earlier parameters have touched, except
 * numbers of rank 0, and single elements unless they are added to the output of a layer with one unit: ε, scales, exponents;
 * values that are not finite or as small as a type goes: attention masks;
 * what also reaches an input that takes statistics, bounds or sizes (running mean and variance, Clip, Pad, Resize, …);
+* what is subtracted or divided by: a mean, a deviation;
 * what is named as running statistics are: `running_mean`, `running_var`, `moving_mean`, `moving_variance`;
 * what is applied to the raw inputs elementwise: scalers.
 
@@ -28,7 +29,7 @@ _WEIGHTS: dict[str, frozenset[int]] = {
         "MatMul": (0, 1), "Gemm": (0, 1, 2), "Conv": (1, 2), "ConvTranspose": (1, 2), "Einsum": range(8), "Gather": (0,),
         "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
         "RMSNormalization": (1,), "PRelu": (1,), "Concat": range(1 << 10), "LSTM": (1, 2, 3, 7), "GRU": (1, 2, 3),
-        "RNN": (1, 2, 3), "DeformConv": (1, 3),
+        "RNN": (1, 2, 3), "DeformConv": (1, 3), "LinearClassifier": (1, 2), "LinearRegressor": (1, 2),
     }.items()
 }  # fmt: skip
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum"}
@@ -60,43 +61,77 @@ def trained(graph: Graph, nodes: Iterable[Node]) -> list[str]:
     Returns:
         Names.
     """
-    nodes = list(nodes)
-    candidates = {name for name, value in graph.initializers.items() if _may_be_weight(name, value)}
-    sources: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in candidates}  # constant value → its candidates
-    constant = set(graph.initializers)
-    touched: set[str] = set()  # data that a parameter has touched
-    single: set[str] = set()  # outputs of layers with one unit
-    chosen: dict[str, None] = {}
-    barred: set[str] = set()
-    for node in nodes:
+    walk = _Walk(graph)
+    walk.nodes(nodes)
+    return [name for name in walk.chosen if name not in walk.barred]
+
+
+class _Walk:
+    """Hold what is known of the values while the nodes, and those of subgraphs, are visited in order."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._values = graph.initializers
+        self._sources = {name: frozenset((name,)) for name, value in self._values.items() if _may_be_weight(name, value)}
+        self._constant = set(self._values)
+        self._touched: set[str] = set()  # data that a parameter has touched
+        self._single: set[str] = set()  # outputs of layers with one unit
+        self.chosen: dict[str, None] = {}
+        self.barred: set[str] = set()
+
+    def nodes(self, nodes: Iterable[Node]) -> bool:
+        """Visit nodes; say whether a parameter meets data in one of them."""
+        found = [self._node(node) for node in nodes]  # a list, so that all are visited
+        return any(found)
+
+    def _node(self, node: Node) -> bool:
         given = [name for name in node.inputs if name]
+        bodies = [value for value in node.attributes.values() if isinstance(value, Graph)]
         carried = given[:1] if node.operator in _VIEWS else given
-        if all(name in constant for name in carried):
-            constant.update(node.outputs)
-            joined = frozenset().union(*(sources.get(name, frozenset()) for name in carried))
-            sources.update(dict.fromkeys(node.outputs, joined))
-            continue
-        meets = False
-        for place, name in enumerate(node.inputs):
-            found = sources.get(name, frozenset())
-            if not found:
-                continue
-            others = [other for other in given if other not in constant]
-            weight = place in _WEIGHTS.get(node.operator, ()) or place >= node.explicit
-            if node.operator in _ELEMENTWISE:
-                weight = any(other in touched for other in others)
-                if not any(other in single for other in others):
-                    found = frozenset(source for source in found if graph.initializers[source].size > 1)
-            if weight:
-                chosen.update(dict.fromkeys(sorted(found)))
-            else:
-                barred |= found
-            meets = meets or (weight and bool(found))
-        if meets or any(name in touched for name in given):
-            touched.update(node.outputs)
-        if _one_unit(node, graph, single):
-            single.update(node.outputs)
-    return [name for name in chosen if name not in barred]
+        if not bodies and all(name in self._constant for name in carried):
+            self._constant.update(node.outputs)
+            joined = frozenset().union(*(self._sources.get(name, frozenset()) for name in carried))
+            self._sources.update(dict.fromkeys(node.outputs, joined))
+            return False
+        meets = self._bodies(bodies)
+        for place, name in enumerate(node.inputs[: node.explicit]):
+            meets = self._use(node, place, name) or meets
+        if meets or any(name in self._touched for name in given):
+            self._touched.update(node.outputs)
+        if self._one_unit(node):
+            self._single.update(node.outputs)
+        return meets
+
+    def _bodies(self, bodies: list[Graph]) -> bool:
+        """Visit subgraphs, whose own inputs may be data that a parameter has touched."""
+        for body in bodies:
+            self._touched.update(value.name for value in body.inputs)
+            self._constant.update(body.initializers)
+        found = [self.nodes(body.nodes) for body in bodies]
+        return any(found)
+
+    def _use(self, node: Node, place: int, name: str) -> bool:
+        """Judge the place where a value meets data; say whether it is that of a weight."""
+        found = self._sources.get(name, frozenset())
+        others = [other for other in node.inputs if other and other not in self._constant]
+        weight = place in _WEIGHTS.get(node.operator, ())
+        if node.operator in _ELEMENTWISE:
+            weight = any(other in self._touched for other in others) and not (node.operator in ("Sub", "Div") and place == 1)
+            if not any(other in self._single for other in others):
+                found = frozenset(source for source in found if self._values[source].size > 1)
+        if not found:
+            return False
+        if weight:
+            self.chosen.update(dict.fromkeys(sorted(found)))
+        else:
+            self.barred |= found
+        return weight
+
+    def _one_unit(self, node: Node) -> bool:
+        """Say whether a node gives the output of a layer with one unit, so that a single element added to it is a bias."""
+        if node.operator in ("MatMul", "Conv"):
+            weight = self._values.get(node.inputs[1])
+            return weight is not None and weight.ndim >= 2 and weight.shape[-1 if node.operator == "MatMul" else 0] == 1
+        return node.operator in ("Reshape", "Squeeze", "Identity", "Cast") and node.inputs[0] in self._single
 
 
 def _may_be_weight(name: str, value: Array) -> bool:
@@ -106,11 +141,3 @@ def _may_be_weight(name: str, value: Array) -> bool:
         return False
     largest = float(np.max(np.abs(value.astype(np.float64))))
     return bool(np.isfinite(largest) and largest < 1e30)
-
-
-def _one_unit(node: Node, graph: Graph, single: set[str]) -> bool:
-    """Say whether a node gives the output of a layer with one unit, so that a single element added to it is a bias."""
-    if node.operator in ("MatMul", "Conv"):
-        weight = graph.initializers.get(node.inputs[1])
-        return weight is not None and weight.ndim >= 2 and weight.shape[-1 if node.operator == "MatMul" else 0] == 1
-    return node.operator in ("Reshape", "Squeeze", "Identity") and node.inputs[0] in single

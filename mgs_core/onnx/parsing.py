@@ -12,10 +12,10 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, ValueInfoProto, defs
 
 from mgs_core._types import Array
-from mgs_core.onnx.attributes import bound, read_attributes
+from mgs_core.onnx.attributes import bound, definition, read_attributes
 from mgs_core.onnx.errors import damaged, unsupported
 from mgs_core.onnx.graph import Graph, Node, Value, in_order
-from mgs_core.onnx.operators.registry import NEWEST
+from mgs_core.onnx.operators.registry import NEWEST, find
 from mgs_core.onnx.tensors import dtype_of, to_array
 
 #: Nodes that a model may have once its functions are put in place.
@@ -155,7 +155,7 @@ class _Parser:
             raise damaged(where, f"is beyond the limit of {MAX_NODES} nodes")
         key = (domain, proto.op_type, proto.overload)
         if key in self._functions:
-            return self._call(proto, key, scope, label, where)
+            return self._call(proto, self._functions[key], scope, label, where)
         if domain not in scope.versions:
             raise damaged(where, f"is of the domain {domain or 'ai.onnx'!r}, whose version the model does not import")
         opset = scope.versions[domain]
@@ -171,6 +171,8 @@ class _Parser:
         ):
             if not low <= len(names) <= high:
                 raise damaged(where, f"has {len(names)} {kind}; from {low} to {high} are allowed")
+        if schema.has_function and find(domain, proto.op_type, opset) is None:  # an operator that ONNX itself defines by others
+            return self._call(proto, definition(schema, opset), scope, label, where)
         attributes = read_attributes(proto, schema, scope.bindings, where, self._folder, self._precision)
         captured: list[str] = []
         for name, value in attributes.items():
@@ -185,9 +187,9 @@ class _Parser:
             Node(proto.op_type, domain, opset, label, (*inputs, *captured), outputs, attributes, len(inputs), self._precision)
         ]
 
-    def _call(self, proto: NodeProto, key: tuple[str, str, str], scope: _Scope, label: str, where: str) -> list[Node]:
+    def _call(self, proto: NodeProto, function: FunctionProto, scope: _Scope, label: str, where: str) -> list[Node]:
         """Put the body of a function in the place of a node."""
-        function = self._functions[key]
+        key = (_domain(function.domain), function.name, function.overload)
         if key in scope.calls or scope.depth > _MAX_DEPTH:
             raise damaged(where, "calls a function that calls itself")
         if len(proto.input) > len(function.input) or len(proto.output) > len(function.output):

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
+from mgs_core.onnx.lifting import LIFTED
 from mgs_core.onnx.model import OnnxModel
 
 
@@ -44,7 +45,7 @@ def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None)
         raise ArgumentError(f"`parameters` must have the names {sorted(model.parameters)}; got {sorted(values)}.")
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer} | _lifted(proto)
     copies = {
         copy: np.asarray(get_backend(values[table]).to_numpy(values[table])).T
         for copy, table in model.ties.items()
@@ -52,10 +53,16 @@ def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None)
     }
     for name, value in {**values, **copies}.items():
         array, tensor = np.asarray(get_backend(value).to_numpy(value)), tensors[name]
-        if array.shape != tuple(tensor.dims):
-            raise ArgumentError(f"`parameters` must keep their shapes; got {array.shape} for {name!r} of {tuple(tensor.dims)}.")
+        if name in model.cut:
+            array = np.concatenate([array, np.zeros_like(array)], axis=-1)
+        shape = tuple(tensor.dims) if isinstance(tensor, onnx.TensorProto) else model.parameters[name].shape
+        if array.shape != shape:
+            raise ArgumentError(f"`parameters` must keep their shapes; got {array.shape} for {name!r} of {shape}.")
         if not np.all(np.isfinite(array.astype(np.float64))):
             raise ArgumentError(f"`parameters` must be finite; got NaN or infinity in {name!r}.")
+        if isinstance(tensor, onnx.AttributeProto):
+            tensor.floats[:] = np.ravel(array).tolist()
+            continue
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.astype(dtype)), name))
     try:
@@ -65,3 +72,13 @@ def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None)
         raise ArgumentError(
             f"`path` must be a place where a valid model can be written; got {fspath(path)!r}: {error}"
         ) from error
+
+
+def _lifted(proto: onnx.ModelProto) -> dict[str, onnx.AttributeProto]:
+    """Return the attributes that `lift` made parameters of, by their names as such."""
+    found = {}
+    for node in proto.graph.node:
+        if node.op_type in LIFTED:
+            label = node.name or next(name for name in node.output if name)
+            found.update({f"{label}.{attribute.name}": attribute for attribute in node.attribute})
+    return found

@@ -90,7 +90,7 @@ def torch_zoo() -> dict[str, Any]:
             return torch.log_softmax(self.b(h), dim=-1)
 
     conv = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1),
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, groups=2, stride=2),
         nn.GroupNorm(2, 6), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
     )  # fmt: skip
     decoder = nn.Sequential(
@@ -120,8 +120,8 @@ def torch_zoo() -> dict[str, Any]:
 
 
 TORCH = (
-    "mlp", "one_unit", "conv", "conv1d", "conv3d", "decoder", "normalised", "attention", "causal", "vision", "gated", "tied", "lstm",
-    "gru", "rnn",
+    "mlp", "one_unit", "conv", "conv1d", "conv3d", "decoder", "normalised", "attention", "causal", "vision", "gated", "tied",
+    "lstm", "gru", "rnn",
 )  # fmt: skip
 _cache: dict[tuple[str, str], Exported] = {}
 

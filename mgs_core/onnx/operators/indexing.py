@@ -109,6 +109,23 @@ def compress(node: Node, xp: Namespace) -> Run:
     return run
 
 
+@operator("Unique", since=11, host=None, many=True)
+def unique(node: Node, xp: Namespace) -> Run:
+    """Return what occurs, sorted or in order of first occurrence, with places and counts."""
+    axis, in_order = node.attributes.get("axis"), node.attributes["sorted"]
+
+    def run(x: Array) -> list[Array]:
+        found, first, inverse, counts = np.unique(x, return_index=True, return_inverse=True, return_counts=True, axis=axis)
+        inverse = np.reshape(inverse, (-1,))
+        if not in_order:
+            order = np.argsort(first, kind="stable")
+            found = np.take(found, order, axis=axis or 0)
+            first, counts, inverse = first[order], counts[order], np.argsort(order, kind="stable")[inverse]
+        return [found, *(part.astype(np.int64) for part in (first, inverse, counts))]
+
+    return run
+
+
 @operator("NonZero", since=9, host=None)
 def nonzero(node: Node, xp: Namespace) -> Run:
     """Return the places of what is not 0."""
@@ -116,6 +133,7 @@ def nonzero(node: Node, xp: Namespace) -> Run:
 
 
 @operator("ScatterElements", since=11)
+@operator("Scatter", since=9)
 def scatter_elements(node: Node, xp: Namespace) -> Run:
     """Write elements at places that differ from their own on one axis only."""
     axis, reduction = node.attributes["axis"], node.attributes.get("reduction", "none")

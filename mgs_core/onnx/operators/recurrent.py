@@ -113,7 +113,8 @@ def _layer(node: Node, xp: Namespace, gates: int, make: Callable[[list[Function]
             bias = None if b is None else b[at, ...]
             width = gates * size
             ahead = _plus(_product(xp, x, w[at, ...]), None if bias is None else bias[:width])
-            cell = make(functions[at], r[at, ...], None if bias is None else bias[width:], None if p is None else p[at, ...])
+            late = None if bias is None or bias.shape[0] == width else bias[width:]  # zeros are left out, see `habits.halve`
+            cell = make(functions[at], r[at, ...], late, None if p is None else p[at, ...])
             found: list[Any] = [None] * steps
             for t in reversed(range(steps)) if turn else range(steps):
                 new_h, new_c = cell(ahead[t, ...], h, c)

@@ -73,12 +73,23 @@ def operator(
     def register(build: Builder) -> Builder:
         places = None if host is None else frozenset(host)
         for name in names:
-            versions = _OPERATORS.setdefault((domain, name), [])
-            versions.append(Operator(build, since, places, many, host_result))
-            versions.sort(key=lambda entry: -entry.since)
+            add(name, Operator(build, since, places, many, host_result), domain)
         return build
 
     return register
+
+
+def add(name: str, entry: Operator, domain: str = "") -> None:
+    """Register an operator.
+
+    Args:
+        name: of the operator.
+        entry: how it is built.
+        domain: "" for ai.onnx.
+    """
+    versions = _OPERATORS.setdefault((domain, name), [])
+    versions.append(entry)
+    versions.sort(key=lambda each: -each.since)
 
 
 def find(domain: str, name: str, opset: int) -> Operator | None:
