@@ -188,7 +188,7 @@ def _show(folder: Path) -> None:
     )
     for column in rows[0]:  # as wide as its cells and the longest word of its title, which fits 80 columns
         width = max(len(text) for text in (*column.split(), *(row[column] for row in rows)))
-        shown.add_column(column, justify="left" if column == "regulariser" else "right", min_width=width)
+        shown.add_column(column, justify="left" if column == "regulariser" else "right", width=width)
     for row in rows:
         shown.add_row(*map(escape, row.values()))
     console.print(shown)

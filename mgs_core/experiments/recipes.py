@@ -46,8 +46,8 @@ class Recipe:
     agreement: bool = False
 
 
-#: The strengths are those of five tried, three of mixup, that predict held-out NOISY labels of the digits best (40 % noise, two seeds
-#: that the default comparison does not use); no clean label was looked at.
+#: The strengths are those of five tried, three of mixup, that predict held-out NOISY labels of the digits best (40 % noise, two
+#: seeds that the default comparison does not use); no clean label was looked at.
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
