@@ -27,6 +27,8 @@ from mgs_core.monitor import tracker_sink as tracker_sink
 from mgs_core.penalty import Penalty as Penalty
 from mgs_core.summary import Summary as Summary
 from mgs_core.summary import summarize as summarize
+from mgs_core.suspicion import Suspicion as Suspicion
+from mgs_core.suspicion import suspicion as suspicion
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "SamplesInteractError",
     "Schedule",
     "Summary",
+    "Suspicion",
     "UnsupportedModelError",
     "agreement",
     "agreement_weights",
@@ -52,11 +55,15 @@ __all__ = [
     "kernel",
     "kernel_blocks",
     "summarize",
+    "suspicion",
     "tracker_sink",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "onnx":  # loaded on first use: it needs the onnx package
+    # loaded on first use: these need the packages of the extras
+    if name == "onnx":
         return importlib.import_module("mgs_core.onnx")
+    if name in ("audit", "Audit"):
+        return getattr(importlib.import_module("mgs_core.experiments.audit"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

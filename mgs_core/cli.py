@@ -20,11 +20,11 @@ import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.compare import load_records, load_settings
-from mgs_core.experiments.data import read_arrays
+from mgs_core.experiments.data import load_digits_arrays, read_arrays
 from mgs_core.experiments.recipes import RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.heads import Output
-from mgs_core.report import table, write_report
+from mgs_core.report import table, write_audit, write_report
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?"
@@ -116,6 +116,42 @@ def check(
         shown.add_row(escape(layer.parameter), layer.kind, layer.route, str(layer.size), escape(layer.remedy))
     console.print(shown)
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def audit(
+    data: Annotated[str, typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train; or digits.")],
+    model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file that takes x and returns a score a class.")] = "mlp",
+    backend: _BackendOption = "numpy",
+    epochs: Annotated[int, typer.Option(help="Passes over the samples; few, so that wrong labels are not learnt by heart.")] = 8,
+    samples: Annotated[int | None, typer.Option(help="The first so many samples are audited; all by default.")] = None,
+    shown: Annotated[int, typer.Option(help="Samples in the gallery.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the table and the weights.")] = Path("mgs-audit"),
+) -> None:
+    """Rank suspicious labels: which ones do the gradients of all other samples contradict?"""
+    if data == "digits":
+        images, labels = load_digits_arrays()
+    else:
+        arrays = read_arrays(data, ())
+        pair = ("x", "y") if "x" in arrays else ("x_train", "y_train")
+        images, labels = (read_arrays(data, pair)[name] for name in pair)
+    images, labels = images[:samples], labels[:samples]
+    mgs.get_backend(backend)
+    with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=epochs)
+        found = mgs.audit(
+            images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
+        )
+    page = write_audit(found, images, out, shown=shown)
+    title = f"{int((found.scores > 0).sum())} of {len(labels)} labels are contradicted; the ten most suspicious"
+    listed = Table("sample", "given", "suggested", "score", title=title, box=box.SIMPLE_HEAD)
+    for a in found.order[:10]:
+        listed.add_row(str(a), str(found.given[a]), str(found.suggested[a]), f"{found.scores[a]:+.2f}")
+    console.print(listed)
+    console.print(
+        f"Page: {page}\nTable: {page.with_name('suspects.csv')}\nWeights: {page.with_name('weights.npy')}", soft_wrap=True
+    )
 
 
 @app.command()

@@ -91,6 +91,15 @@ def test_check_and_backends_print_tables(mgs_command, linear):
     assert "numpy" in mgs_command("backends")
 
 
+def test_audit_lists_and_writes(mgs_command, tmp_path):
+    printed = mgs_command("audit", "digits", "--samples", "150", "--epochs", "1", "--out", tmp_path / "audit")
+    assert "audit.html" in printed
+    assert {path.name for path in (tmp_path / "audit").iterdir()} == {"audit.html", "suspects.csv", "weights.npy"}
+    x, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y)
+    assert "of 30 labels" in mgs_command("audit", tmp_path / "data.npz", "--epochs", "1", "--out", tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -101,6 +110,7 @@ def test_check_and_backends_print_tables(mgs_command, linear):
         (("compare", "--model", "oracle"), "`model` must be one of mlp, cnn; got 'oracle'"),
         (("compare", "--epochs", "0"), "`epochs` must be an integer of at least 1; got 0"),
         (("report", "nowhere"), "`run` must be a folder"),
+        (("audit", "none.npz"), "`data` must be a file that exists"),
         (("measure", "none.onnx", "none.npz"), "`data` must be a file that exists"),
         (("check", "none.onnx"), "none.onnx"),
     ],

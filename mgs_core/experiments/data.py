@@ -67,10 +67,7 @@ def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> D
     """
     random = np.random.default_rng(seed)
     if source == "digits":
-        from sklearn.datasets import load_digits
-
-        bundle = load_digits()
-        arrays = _split(bundle.images, bundle.target, random)
+        arrays = _split(*load_digits_arrays(), random)
     elif source == "mnist":
         from sklearn.datasets import fetch_openml
 
@@ -86,6 +83,14 @@ def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> D
     else:
         arrays = read_arrays(source, ("x_train", "y_train", "x_test", "y_test"))
     return _prepare(Path(source).stem if source.endswith(".npz") else source, arrays, samples, random)
+
+
+def load_digits_arrays() -> tuple[Array, Array]:
+    """Return scikit-learn's digits: images (1797, 8, 8) and labels."""
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    return bundle.images, bundle.target
 
 
 def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 0) -> Dataset:

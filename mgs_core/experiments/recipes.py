@@ -26,6 +26,7 @@ class Recipe:
         output: the head of the kernel that is penalised.
         transform: applied to the outputs before that head.
         agreement: weight the losses by `agreement_weights`.
+        relabel: train on the labels that `audit` suggests: a short training first, whose kernel predicts each label from all others.
 
     Example:
         >>> from mgs_core.experiments import RECIPES
@@ -44,6 +45,7 @@ class Recipe:
     output: Any = "loss"
     transform: Any = "identity"
     agreement: bool = False
+    relabel: bool = False
 
 
 #: The strengths are those of five tried, three of mixup, that predict held-out NOISY labels of the digits best (40 % noise, two
@@ -61,6 +63,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("mgs-trace", penalty=Penalty("trace", strength=3e-2)),
         Recipe("mgs-log-determinant", penalty=Penalty("log_determinant", strength=3.0)),
         Recipe("mgs-agreement", agreement=True),
+        Recipe("mgs-relabel", relabel=True),
     )
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 from mgs_core import onnx
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
+from mgs_core.experiments.audit import audit
 from mgs_core.experiments.data import Dataset, corrupt, load_dataset
 from mgs_core.experiments.models import build
 from mgs_core.experiments.optimizer import schedule, start
@@ -71,6 +72,11 @@ class _Run:
         n = len(data.train_labels)
         held = int(recipe.hold_out * n)
         self._fit, self._held = slice(held, n), slice(0, held)
+        self._targets = data.train_labels[self._fit]
+        if recipe.relabel:
+            x, batch = data.train_inputs[self._fit], settings.batch_size
+            found = audit(x, self._targets, model=settings.model, backend=settings.backend, batch_size=batch, seed=seed)
+            self._targets = found.suggested
         network = build(settings.model, data.train_inputs.shape[1:], data.classes, seed=seed)
         self._model = onnx.load(network.plain, backend=settings.backend)
         self._masks = network.masks if recipe.dropout else {}
@@ -86,7 +92,7 @@ class _Run:
     def epoch(self, number: int) -> dict[str, float]:
         """Pass once over the training samples; return means over the steps."""
         settings = self._settings
-        x, y = self._data.train_inputs[self._fit], self._data.train_labels[self._fit]
+        x, y = self._data.train_inputs[self._fit], self._targets
         size = min(settings.batch_size, len(y))
         steps = len(y) // size
         order = self._order.permutation(len(y))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import jinja2
 from mgs_core._errors import ArgumentError
 from mgs_core.report.charts import curve_chart
 from mgs_core.report.dots import correlation_rows, correlations, glance, scatter
+from mgs_core.report.files import write_files
 from mgs_core.report.looks import BACKGROUND, looks
 from mgs_core.report.metrics import KERNEL_METRICS, OUTCOMES, SCATTERED, SECTIONS
 from mgs_core.report.overview import full_row, ranked
@@ -51,16 +50,7 @@ def write_report(records: Sequence[Mapping[str, Any]], settings: Mapping[str, An
         raise ArgumentError(f"`settings` must be a dict; got {type(settings).__name__}. Read settings.json.")
     page = comparison_page(records, settings).encode("utf-8")
     drawn = picture(read(records), _facts(settings))
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        _replace(target / "figure.png", drawn)
-        _replace(target / "report.html", page)
-    except OSError as error:
-        raise ArgumentError(
-            f"`folder` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
-        ) from error
-    return target / "report.html"
+    return write_files(folder, {"figure.png": drawn, "report.html": page}) / "report.html"
 
 
 def comparison_page(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
@@ -116,16 +106,3 @@ def _facts(settings: Mapping[str, Any]) -> list[str]:
         if settings.get(name) is not None:
             facts.append(text.format(settings[name]))
     return [fact.removesuffix("s") if fact in ("1 seeds", "1 epochs") else fact for fact in facts]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then move it there: a reader sees the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)  # mkstemp lets nobody else read it
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

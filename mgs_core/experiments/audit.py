@@ -1,0 +1,192 @@
+"""Audit labels: train a network for a few epochs, and let its kernel say which labels the other samples contradict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mgs_core import onnx
+from mgs_core._errors import ArgumentError
+from mgs_core._registry import get_backend
+from mgs_core._types import Array
+from mgs_core.experiments.models import build
+from mgs_core.experiments.optimizer import adam, schedule, start
+from mgs_core.functional import FunctionalModel
+from mgs_core.heads import cross_entropy
+from mgs_core.kernel import kernel
+from mgs_core.suspicion import Suspicion, suspicion
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Hold what an audit found.
+
+    Attributes:
+        scores: (n,), how far another class is predicted ahead of the given one, from all other samples; high is suspicious.
+        given: (n,), the labels as they came.
+        suggested: (n,), the labels that the other samples predict.
+        agreement: (n,), mean cosine of a sample's gradient of the loss with those of the same label in its batch, over training.
+        neighbours: (n,), share of the ten nearest samples that bear another label.
+        weights: (n,), at least 0, mean 1: train on `mean(w · loss)` to make little of suspicious labels.
+
+    Example:
+        >>> import mgs_core as mgs
+        >>> from sklearn.datasets import load_digits
+        >>> images, labels = load_digits(n_class=3, return_X_y=True)
+        >>> labels[7] = (labels[7] + 1) % 3
+        >>> int(mgs.audit(images, labels, epochs=2).order[0])
+        7
+    """
+
+    scores: Array
+    given: Array
+    suggested: Array
+    agreement: Array
+    neighbours: Array
+    weights: Array
+
+    @property
+    def order(self) -> Array:
+        """Return the samples, the most suspicious first."""
+        return np.argsort(-self.scores, kind="stable")
+
+
+def audit(
+    inputs: Array,
+    labels: Array,
+    *,
+    model: Any = "mlp",
+    backend: str = "numpy",
+    epochs: int = 8,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    block: int = 2048,
+    seed: int = 0,
+    on_epoch: Callable[[int], None] = lambda epoch: None,
+) -> Audit:
+    """Rank labels by how far the gradients of all other samples contradict them.
+
+    The network is trained for a few epochs, before it can learn wrong labels by heart, and its kernel goes through `suspicion`.
+
+    Args:
+        inputs: (n, …), real numbers; scaled here to mean 0 and standard deviation 1.
+        labels: integers (n,), from 0.
+        model: "mlp", "cnn", or a model in ONNX (path or proto) that takes a batch of the inputs, scaled, and returns (n, c).
+        backend: name of the backend that trains.
+        epochs: passes over the samples.
+        batch_size: samples a step.
+        learning_rate: of Adam, at the start.
+        block: samples that are judged together, at least 2: more samples are split at random into blocks of at most this many.
+        seed: seed of weights, order and blocks.
+        on_epoch: called with the number of each finished epoch.
+
+    Returns:
+        The audit; NumPy arrays in the order of the samples.
+
+    Raises:
+        ArgumentError: when inputs, labels or another argument do not fit.
+
+    Cost:
+        The training, with one kernel a step (about twice plain training), one kernel of the c outputs of each block, and about
+        `16 · n · block²` operations for the regression; memory for `block²` numbers.
+
+    Example:
+        >>> import mgs_core as mgs
+        >>> from sklearn.datasets import load_digits
+        >>> images, labels = load_digits(n_class=2, return_X_y=True)
+        >>> mgs.audit(images, labels, epochs=1).scores.shape
+        (360,)
+    """
+    x, given = _checked(inputs, labels)
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 2), ("block", block, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    classes = int(given.max()) + 1
+    proto = build(model, x.shape[1:], classes, seed=seed).plain if model in ("mlp", "cnn") else model
+    found = _Training(onnx.load(proto, backend=backend), backend, x, given, classes)
+    random = np.random.default_rng([seed, 3])
+    for epoch in range(epochs):
+        found.epoch(epoch, epochs, batch_size, learning_rate, random.permutation(len(given)))
+        on_epoch(epoch + 1)
+    parts = np.array_split(random.permutation(len(given)), -(-len(given) // block))
+    judged = [found.judge(np.sort(part)) for part in parts]
+    back = np.argsort(np.concatenate([np.sort(part) for part in parts]))
+    fields = {
+        name: np.concatenate([getattr(one, name) for one in judged])[back]
+        for name in ("scores", "suggested", "neighbours", "weights")
+    }
+    return Audit(given=given, agreement=found.agreement, **fields)
+
+
+class _Training:
+    """Hold the state of the training."""
+
+    def __init__(self, model: FunctionalModel, backend: str, x: Array, given: Array, classes: int) -> None:
+        self._backend = get_backend(backend)
+        self._function, self._x, self._given, self._classes = model.function, x, given, classes
+        self._parameters = model.parameters
+        self._moments = start(model.parameters)
+        self._sums, self._counts = np.zeros(len(given)), np.zeros(len(given))
+        value_and_gradient = self._backend.value_and_gradient(self._loss)
+
+        def step(parameters: Any, moments: Any, inputs: Array, targets: Array, now: Array) -> tuple[Array, Any, Any]:
+            matrix = kernel(FunctionalModel(self._function, parameters), inputs, targets, output="loss")
+            _, gradient = value_and_gradient(parameters, inputs, targets)
+            return (matrix, *adam(parameters, gradient, moments, now))
+
+        self._step = self._backend.compile(step)
+
+    @property
+    def agreement(self) -> Array:
+        """Return the mean cosine with samples of the same label; 0 for a sample that never met one."""
+        return self._sums / np.maximum(self._counts, 1)
+
+    def epoch(self, number: int, epochs: int, batch_size: int, learning_rate: float, order: Array) -> None:
+        """Pass once over the samples."""
+        size = min(batch_size, len(order))
+        steps = len(order) // size
+        asarray = self._backend.asarray
+        for step in range(steps):
+            batch = order[step * size : (step + 1) * size]
+            targets = np.eye(self._classes, dtype=np.float32)[self._given[batch]]
+            now = asarray(schedule(number * steps + step, epochs * steps, learning_rate))
+            matrix, self._parameters, self._moments = self._step(
+                self._parameters, self._moments, asarray(self._x[batch]), asarray(targets), now
+            )
+            self._agree(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
+
+    def judge(self, samples: Array) -> Suspicion:
+        """Return what the samples say of each other's labels."""
+        model = FunctionalModel(self._function, self._parameters)
+        matrix = kernel(model, self._backend.asarray(self._x[samples]), chunk_size=min(256, len(samples)))
+        return suspicion(matrix, self._given[samples], classes=self._classes)
+
+    def _loss(self, parameters: Any, inputs: Array, targets: Array) -> Array:
+        losses = cross_entropy(self._function(parameters, inputs), targets)
+        return self._backend.namespace.mean(losses)
+
+    def _agree(self, matrix: Array, batch: Array) -> None:
+        given = self._given[batch]
+        same = (given[:, None] == given) & ~np.eye(len(batch), dtype=bool)
+        root = np.sqrt(np.maximum(np.diagonal(matrix), np.finfo(np.float64).tiny))
+        met = same.sum(axis=1)
+        self._sums[batch] += (matrix / root[:, None] / root * same).sum(axis=1) / np.maximum(met, 1)
+        self._counts[batch] += met > 0
+
+
+def _checked(inputs: Array, labels: Array) -> tuple[Array, Array]:
+    x, y = np.asarray(inputs), np.asarray(labels)
+    if x.ndim < 2 or len(x) < 2 or not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or np.iscomplexobj(x):
+        raise ArgumentError(f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}.")
+    if not np.all(np.isfinite(x)):
+        raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() < 1:
+        raise ArgumentError(
+            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
+            "Number the classes from 0."
+        )
+    x = x.astype(np.float32)
+    return (x - x.mean()) / (float(x.std()) or 1.0), y.astype(np.int64)

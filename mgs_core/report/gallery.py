@@ -1,0 +1,90 @@
+"""The gallery of an audit: the most suspicious samples with their given and suggested labels, and the files for further work."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.image import imsave
+
+from mgs_core._types import Array
+from mgs_core.report.files import write_files
+from mgs_core.report.page import render
+
+
+def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequence[str] | None = None, shown: int = 200) -> Path:
+    """Write `audit.html`, `suspects.csv` (all samples, the most suspicious first) and `weights.npy`.
+
+    Args:
+        audit: what `mgs_core.audit` returned.
+        inputs: the samples, (n, …); images are shown: (height, width), or with 1 or 3 channels first or last.
+        folder: where the files go; made if need be.
+        names: of the classes; None for their numbers.
+        shown: samples in the gallery.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ArgumentError: when the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import mgs_core as mgs
+        >>> from sklearn.datasets import load_digits
+        >>> images, labels = load_digits(n_class=2, return_X_y=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_audit(mgs.audit(images, labels, epochs=1), images, folder).name
+        'audit.html'
+    """
+    order = audit.order
+    called = [str(k) for k in range(int(max(audit.given.max(), audit.suggested.max())) + 1)] if names is None else list(names)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["sample", "given", "suggested", "score", "agreement", "neighbours", "weight"])
+    for a in order:
+        figures = (audit.scores[a], audit.agreement[a], audit.neighbours[a], audit.weights[a])
+        writer.writerow([int(a), called[audit.given[a]], called[audit.suggested[a]], *(f"{value:.6g}" for value in figures)])
+    weights = io.BytesIO()
+    np.save(weights, audit.weights)
+    contradicted = int(np.sum(audit.scores > 0))
+    page = render(
+        "audit.html",
+        title=f"{contradicted} of {len(order)} labels are contradicted by the other samples",
+        facts=[f"{len(order)} samples", f"{len(called)} classes", f"the {min(shown, len(order))} most suspicious are shown"],
+        suspects=[
+            {
+                "sample": int(a),
+                "picture": _picture(inputs[a]),
+                "given": called[audit.given[a]],
+                "suggested": called[audit.suggested[a]],
+                "score": f"{audit.scores[a]:+.2f}",
+                "agreement": f"{audit.agreement[a]:+.2f}",
+                "neighbours": f"{audit.neighbours[a]:.0%}",
+            }
+            for a in order[:shown]
+        ],
+    )
+    files = {"weights.npy": weights.getvalue(), "suspects.csv": table.getvalue().encode(), "audit.html": page.encode()}
+    return write_files(folder, files) / "audit.html"
+
+
+def _picture(sample: Array) -> str | None:
+    """Return an image as a data URI, or None for what is no image."""
+    image = np.asarray(sample, dtype=np.float64)
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+        image = np.moveaxis(image, 0, -1)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or min(image.shape[:2]) < 4:
+        return None
+    low, high = float(image.min()), float(image.max())
+    image = (image - low) / (high - low or 1.0)
+    drawn = io.BytesIO()
+    imsave(drawn, image, cmap="gray", format="png")
+    return "data:image/png;base64," + base64.b64encode(drawn.getvalue()).decode()

@@ -1,0 +1,92 @@
+"""Suspicious labels: leave-one-out against leaving one out, and wrong labels found on real data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import mgs_core as mgs
+from mgs_core.suspicion import _RIDGES
+
+RANDOM = np.random.default_rng(0)
+LABELS = np.arange(18) % 3
+FEATURES = np.eye(3)[LABELS] + 0.5 * RANDOM.normal(size=(18, 3))
+KERNEL = FEATURES @ FEATURES.T
+COSINE = KERNEL / np.sqrt(np.outer(np.diag(KERNEL), np.diag(KERNEL)))
+ONE_HOT = np.eye(3)[LABELS]
+
+
+def left_out(ridge, weights):
+    """Predict each sample by kernel regression on all others, one fit each."""
+    centred, predictions = ONE_HOT - ONE_HOT.mean(0), []
+    for a in range(18):
+        rest = np.arange(18) != a
+        system = COSINE[np.ix_(rest, rest)] + np.diag(ridge / np.maximum(weights[rest], 1e-3))
+        predictions.append(COSINE[a, rest] @ np.linalg.solve(system, centred[rest]))
+    return np.array(predictions)
+
+
+def expected(rounds):
+    centre = ONE_HOT.mean(0)
+    predictions = {ridge: left_out(ridge, np.ones(18)) for ridge in _RIDGES}
+    ridge = min(_RIDGES, key=lambda ridge: np.mean((ONE_HOT - centre - predictions[ridge]) ** 2))
+    predicted = predictions[ridge] + centre
+    for _ in range(rounds):
+        scores = np.where(ONE_HOT > 0, -np.inf, predicted).max(1) - predicted[np.arange(18), LABELS]
+        weights = 1 / (1 + np.exp(3 * scores / scores.std()))
+        predicted = left_out(ridge, weights / weights.mean()) + centre
+    return np.where(ONE_HOT > 0, -np.inf, predicted).max(1) - predicted[np.arange(18), LABELS], predicted.argmax(1)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_scores_are_those_of_leaving_each_sample_out(rounds):
+    found = mgs.suspicion(KERNEL, LABELS, rounds=rounds)
+    scores, suggested = expected(rounds)
+    assert isinstance(found, mgs.Suspicion)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-8, atol=1e-10)
+    np.testing.assert_array_equal(found.suggested, suggested)
+    assert found.weights.mean() == pytest.approx(1)
+    assert (np.argsort(found.weights) == np.argsort(-found.scores)).all()
+
+
+def test_neighbours_are_counted():
+    found = mgs.suspicion(KERNEL, LABELS).neighbours
+    for a in range(18):
+        others = [b for b in np.argsort(-COSINE[a]) if b != a][:10]
+        assert found[a] == pytest.approx(np.mean(LABELS[others] != LABELS[a]))
+
+
+def test_scale_of_samples_and_order_do_not_matter():
+    scale, order = RANDOM.uniform(0.5, 2.0, 18), RANDOM.permutation(18)
+    found = mgs.suspicion(KERNEL, LABELS)
+    np.testing.assert_allclose(mgs.suspicion(KERNEL * np.outer(scale, scale), LABELS).scores, found.scores, rtol=1e-6)
+    np.testing.assert_allclose(mgs.suspicion(KERNEL[np.ix_(order, order)], LABELS[order]).scores, found.scores[order], rtol=1e-6)
+
+
+def test_wrong_labels_stand_out():
+    labels = LABELS.copy()
+    labels[[0, 7]] = (labels[[0, 7]] + 1) % 3
+    features = np.eye(3)[LABELS] + 0.1 * RANDOM.normal(size=(18, 3))
+    found = mgs.suspicion(features @ features.T, labels)
+    assert set(np.argsort(-found.scores)[:2]) == {0, 7}
+    np.testing.assert_array_equal(found.suggested, LABELS)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mgs.suspicion(np.ones((1, 1)), [0]), "at least 2 samples"),
+        (lambda: mgs.suspicion(np.ones((2, 3)), [0, 1]), "`kernel` must be square"),
+        (lambda: mgs.suspicion(np.full((2, 2), np.nan), [0, 1]), "`kernel` must be finite"),
+        (lambda: mgs.suspicion(np.eye(2), [0.0, 1.0]), "`labels` must be integers of shape"),
+        (lambda: mgs.suspicion(np.eye(2), [0, 1, 1]), r"`labels` must be integers of shape \(2,\)"),
+        (lambda: mgs.suspicion(np.eye(2), [0, -1]), r"`labels` must be in 0\.\.c−1"),
+        (lambda: mgs.suspicion(np.eye(2), [0, 0]), "c ≥ 2"),
+        (lambda: mgs.suspicion(np.eye(2), [0, 2], classes=2), "c = 2"),
+        (lambda: mgs.suspicion(np.eye(2), [0, 1], rounds=-1), "`rounds` must be an integer of at least 0"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        call()

@@ -1,0 +1,110 @@
+"""The audit: wrong labels are found on real data, by each backend alike; the gallery and its files."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+
+import mgs_core as mgs
+
+onnx = pytest.importorskip("onnx")
+roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
+load_digits_arrays = pytest.importorskip("mgs_core.experiments.data").load_digits_arrays
+write_audit = pytest.importorskip("mgs_core.report").write_audit
+
+IMAGES, TRUE = (array[:600] for array in load_digits_arrays())
+RANDOM = np.random.default_rng(0)
+WRONG = RANDOM.random(600) < 0.2
+LABELS = np.where(WRONG, (TRUE + 1) % 10, TRUE)  # the next class: the hardest kind
+
+
+@pytest.fixture(scope="module")
+def found():
+    return mgs.audit(IMAGES, LABELS)
+
+
+def test_wrong_labels_are_found_and_corrected(found):
+    assert isinstance(found, mgs.Audit)
+    assert roc_auc_score(WRONG, found.scores) > 0.97
+    assert roc_auc_score(WRONG, found.neighbours) > 0.9
+    assert roc_auc_score(WRONG, -found.agreement) > 0.8
+    assert np.mean(found.suggested == TRUE) > 0.93  # of the given labels 0.8 are right
+    assert found.weights[WRONG].mean() < 0.2 < 1.0 < found.weights[~WRONG].mean()
+    np.testing.assert_array_equal(found.given, LABELS)
+    assert (np.diff(found.scores[found.order]) <= 0).all()
+
+
+def test_blocks_and_seeds_and_epochs(found):
+    done = []
+    blocks = mgs.audit(IMAGES, LABELS, block=200, on_epoch=done.append)
+    assert done == list(range(1, 9))
+    assert roc_auc_score(WRONG, blocks.scores) > 0.95
+    assert np.corrcoef(blocks.scores, found.scores)[0, 1] > 0.9  # in the order of the samples
+    again = mgs.audit(IMAGES, LABELS, epochs=1, seed=5)
+    np.testing.assert_array_equal(again.scores, mgs.audit(IMAGES, LABELS, epochs=1, seed=5).scores)
+
+
+@pytest.mark.parametrize("backend", [name for name, there in mgs.available_backends().items() if there and name != "keras"])
+def test_backends_agree(backend):
+    numpy, other = (mgs.audit(IMAGES[:200], LABELS[:200], epochs=1, backend=name) for name in ("numpy", backend))
+    np.testing.assert_allclose(other.scores, numpy.scores, atol=1e-3)
+    np.testing.assert_allclose(other.agreement, numpy.agreement, atol=1e-3)
+
+
+def test_a_model_of_ones_own(tmp_path):
+    onnx.save(mgs.experiments.models.build("cnn", (8, 8), 10, seed=0).plain, tmp_path / "mine.onnx")
+    mine = mgs.audit(IMAGES[:200], LABELS[:200], epochs=1, model=tmp_path / "mine.onnx")
+    np.testing.assert_array_equal(mine.scores, mgs.audit(IMAGES[:200], LABELS[:200], epochs=1, model="cnn").scores)
+
+
+def test_files_hold_every_sample(found, tmp_path):
+    page = write_audit(found, IMAGES, tmp_path, names=[f"<{k}>" for k in range(10)], shown=30)
+    with (tmp_path / "suspects.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["sample"]) for row in rows] == found.order.tolist()
+    assert float(rows[3]["score"]) == pytest.approx(found.scores[found.order[3]], rel=1e-5)
+    assert rows[0]["given"] == f"<{LABELS[found.order[0]]}>"
+    np.testing.assert_array_equal(np.load(tmp_path / "weights.npy"), found.weights)
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,") == 30
+    assert "&lt;3&gt;" in text
+    assert "<3>" not in text
+    assert f"{(found.scores > 0).sum()} of 600 labels" in text
+    assert "http" not in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "pictures"),
+    [((5,), 0), ((4, 4), 6), ((3, 5, 5), 6), ((5, 5, 3), 6), ((1, 5, 5), 6), ((5, 5, 1), 6), ((2, 9, 9), 0)],
+)
+def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
+    inputs = RANDOM.normal(size=(6, *shape))
+    zero = np.zeros(6)
+    audit = mgs.Audit(zero, np.array([0, 1] * 3), np.array([0, 1] * 3), zero, zero, zero + 1)
+    assert write_audit(audit, inputs, tmp_path).read_text().count("<img") == pictures
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mgs.audit(np.zeros(5), np.arange(5)), "`inputs` must be real numbers of shape"),
+        (lambda: mgs.audit(np.full((5, 2), np.nan), np.arange(5)), "`inputs` must be finite"),
+        (lambda: mgs.audit(np.zeros((5, 2)), np.arange(4)), r"`labels` must be integers from 0.*shape \(5,\)"),
+        (lambda: mgs.audit(np.zeros((5, 2)), np.zeros(5, int)), "of at least 2 classes"),
+        (lambda: mgs.audit(IMAGES, LABELS, epochs=0), "`epochs` must be an integer of at least 1; got 0"),
+        (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 2; got 1"),
+        (lambda: mgs.audit(IMAGES, LABELS, model="oracle.onnx"), "oracle.onnx"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        call()
+
+
+def test_an_unwritable_folder_is_refused(found, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mgs.ArgumentError, match="`folder` must be a folder that can be written"):
+        write_audit(found, IMAGES, tmp_path / "file")
