@@ -42,8 +42,8 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
     data = corrupt(
         load_dataset(settings.data, samples=settings.samples, seed=seed), settings.noise, settings.noise_kind, seed=seed
     )
-    run = _Run(recipe, data, settings, seed)
     begun, best = time.perf_counter(), 0.0
+    run = _Run(recipe, data, settings, seed)
     figures: dict[str, Any] = {}
     for epoch in range(1, settings.epochs + 1):
         trained, figures = run.epoch(epoch), run.measure(epoch)
