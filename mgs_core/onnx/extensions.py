@@ -45,7 +45,20 @@ def extension(xp: Namespace, name: str) -> Callable[..., Array]:
         The function.
     """
     native = getattr(xp, f"mgs_{name}", None)
-    return native if native is not None else partial(_DEFAULTS[name], xp)
+    return native if native is not None else portable(xp, name)
+
+
+def portable(xp: Namespace, name: str) -> Callable[..., Array]:
+    """Return the portable default, for a native version that does not take every argument.
+
+    Args:
+        xp: array-API namespace.
+        name: as for `extension`.
+
+    Returns:
+        The function.
+    """
+    return partial(_DEFAULTS[name], xp)
 
 
 def _convolution(

@@ -26,7 +26,7 @@ from mgs_core.onnx.lifting import lift
 from mgs_core.onnx.operators.common import native_dtype
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
-from mgs_core.onnx.program import Place, compile_nodes
+from mgs_core.onnx.program import Place, compile_nodes, to_device
 
 _PRECISIONS = (None, "float16", "float32", "float64")
 
@@ -127,8 +127,10 @@ def load(
             "`model` must have trained parameters: floating-point initialisers on which the output depends; got none. "
             "Name them by `parameters`."
         )
+    if backend == "numpy" and any(graph.initializers[name].dtype.name == "bfloat16" for name in chosen):
+        raise unsupported("the model", "has parameters in bfloat16, in which NumPy computes nothing", 'Pass dtype="float32".')
     function = _Function(graph, nodes, wanted, chosen, found)
-    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
+    return OnnxModel(function, {name: to_device(found, graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
 
 
 class _Function:

@@ -103,7 +103,8 @@ def cumulative(node: Node, xp: Namespace) -> Run:
     def run(x: Array, axis: Array) -> Array:
         place = axis_of(integers(axis)[0], x.ndim, node)
         x = xp.flip(x, axis=place) if reverse else x
-        y = (xp.cumulative_sum if total else xp.cumulative_prod)(x, axis=place, dtype=x.dtype)
+        y = (xp.cumulative_sum if total else xp.cumulative_prod)(x, axis=place)
+        y = y if y.dtype == x.dtype else xp.astype(y, x.dtype)
         if exclusive:
             front = (slice(None),) * place
             start = x[(*front, slice(0, 1), ...)]
