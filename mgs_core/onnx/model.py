@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.invariants import capture_invariants
 from mgs_core.onnx.lifting import lift
 from mgs_core.onnx.operators.common import native_dtype
+from mgs_core.onnx.operators.refused import why_refused
+from mgs_core.onnx.operators.registry import find
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
 from mgs_core.onnx.program import Place, compile_nodes, to_device
@@ -62,7 +63,7 @@ class OnnxModel(FunctionalModel):
 
 
 def load(
-    model: str | PathLike[str] | ModelProto,
+    model: Any,
     *,
     backend: str = "numpy",
     parameters: str | Iterable[str] | Callable[[str], bool] | None = None,
@@ -116,6 +117,9 @@ def load(
     ties, cut = tie(graph), halve(graph)
     wanted = _output(graph, output)
     nodes = needed(graph.nodes, [wanted])
+    for node in nodes:
+        if find(node.domain, node.operator, node.opset) is None:
+            raise why_refused(node)
     used = {name for node in nodes for name in node.inputs} | {wanted}
     if parameters is None:
         chosen = trained(graph, nodes)

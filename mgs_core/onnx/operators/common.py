@@ -57,7 +57,8 @@ def is_half(x: Array) -> bool:
 
 def is_real(xp: Namespace, x: Array) -> bool:
     """Say whether an array is floating-point."""
-    return bool(xp.isdtype(x.dtype, "real floating"))
+    # NumPy's own isdtype knows nothing of bfloat16
+    return is_half(x) or bool(xp.isdtype(x.dtype, "real floating"))
 
 
 def is_integral(xp: Namespace, x: Array) -> bool:
