@@ -49,6 +49,8 @@ def test_damaged_files(tmp_path):
     with pytest.raises(mgs.MgsError):
         mgs.onnx.load(path)
     refused("a\0b", "`model` must be a file that")
+    path.write_bytes(model([MATMUL]).SerializeToString().replace(b"multiply", b"mult\xffply"))
+    refused(path, "has a name that is no text: b'mult")
 
 
 def test_names_and_order():
