@@ -238,8 +238,8 @@ def table() -> str:
 
 _HEAD = """# ONNX operators
 
-`mgs_core.onnx.load` evaluates these operators on every backend. The table is written by `docs/onnx_coverage.py`, which runs the node
-tests that come with ONNX; `tests/onnx/test_conformance.py` runs them on each backend that is installed.
+`mgs_core.onnx.load` evaluates these operators on every backend. The table is written by `docs/onnx_coverage.py`, which runs the
+node tests that come with ONNX; `tests/onnx/test_conformance.py` runs them on each backend that is installed.
 
 Strings, sequences and optional values as inputs, sparse tensors, and numbers of 8 and fewer bits in floating point are refused.
 A model may be of any opset up to 28; operators older than "from opset" are refused, and onnx.version_converter brings them up."""

@@ -44,7 +44,7 @@ class OnnxModel(FunctionalModel):
         cut: biases of recurrent layers of which the file has a second half of zeros.
     """
 
-    function: _Function
+    function: OnnxFunction
     proto: ModelProto
     ties: Mapping[str, str]
     cut: frozenset[str]
@@ -75,7 +75,7 @@ def load(
     The file is not trusted: sizes are checked before memory is taken, and external data must lie in the model's folder.
 
     Args:
-        model: path of an .onnx file, or a `ModelProto`, which is left as it is.
+        model: path of an .onnx file, or an `onnx.ModelProto`, which is left as it is.
         backend: name of the backend whose arrays the parameters are.
         parameters: None for the initialisers that are trained, by the rule of `mgs_core.onnx.parameters`; or names or a predicate
             on names, of all floating-point initialisers.
@@ -133,11 +133,11 @@ def load(
         )
     if backend == "numpy" and any(graph.initializers[name].dtype.name == "bfloat16" for name in chosen):
         raise unsupported("the model", "has parameters in bfloat16, in which NumPy computes nothing", 'Pass dtype="float32".')
-    function = _Function(graph, nodes, wanted, chosen, found)
+    function = OnnxFunction(graph, nodes, wanted, chosen, found)
     return OnnxModel(function, {name: to_device(found, graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
 
 
-class _Function:
+class OnnxFunction:
     """Be the function from parameters and inputs to outputs (n, c)."""
 
     def __init__(self, graph: Graph, nodes: list[Node], output: str, chosen: list[str], backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import resource
 import signal
@@ -28,10 +29,8 @@ def seeds(request) -> list[bytes]:
     """Files of the built-in networks and, where torch is installed, of its exporter."""
     export = request.config.pluginmanager.get_plugin(str(request.path.with_name("conftest.py"))).export_torch
     files = [build("cnn", (4, 4), 3, seed=0).masked]
-    try:
+    with contextlib.suppress(pytest.skip.Exception):
         files += [export(name, "trace").proto for name in ("mlp", "conv", "attention", "lstm", "tied", "decoder", "causal")]
-    except pytest.skip.Exception:
-        pass
     return [proto.SerializeToString() for proto in files]
 
 
@@ -71,7 +70,9 @@ def mutate_structure(data: bytes, rng: random.Random) -> bytes:
             if tensor.dims:
                 tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice(EXTREMES)
         elif kind == 2 and node.input:
-            node.input[rng.randrange(len(node.input))] = rng.choice([*rng.choice(graph.node).output, *rng.choice(graph.node).input, ""])
+            node.input[rng.randrange(len(node.input))] = rng.choice(
+                [*rng.choice(graph.node).output, *rng.choice(graph.node).input, ""]
+            )
         elif kind == 3:
             node.op_type = rng.choice(graph.node).op_type if rng.random() < 0.5 else rng.choice(_OPERATORS)
         elif kind == 4:
