@@ -1,7 +1,7 @@
 """Time of forward pass and kernel through ONNX: ratios to onnx's ReferenceEvaluator, onnxruntime and the native route.
 
-Run with `python -P benchmarks/onnx_route.py`. Methods are interleaved; each ratio is one of medians from the same run. The networks
-are small on purpose: what is measured is the cost of the interpreter besides that of the arithmetic.
+Run with `python -P benchmarks/onnx_route.py`. Methods are interleaved; each ratio is one of medians from the same run. The
+networks are small on purpose: what is measured is the cost of the interpreter besides that of the arithmetic.
 """
 
 from __future__ import annotations
