@@ -25,14 +25,9 @@ def patches(x: Array, window: Sizes, strides: Sizes, dilations: Sizes) -> Array:
 @primitive  # type: ignore[untyped-decorator]  # autograd has no types
 def fold(parts: Array, space: Sizes, window: Sizes, strides: Sizes, dilations: Sizes) -> Array:
     """Add the windows back: the adjoint of `patches`."""
-    out = _positions(space, window, strides, dilations)
     total = np.zeros((*parts.shape[:2], *space), dtype=parts.dtype)
-    for offset in product(*(range(size) for size in window)):
-        where = tuple(
-            slice(at * d, at * d + (count - 1) * s + 1, s)
-            for at, d, s, count in zip(offset, dilations, strides, out, strict=True)
-        )
-        total[(slice(None), slice(None), *where)] += parts[(slice(None), slice(None), *offset)]
+    for offset in product(*map(range, window)):
+        total[_slices(offset, space, window, strides, dilations)] += parts[(slice(None), slice(None), *offset)]
     return total
 
 
@@ -46,6 +41,8 @@ def max_pool(x: Array, window: Sizes, strides: Sizes, dilations: Sizes) -> Array
     """Return the greatest of each window of x (n, i, *space), already padded; the first of equals has the derivative."""
     values = _plain(x)
     rank = len(window)
+    if values is x:  # nothing is traced, so that no places are needed
+        return _greatest(x, window, strides, dilations)
     views = _windows(values, window, strides, dilations)
     out = views.shape[2 + rank :]
     best = np.argmax(views.reshape(*views.shape[:2], prod(window), prod(out)), axis=2)  # (n, i, positions)
@@ -58,6 +55,21 @@ def max_pool(x: Array, window: Sizes, strides: Sizes, dilations: Sizes) -> Array
     rows = np.arange(prod(values.shape[:2])).reshape(*values.shape[:2], 1) * prod(space)
     picked = pick(anp.reshape(x, (-1,)), (rows + flat).reshape(-1))
     return anp.reshape(picked, (*values.shape[:2], *out))
+
+
+def _greatest(x: Array, window: Sizes, strides: Sizes, dilations: Sizes) -> Array:
+    best = None
+    for offset in product(*map(range, window)):
+        where = _slices(offset, x.shape[2:], window, strides, dilations)
+        best = x[where].copy() if best is None else np.maximum(best, x[where], out=best)
+    return best
+
+
+def _slices(offset: Sizes, space: Sizes, window: Sizes, strides: Sizes, dilations: Sizes) -> tuple[slice, ...]:
+    """Return where, in (n, i, *space), the windows have the element at an offset."""
+    out = _positions(space, window, strides, dilations)
+    steps = zip(offset, dilations, strides, out, strict=True)
+    return (slice(None), slice(None), *(slice(at * d, at * d + (count - 1) * s + 1, s) for at, d, s, count in steps))
 
 
 @primitive  # type: ignore[untyped-decorator]  # autograd has no types

@@ -192,10 +192,9 @@ class TensorFlowNamespace:
         """Return the cross-correlation of x (n, i, *space) with weight (o, i/groups, *window)."""
         rank = weight.ndim - 2
         if groups > 1 or builtins.any(size > 1 for size in dilations) or rank > 3:
-            from mgs_core.onnx import extensions  # TensorFlow differentiates neither groups nor dilations on a CPU
+            from mgs_core.onnx.extensions import portable  # TensorFlow differentiates neither groups nor dilations on a CPU
 
-            default = extensions._DEFAULTS["convolution"]
-            return default(self, x, weight, strides=strides, pads=pads, dilations=dilations, groups=groups)
+            return portable(self, "convolution")(x, weight, strides=strides, pads=pads, dilations=dilations, groups=groups)
         x = _channels_last(tf.pad(x, ((0, 0), (0, 0), *pads)))
         window = tf.transpose(weight, (*range(2, weight.ndim), 1, 0))
         return _channels_first(tf.nn.convolution(x, window, list(strides), "VALID"))
@@ -204,6 +203,10 @@ class TensorFlowNamespace:
         self, x: Array, *, window: Sequence[int], strides: Sequence[int], pads: Pairs, dilations: Sequence[int]
     ) -> Array:
         """Return the greatest of each window."""
+        if not _poolable(window, strides, dilations):
+            from mgs_core.onnx.extensions import portable
+
+            return portable(self, "max_pool")(x, window=window, strides=strides, pads=pads, dilations=dilations)
         value = x.dtype.min
         return _pool("MAX", self.mgs_pad(x, ((0, 0), (0, 0), *pads), value=value), window, strides, dilations)
 
@@ -211,6 +214,10 @@ class TensorFlowNamespace:
         self, x: Array, *, window: Sequence[int], strides: Sequence[int], pads: Pairs, dilations: Sequence[int]
     ) -> Array:
         """Return the mean of each window; padding counts as zeros."""
+        if not _poolable(window, strides, dilations):
+            from mgs_core.onnx.extensions import portable
+
+            return portable(self, "average_pool")(x, window=window, strides=strides, pads=pads, dilations=dilations)
         return _pool("AVG", self.mgs_pad(x, ((0, 0), (0, 0), *pads)), window, strides, dilations)
 
 
@@ -220,6 +227,12 @@ def _channels_last(x: Array) -> Array:
 
 def _channels_first(x: Array) -> Array:
     return tf.transpose(x, (0, x.ndim - 1, *range(1, x.ndim - 1)))
+
+
+def _poolable(window: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> builtins.bool:
+    """Say whether TensorFlow pools so: not with strides and dilations at once, nor with strides beyond the window."""
+    apart = builtins.any(size > 1 for size in strides) and builtins.any(size > 1 for size in dilations)
+    return not apart and builtins.all(step <= size for step, size in zip(strides, window, strict=True))
 
 
 def _pool(kind: str, x: Array, window: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:

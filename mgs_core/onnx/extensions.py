@@ -45,7 +45,20 @@ def extension(xp: Namespace, name: str) -> Callable[..., Array]:
         The function.
     """
     native = getattr(xp, f"mgs_{name}", None)
-    return native if native is not None else partial(_DEFAULTS[name], xp)
+    return native if native is not None else portable(xp, name)
+
+
+def portable(xp: Namespace, name: str) -> Callable[..., Array]:
+    """Return the portable default, for a native version that does not take every argument.
+
+    Args:
+        xp: array-API namespace.
+        name: as for `extension`.
+
+    Returns:
+        The function.
+    """
+    return partial(_DEFAULTS[name], xp)
 
 
 def _convolution(
@@ -59,9 +72,8 @@ def _convolution(
     out = tuple(patches.shape[2 + len(window) :])
     size = channels // groups * prod(window)
     if groups == 1:
-        rows = xp.reshape(xp.permute_dims(xp.reshape(patches, (n, size, prod(out))), (0, 2, 1)), (n * prod(out), size))
-        mixed = xp.matmul(rows, xp.permute_dims(xp.reshape(weight, (o, size)), (1, 0)))
-        return xp.reshape(xp.permute_dims(xp.reshape(mixed, (n, prod(out), o)), (0, 2, 1)), (n, o, *out))
+        mixed = xp.matmul(xp.reshape(weight, (o, size)), xp.reshape(patches, (n, size, prod(out))))
+        return xp.reshape(mixed, (n, o, *out))
     by_group = xp.permute_dims(xp.reshape(patches, (n, groups, size, prod(out))), (0, 1, 3, 2))
     kernels = xp.permute_dims(xp.reshape(weight, (groups, o // groups, size)), (0, 2, 1))
     mixed = xp.matmul(by_group, kernels)  # (n, g, positions, o/g)

@@ -59,3 +59,17 @@ def read_model(source: Any) -> tuple[onnx.ModelProto, Path | None]:
 def _check(model: onnx.ModelProto, where: str) -> None:
     if not model.HasField("graph") or not model.graph.output:
         raise damaged(where, "has no graph with outputs", "Check that it is an ONNX model, and complete.")
+    _check_text(model, where)
+
+
+def _check_text(message: Any, where: str) -> None:
+    """Refuse strings that are not UTF-8: protobuf hands them out as bytes."""
+    for field, value in message.ListFields():
+        values = value if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value]
+        if field.type == field.TYPE_STRING:
+            strange = [text for text in values if not isinstance(text, str)]
+            if strange:
+                raise damaged(where, f"has a {field.name} that is no text: {strange[0]!r}", "Check that it is complete.")
+        elif field.type == field.TYPE_MESSAGE:
+            for each in values:
+                _check_text(each, where)

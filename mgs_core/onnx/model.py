@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,11 @@ from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.invariants import capture_invariants
 from mgs_core.onnx.lifting import lift
 from mgs_core.onnx.operators.common import native_dtype
+from mgs_core.onnx.operators.refused import why_refused
+from mgs_core.onnx.operators.registry import find
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
-from mgs_core.onnx.program import Place, compile_nodes
+from mgs_core.onnx.program import Place, compile_nodes, to_device
 
 _PRECISIONS = (None, "float16", "float32", "float64")
 
@@ -43,7 +44,7 @@ class OnnxModel(FunctionalModel):
         cut: biases of recurrent layers of which the file has a second half of zeros.
     """
 
-    function: _Function
+    function: OnnxFunction
     proto: ModelProto
     ties: Mapping[str, str]
     cut: frozenset[str]
@@ -62,7 +63,7 @@ class OnnxModel(FunctionalModel):
 
 
 def load(
-    model: str | PathLike[str] | ModelProto,
+    model: Any,
     *,
     backend: str = "numpy",
     parameters: str | Iterable[str] | Callable[[str], bool] | None = None,
@@ -74,7 +75,7 @@ def load(
     The file is not trusted: sizes are checked before memory is taken, and external data must lie in the model's folder.
 
     Args:
-        model: path of an .onnx file, or a `ModelProto`, which is left as it is.
+        model: path of an .onnx file, or an `onnx.ModelProto`, which is left as it is.
         backend: name of the backend whose arrays the parameters are.
         parameters: None for the initialisers that are trained, by the rule of `mgs_core.onnx.parameters`; or names or a predicate
             on names, of all floating-point initialisers.
@@ -116,6 +117,9 @@ def load(
     ties, cut = tie(graph), halve(graph)
     wanted = _output(graph, output)
     nodes = needed(graph.nodes, [wanted])
+    for node in nodes:
+        if find(node.domain, node.operator, node.opset) is None:
+            raise why_refused(node)
     used = {name for node in nodes for name in node.inputs} | {wanted}
     if parameters is None:
         chosen = trained(graph, nodes)
@@ -127,11 +131,13 @@ def load(
             "`model` must have trained parameters: floating-point initialisers on which the output depends; got none. "
             "Name them by `parameters`."
         )
-    function = _Function(graph, nodes, wanted, chosen, found)
-    return OnnxModel(function, {name: found.asarray(graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
+    if backend == "numpy" and any(graph.initializers[name].dtype.name == "bfloat16" for name in chosen):
+        raise unsupported("the model", "has parameters in bfloat16, in which NumPy computes nothing", 'Pass dtype="float32".')
+    function = OnnxFunction(graph, nodes, wanted, chosen, found)
+    return OnnxModel(function, {name: to_device(found, graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
 
 
-class _Function:
+class OnnxFunction:
     """Be the function from parameters and inputs to outputs (n, c)."""
 
     def __init__(self, graph: Graph, nodes: list[Node], output: str, chosen: list[str], backend: Backend) -> None:

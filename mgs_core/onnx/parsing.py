@@ -15,12 +15,13 @@ from mgs_core._types import Array
 from mgs_core.onnx.attributes import bound, definition, read_attributes
 from mgs_core.onnx.errors import damaged, unsupported
 from mgs_core.onnx.graph import Graph, Node, Value, in_order
+from mgs_core.onnx.operators.refused import REFUSED
 from mgs_core.onnx.operators.registry import NEWEST, find
 from mgs_core.onnx.tensors import dtype_of, to_array
 
 #: Nodes that a model may have once its functions are put in place.
 MAX_NODES = 200_000
-_MAX_DEPTH = 32
+_MAX_DEPTH = 16
 
 
 def parse(model: ModelProto, folder: Path | None, precision: str | None = None) -> Graph:
@@ -171,7 +172,9 @@ class _Parser:
         ):
             if not low <= len(names) <= high:
                 raise damaged(where, f"has {len(names)} {kind}; from {low} to {high} are allowed")
-        if schema.has_function and find(domain, proto.op_type, opset) is None:  # an operator that ONNX itself defines by others
+        if (
+            schema.has_function and proto.op_type not in REFUSED and find(domain, proto.op_type, opset) is None
+        ):  # an operator that ONNX itself defines by others
             return self._call(proto, definition(schema, opset), scope, label, where)
         attributes = read_attributes(proto, schema, scope.bindings, where, self._folder, self._precision)
         captured: list[str] = []
@@ -190,8 +193,10 @@ class _Parser:
     def _call(self, proto: NodeProto, function: FunctionProto, scope: _Scope, label: str, where: str) -> list[Node]:
         """Put the body of a function in the place of a node."""
         key = (_domain(function.domain), function.name, function.overload)
-        if key in scope.calls or scope.depth > _MAX_DEPTH:
+        if key in scope.calls:
             raise damaged(where, "calls a function that calls itself")
+        if scope.depth > _MAX_DEPTH:
+            raise damaged(where, f"is nested more than {_MAX_DEPTH} deep")
         if len(proto.input) > len(function.input) or len(proto.output) > len(function.output):
             raise damaged(where, f"has more inputs or outputs than its function {function.name!r}")
         names = {inner: scope.rename(outer) if outer else "" for inner, outer in zip(function.input, proto.input, strict=False)}

@@ -221,7 +221,12 @@ def to_device(backend: Backend, value: Any) -> Any:
     Returns:
         The same on the device.
     """
-    return [backend.asarray(entry) for entry in value] if isinstance(value, list) else backend.asarray(value)
+    if isinstance(value, list):
+        return [to_device(backend, entry) for entry in value]
+    if value.dtype.name == "bfloat16" and backend.name != "numpy":  # not every framework reads NumPy's arrays of it
+        xp = backend.namespace
+        return xp.astype(backend.asarray(value.astype(np.float32)), xp.bfloat16)
+    return backend.asarray(value)
 
 
 def to_host(backend: Backend, node: Node, name: str, value: Any) -> Any:

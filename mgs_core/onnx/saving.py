@@ -15,7 +15,7 @@ from mgs_core.onnx.lifting import LIFTED
 from mgs_core.onnx.model import OnnxModel
 
 
-def save(model: OnnxModel, path: str | PathLike[str], *, parameters: Any = None) -> None:
+def save(model: Any, path: str | PathLike[str], *, parameters: Any = None) -> None:
     """Write a valid ONNX file with the model's parameters in the place of those that were read.
 
     Args:

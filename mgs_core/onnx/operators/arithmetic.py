@@ -121,9 +121,19 @@ def power(node: Node, xp: Namespace) -> Run:
 
 @operator("BitShift", since=11)
 def bit_shift(node: Node, xp: Namespace) -> Run:
-    """Shift bits left or right."""
-    shift = xp.bitwise_left_shift if node.attributes["direction"] == "LEFT" else xp.bitwise_right_shift
-    return lambda a, b: shift(a, b)
+    """Shift bits left or right; a shift that is negative or reaches the width shifts everything out."""
+    left = node.attributes["direction"] == "LEFT"
+    shift = xp.bitwise_left_shift if left else xp.bitwise_right_shift
+
+    def run(a: Array, b: Array) -> Array:
+        width = int("".join(filter(str.isdigit, str(a.dtype).rpartition("int")[2])))
+        zero = xp.zeros_like(b)
+        far = xp.logical_or(b < zero, b > xp.full_like(b, width - 1))
+        gone = xp.zeros_like(a)
+        gone = gone if left else xp.where(a < gone, gone - xp.ones_like(gone), gone)
+        return xp.where(far, gone, shift(a, xp.where(far, zero, b)))
+
+    return run
 
 
 @operator("IsInf", since=10)

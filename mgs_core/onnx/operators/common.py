@@ -45,12 +45,20 @@ def axes_of(axes: Iterable[int], rank: int, node: Node) -> tuple[int, ...]:
 
 def native_dtype(xp: Namespace, dtype: Any) -> Any:
     """Return the namespace's dtype for a NumPy dtype; of JAX without 64-bit types, the one that stands for it."""
+    if np.dtype(dtype).name == "bfloat16" and hasattr(xp, "bfloat16"):
+        return xp.bfloat16
     return xp.asarray(np.zeros((), dtype=dtype)).dtype
+
+
+def is_half(x: Array) -> bool:
+    """Say whether an array is of 16-bit floating point."""
+    return "float16" in str(x.dtype)
 
 
 def is_real(xp: Namespace, x: Array) -> bool:
     """Say whether an array is floating-point."""
-    return bool(xp.isdtype(x.dtype, "real floating"))
+    # NumPy's own isdtype knows nothing of bfloat16
+    return is_half(x) or bool(xp.isdtype(x.dtype, "real floating"))
 
 
 def is_integral(xp: Namespace, x: Array) -> bool:

@@ -11,7 +11,17 @@ from mgs_core.onnx.operators.registry import Run, operator
 @operator("MatMul")
 def matmul(node: Node, xp: Namespace) -> Run:
     """Multiply matrices, or stacks of them."""
-    return lambda a, b: xp.matmul(a, b)
+
+    def run(a: Array, b: Array) -> Array:
+        if a.ndim > 1 and b.ndim > 1:
+            return xp.matmul(a, b)
+        rows, columns = (a.ndim == 1), (b.ndim == 1)  # vectors, which not every framework takes
+        y = xp.matmul(xp.expand_dims(a, axis=0) if rows else a, xp.expand_dims(b, axis=1) if columns else b)
+        shape = tuple(y.shape)
+        kept = shape[:-2] + shape[-2:-1] * (not rows) + shape[-1:] * (not columns)
+        return xp.reshape(y, kept)
+
+    return run
 
 
 @operator("Gemm", since=7)

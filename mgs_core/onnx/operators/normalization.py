@@ -9,7 +9,7 @@ import numpy as np
 from mgs_core._types import Array, Namespace
 from mgs_core.onnx.extensions import extension
 from mgs_core.onnx.graph import Node
-from mgs_core.onnx.operators.common import axes_of, axis_of, native_dtype
+from mgs_core.onnx.operators.common import axes_of, axis_of, is_half, native_dtype
 from mgs_core.onnx.operators.registry import Run, operator
 
 
@@ -147,7 +147,7 @@ def _standard(xp: Namespace, x: Array, axes: tuple[int, ...], epsilon: float) ->
 
 def _widened(xp: Namespace, x: Array, node: Node) -> Array:
     """Return half-precision values in single precision, where the statistics are wanted in it."""
-    if node.attributes.get("stash_type", 1) == 1 and xp.finfo(x.dtype).bits < 32:
+    if node.attributes.get("stash_type", 1) == 1 and is_half(x):
         return xp.astype(x, native_dtype(xp, np.float32))
     return x
 

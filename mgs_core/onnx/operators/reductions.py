@@ -8,7 +8,7 @@ from typing import Any
 
 from mgs_core._types import Array, Namespace
 from mgs_core.onnx.graph import Node
-from mgs_core.onnx.operators.common import axes_of, axis_of, integers, native_dtype
+from mgs_core.onnx.operators.common import axes_of, axis_of, integers, is_real, native_dtype
 from mgs_core.onnx.operators.registry import Run, operator
 
 Reduction = Callable[[Namespace, Array, tuple[int, ...]], Array]
@@ -16,11 +16,11 @@ Reduction = Callable[[Namespace, Array, tuple[int, ...]], Array]
 
 def _extreme(name: str) -> Reduction:
     def reduce(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Array:
-        if xp.isdtype(x.dtype, "bool"):
+        if not is_real(xp, x) and xp.isdtype(x.dtype, "bool"):
             return (xp.any if name == "max" else xp.all)(x, axis=axes, keepdims=True)
         if any(x.shape[axis] == 0 for axis in axes):  # of nothing: the value that any other beats
-            least = -float("inf") if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype).min
-            most = float("inf") if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype).max
+            real = is_real(xp, x)
+            least, most = (-float("inf"), float("inf")) if real else (xp.iinfo(x.dtype).min, xp.iinfo(x.dtype).max)
             shape = tuple(1 if at in axes else size for at, size in enumerate(x.shape))
             return xp.full(shape, least if name == "max" else most, dtype=x.dtype)
         return getattr(xp, name)(x, axis=axes, keepdims=True)
@@ -37,11 +37,7 @@ def _log_sum_exp(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _sum(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Array:
-    return xp.sum(x, axis=axes, keepdims=True, dtype=x.dtype) if not _floating(xp, x) else xp.sum(x, axis=axes, keepdims=True)
-
-
-def _floating(xp: Namespace, x: Array) -> bool:
-    return bool(xp.isdtype(x.dtype, "real floating"))
+    return xp.sum(x, axis=axes, keepdims=True, dtype=x.dtype) if not is_real(xp, x) else xp.sum(x, axis=axes, keepdims=True)
 
 
 _REDUCTIONS: dict[str, Reduction] = {
@@ -103,7 +99,8 @@ def cumulative(node: Node, xp: Namespace) -> Run:
     def run(x: Array, axis: Array) -> Array:
         place = axis_of(integers(axis)[0], x.ndim, node)
         x = xp.flip(x, axis=place) if reverse else x
-        y = (xp.cumulative_sum if total else xp.cumulative_prod)(x, axis=place, dtype=x.dtype)
+        y = (xp.cumulative_sum if total else xp.cumulative_prod)(x, axis=place)
+        y = y if y.dtype == x.dtype else xp.astype(y, x.dtype)
         if exclusive:
             front = (slice(None),) * place
             start = x[(*front, slice(0, 1), ...)]

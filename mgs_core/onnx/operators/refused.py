@@ -11,6 +11,8 @@ _QUANTISED = {
 }  # fmt: skip
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _TREES = {"TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor"}
+#: Operators that are refused for good, even where ONNX defines them by others.
+REFUSED = frozenset(_QUANTISED | _RANDOM | _TREES)
 
 
 def why_refused(node: Node) -> UnsupportedModelError:

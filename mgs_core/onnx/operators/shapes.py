@@ -160,10 +160,12 @@ def tile(node: Node, xp: Namespace) -> Run:
         if len(counts) != x.ndim or min(counts, default=0) < 0:
             raise node.damaged(f"repeats a tensor {tuple(x.shape)} by {list(counts)}")
         check_size(tuple(size * count for size, count in zip(x.shape, counts, strict=True)), str(node))
-        inner = tuple(entry for size in x.shape for entry in (1, size))
-        outer = tuple(entry for size, count in zip(x.shape, counts, strict=True) for entry in (count, size))
-        whole = tuple(size * count for size, count in zip(x.shape, counts, strict=True))
-        return xp.reshape(xp.broadcast_to(xp.reshape(x, inner), outer), whole)
+        for axis, count in enumerate(counts):
+            if count != 1:
+                front, size, back = tuple(x.shape[:axis]), x.shape[axis], tuple(x.shape[axis + 1 :])
+                wide = xp.broadcast_to(xp.expand_dims(x, axis=axis), (*front, count, size, *back))
+                x = xp.reshape(wide, (*front, count * size, *back))
+        return x
 
     return run
 

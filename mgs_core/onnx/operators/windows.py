@@ -31,8 +31,8 @@ def conv(node: Node, xp: Namespace) -> Run:
         if window != tuple(weight.shape[2:]):
             raise node.damaged(f"declares the window {window} for a weight {tuple(weight.shape)}")
         strides, dilations = _declared(node, "strides", (1,) * rank), _declared(node, "dilations", (1,) * rank)
-        pads = _pads(node, x.shape[2:], window, strides, dilations)
-        _positions(node, x.shape, window, strides, pads, dilations)
+        pads = _pads(node, tuple(x.shape[2:]), window, strides, dilations)
+        _positions(node, tuple(x.shape), window, strides, pads, dilations)
         y = product(x, weight, strides=strides, pads=tuple(pads), dilations=dilations, groups=groups)
         return y if bias is None else y + xp.reshape(bias, (1, -1, *(1,) * rank))
 
@@ -100,7 +100,7 @@ def average_pool(node: Node, xp: Namespace) -> Run:
         if not any(map(any, pads)):
             return y
         declared = _window(node, x, ceil=False)[2] if padded else [(0, 0)] * len(window)
-        share = _shares(x.shape[2:], window, strides, pads, dilations, declared)
+        share = _shares(tuple(x.shape[2:]), window, strides, pads, dilations, declared)
         return y if np.all(share == 1.0) else y * xp.astype(xp.asarray(prod(window) / share), y.dtype)
 
     return run
@@ -194,9 +194,9 @@ def _window(node: Node, x: Array, *, ceil: bool = True) -> tuple[tuple[int, ...]
     rank = _rank(node, x)
     window = _declared(node, "kernel_shape", (1,) * rank)
     strides, dilations = _declared(node, "strides", (1,) * rank), _declared(node, "dilations", (1,) * rank)
-    pads = _pads(node, x.shape[2:], window, strides, dilations)
+    pads = _pads(node, tuple(x.shape[2:]), window, strides, dilations)
     up = bool(ceil and node.attributes.get("ceil_mode", 0))
-    counts = _positions(node, x.shape, window, strides, pads, dilations, up)
+    counts = _positions(node, tuple(x.shape), window, strides, pads, dilations, up)
     if not up:
         return window, strides, pads, dilations
     reached = [
