@@ -1,7 +1,7 @@
 """Time and memory of kernels and regularised steps in PyTorch, as ratios to the plain training step, beside what else there is.
 
-Run with `python -P benchmarks/torch.py` (without -P this file would be imported as torch); `--help` lists the choices. Methods are
-interleaved, and each ratio is one of medians from the same run. Times are those of the processor, on one thread, so that other
+Run with `python -P benchmarks/torch.py` (without -P this file would be imported as torch); `--help` lists the choices. Methods
+are interleaved, and each ratio is one of medians from the same run. Times are those of the processor, on one thread, so that other
 work on the machine disturbs them little; on a GPU they are those of the clock. Memory is the peak above what was held before, as
 PyTorch's allocator saw it. BackPACK (`pip install backpack-for-pytorch`) is measured where it is installed and knows the model.
 """
@@ -13,10 +13,12 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
+from mgs_core.adapters.torch import MGSLoss
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import mgs_core as mgs
-from mgs_core.adapters.torch import MGSLoss
 
 PENALTY = mgs.Penalty("log_determinant", strength=0.1)
 Step = Callable[[], Any]
@@ -56,7 +57,9 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(32, after)
         same = stride == 1 and before == after
-        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.GroupNorm(32, after))
+        self.skip = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.GroupNorm(32, after))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return activations."""
@@ -67,7 +70,7 @@ class Block(nn.Module):
 def resnet() -> nn.Module:
     """Return an 18-layer residual network for small images."""
     widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
-    blocks = [Block(a, b, 2 if b > a else 1) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    blocks = [Block(a, b, 2 if b > a else 1) for a, b in pairwise(widths)]
     stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.GroupNorm(32, 64), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
@@ -188,7 +191,11 @@ class Case:
             "agreement-weighted step": self.train(MGSLoss(self.plain, weighting="agreement")),
         }
         if peers:
-            steps |= {"kernel, torch.func": self.vmap, "penalised step, torch.func": self.vmap_penalised, "kernel, loop": self.loop}
+            steps |= {
+                "kernel, torch.func": self.vmap,
+                "penalised step, torch.func": self.vmap_penalised,
+                "kernel, loop": self.loop,
+            }
             backpack = self.backpack()
             steps |= {} if backpack is None else {"kernel, BackPACK": backpack}
         return steps

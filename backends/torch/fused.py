@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,11 +50,25 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
 def twice_differentiable() -> Iterator[None]:
     """Let PyTorch choose attention and recurrent layers that have a second derivative.
 
-    Within it fused attention, and on CPU all of oneDNN (whose recurrent layers it is about), are off.
+    Within it, fused attention is off, and so are oneDNN and cuDNN, whose recurrent layers are fused; convolutions are slower
+    without. A model with attention and without recurrent layers needs no more than `sdpa_kernel(SDPBackend.MATH)`.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> from mgs_core.adapters.torch import twice_differentiable
+        >>> with twice_differentiable():
+        ...     outputs = torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 2, 3)] * 3)
     """
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        torch.backends.mkldnn.flags(enabled=False),
-        torch.backends.cudnn.flags(enabled=False),
-    ):
-        yield
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled

@@ -15,6 +15,7 @@ import torch
 
 from mgs_core._errors import SamplesInteractError
 
+from .chain import is_view, sources
 from .graph import Edge, Graph
 from .layout import Layout, find_layout, sample_weights
 from .rules import Place, Site, site_of
@@ -23,10 +24,6 @@ from .rules.normalisation import BATCH_NORMS
 #: (gradient of the sum over samples and heads, those of the weighted sums) for each edge.
 Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | None]]]
 
-_VIEWS = {
-    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Split",
-    "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Clone", "Alias", "ToCopy", "Diagonal", "Flip",
-}  # fmt: skip
 # of their inputs only the first can be data
 _DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
 # the data are among what the node keeps, not among its inputs
@@ -61,11 +58,6 @@ class Plan:
 
     uses: tuple[Use, ...]
     sure: bool
-
-
-def is_view(graph: Graph, number: int) -> bool:
-    """Return whether the node only rearranges or selects elements of its one input."""
-    return len(graph.inputs[number]) == 1 and graph.name(number) in _VIEWS
 
 
 def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
@@ -190,14 +182,6 @@ def _of_output(
 def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return how the gradient is arranged to (groups, *lead, features); without a rule every axis may hold the samples."""
     return (lambda gradient: gradient[None, ..., None]) if site is None else site.arrange
-
-
-def sources(graph: Graph, edge: Edge) -> list[str]:
-    """Return the parameters at the end of the chain that comes down to the edge."""
-    if edge in graph.parameters:
-        return [graph.parameters[edge]]
-    below = [name for child in graph.inputs[edge[0]] if child is not None for name in sources(graph, child)]
-    return list(dict.fromkeys(below))
 
 
 def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
