@@ -103,6 +103,7 @@ class LayerReport:
         route: "statistics", "rows" or "refused".
         size: its number of elements.
         remedy: what to do when it is slow or refused; empty otherwise.
+        cost: estimate of the operations that its part of the kernel takes, beside the backward passes.
     """
 
     parameter: str
@@ -110,6 +111,7 @@ class LayerReport:
     route: str
     size: int
     remedy: str = ""
+    cost: int = 0
 
 
 @runtime_checkable

@@ -172,6 +172,32 @@ def prefers_pairwise(left: Outer | Lookup, right: Outer | Lookup) -> bool:
     Returns:
         True for pairwise.
     """
+    pairwise, rows = _operations(left, right)
+    return pairwise <= rows
+
+
+def operations(use: LayerStatistics) -> int:
+    """Estimate the operations of a layer's contribution to the kernel of a batch with itself.
+
+    Args:
+        use: statistics of any kind.
+
+    Returns:
+        Multiplications, moved elements counted as several.
+    """
+    n, k = use.gradients.shape[:2]
+    if isinstance(use, Convolution):
+        _, _, s, groups, o, *out = use.gradients.shape
+        i, positions = use.images.shape[3] * prod(use.window), s * prod(out)
+        rows = groups * i * o * k * n * (positions + n)
+        return min(rows, groups * (n * positions) ** 2 * (i + k * o))
+    if isinstance(use, (Outer, Lookup)):
+        return min(_operations(use, use))
+    return n * prod(use.gradients.shape[1:]) + n * n * k * use.gradients.shape[-1]
+
+
+def _operations(left: Outer | Lookup, right: Outer | Lookup) -> tuple[int, int]:
+    """Return the costs of the pairwise contraction and of that by rows."""
     n, m = left.gradients.shape[0], right.gradients.shape[0]
     k, s, t, o = left.gradients.shape[1], left.gradients.shape[-2], right.gradients.shape[-2], left.gradients.shape[-1]
     groups, i = (left.inputs.shape[1], left.inputs.shape[3]) if isinstance(left, Outer) else (1, left.size)
@@ -179,7 +205,7 @@ def prefers_pairwise(left: Outer | Lookup, right: Outer | Lookup) -> bool:
     pairwise = groups * n * m * s * t * (inputs + k * o + 2 * _ELEMENT_COST)
     size = groups * i * o * k
     rows = size * (n * s + m * t + n * m) + _ELEMENT_COST * (n + m) * size
-    return bool(pairwise <= rows)
+    return int(pairwise), int(rows)
 
 
 def _over_positions(xp: Namespace, gradients: Array) -> Array:

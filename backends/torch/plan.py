@@ -186,13 +186,10 @@ def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     names = [name for edge in slots.values() for name in sources(graph, edge)]
-    mixers = [
-        graph.parameters[edges[1]].rpartition(".")[0]
-        for node, edges in enumerate(graph.inputs)
-        if graph.name(node) in BATCH_NORMS and graph.nodes[node]._saved_training
-        if edges[1] in graph.parameters
-    ]
-    where = f"batch normalisation in training mode: {', '.join(map(repr, mixers))}" if mixers else "statistics over the batch"
+    mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
+    gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
+    where = "batch normalisation in training mode" if mixing else "statistics over the batch"
+    where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
     return SamplesInteractError(
         f"`model` must treat each sample by itself; got samples that interact after parameter {names[0]!r} ({where}). "
         'Use `model.eval()`, `batch_norm="frozen"` or another normalisation, or leave these parameters out by `parameters=`.'
