@@ -190,10 +190,10 @@ def operations(use: LayerStatistics) -> int:
         _, _, s, groups, o, *out = use.gradients.shape
         i, positions = use.images.shape[3] * prod(use.window), s * prod(out)
         rows = groups * i * o * k * n * (positions + n)
-        return min(rows, groups * (n * positions) ** 2 * (i + k * o))
+        return int(min(rows, groups * (n * positions) ** 2 * (i + k * o)))
     if isinstance(use, (Outer, Lookup)):
         return min(_operations(use, use))
-    return n * prod(use.gradients.shape[1:]) + n * n * k * use.gradients.shape[-1]
+    return int(n * prod(use.gradients.shape[1:]) + n * n * k * use.gradients.shape[-1])
 
 
 def _operations(left: Outer | Lookup, right: Outer | Lookup) -> tuple[int, int]:

@@ -47,11 +47,11 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
+def twice_differentiable(*, recurrent: bool = True) -> Iterator[None]:
     """Let PyTorch choose attention and recurrent layers that have a second derivative.
 
-    Within it, fused attention is off, and so are oneDNN and cuDNN, whose recurrent layers are fused; convolutions are slower
-    without. A model with attention and without recurrent layers needs no more than `sdpa_kernel(SDPBackend.MATH)`.
+    Args:
+        recurrent: whether recurrent layers matter. Then oneDNN and cuDNN are off, and convolutions are slower without.
 
     Yields:
         Nothing.
@@ -62,7 +62,7 @@ def twice_differentiable() -> Iterator[None]:
         >>> with twice_differentiable():
         ...     outputs = torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 2, 3)] * 3)
     """
-    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
     before = [library.enabled for library in libraries]
     try:
         for library in libraries:
