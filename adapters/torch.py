@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -75,16 +75,16 @@ class MGSLoss(torch.nn.Module):
 
     def __init__(
         self,
-        criterion: Callable[..., torch.Tensor],
+        criterion: Any,
         *,
         penalty: mgs.Penalty | None = None,
-        weighting: Literal["agreement"] | None = None,
+        weighting: str | None = None,
         output: Any = "loss",
         transform: Any = "identity",
         probes: int = 1,
         every: int = 1,
         max_samples: int | None = None,
-        batch_norm: Literal["refuse", "frozen"] = "refuse",
+        batch_norm: str = "refuse",
         model: torch.nn.Module | None = None,
         parameters: Any = None,
         select: Callable[[Any], torch.Tensor] | None = None,

@@ -40,6 +40,27 @@ class Outer(_Use):
 
 
 @dataclass(frozen=True, eq=False)
+class Convolution(_Use):
+    """A convolution's weight: an `Outer` over output positions whose inputs are patches that need not be cut out beforehand.
+
+    Gradients (n, k, s, g, o, *out), images (n, s, g, i, *space); the use is (g, i·window, o).
+
+    Attributes:
+        images: the layer's input, not padded; s images for each sample, usually one.
+        window: sizes of the kernel.
+        strides: steps of the window.
+        pads: zeros before and after each axis of space.
+        dilations: distances between the window's elements.
+    """
+
+    images: Array = None
+    window: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    pads: tuple[tuple[int, int], ...] = ()
+    dilations: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Sum(_Use):
     """A weight that is added: gradients (n, k, s, o); the use is (o,)."""
 
@@ -64,7 +85,7 @@ class Rows(_Use):
     """Explicit per-sample gradients: gradients (n, k, p)."""
 
 
-LayerStatistics: TypeAlias = Outer | Sum | Scale | Lookup | Rows
+LayerStatistics: TypeAlias = Outer | Convolution | Sum | Scale | Lookup | Rows
 
 #: `(outputs (n, c), targets) → (n, k)`: the scalars whose gradients make the kernel.
 HeadFunction: TypeAlias = Callable[[Array, Any], Array]
@@ -82,6 +103,7 @@ class LayerReport:
         route: "statistics", "rows" or "refused".
         size: its number of elements.
         remedy: what to do when it is slow or refused; empty otherwise.
+        cost: estimate of the operations that its part of the kernel takes, beside the backward passes.
     """
 
     parameter: str
@@ -89,6 +111,7 @@ class LayerReport:
     route: str
     size: int
     remedy: str = ""
+    cost: int = 0
 
 
 @runtime_checkable

@@ -7,10 +7,11 @@ from math import prod
 from typing import Any
 
 from mgs_core import _batch
-from mgs_core._errors import SamplesInteractError
-from mgs_core._protocol import LayerReport
+from mgs_core._errors import SamplesInteractError, UnsupportedModelError
+from mgs_core._protocol import LayerReport, LayerStatistics
 from mgs_core._registry import get_backend
 from mgs_core.heads import make_head
+from mgs_core.statistics import merge, operations
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class Report:
 
     Attributes:
         layers: the rows of the table.
+        penalty: why the kernel cannot be differentiated for a penalty; empty when it can.
     """
 
     layers: tuple[LayerReport, ...]
+    penalty: str = ""
 
     @property
     def ok(self) -> bool:
@@ -30,12 +33,11 @@ class Report:
 
     def __str__(self) -> str:
         """Return the table as text."""
-        table = [("parameter", "kind", "route", "size", "remedy")]
-        table += [(a.parameter, a.kind, a.route, str(a.size), a.remedy) for a in self.layers]
-        widths = [max(len(row[column]) for row in table) for column in range(4)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in table
-        )
+        table = [("parameter", "kind", "route", "size", "operations", "remedy")]
+        table += [(a.parameter, a.kind, a.route, str(a.size), f"{a.cost:.1e}", a.remedy) for a in self.layers]
+        widths = [max(len(row[column]) for row in table) for column in range(5)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]).rstrip() for row in table]
+        return "\n".join([*lines, *([f"A penalty is refused: {self.penalty}"] if self.penalty else [])])
 
 
 def check(model: Any, inputs: Any) -> Report:
@@ -48,33 +50,55 @@ def check(model: Any, inputs: Any) -> Report:
     Returns:
         The report.
 
+    Raises:
+        UnsupportedModelError: when no kernel can be had, whatever parameters are chosen.
+
     Cost:
-        One kernel's statistics of the batch for the sum of the outputs; a few samples are enough.
+        One kernel's statistics of the batch for the sum of the outputs, twice; a few samples are enough.
 
     Example:
         >>> import numpy as np
         >>> import mgs_core as mgs
         >>> model = mgs.FunctionalModel(lambda p, x: x @ p["w"] + p["b"], {"w": np.ones((3, 2)), "b": np.zeros(2)})
         >>> print(mgs.check(model, np.ones((4, 3))))
-        parameter  kind   route       size  remedy
-        w          outer  statistics  6
-        b          sum    statistics  2
+        parameter  kind   route       size  operations  remedy
+        w          outer  statistics  6     1.0e+03
+        b          sum    statistics  2     4.0e+01
     """
     _batch.count(inputs)
     backend = get_backend(model)
     sizes = {name: prod(array.shape) for name, array in backend.parameters(model).items()}
     head = make_head("sum", "identity", None, 1, 0, None)
+
+    def uses_of(chosen: list[str] | None, differentiable: bool = False) -> list[LayerStatistics]:
+        return backend.statistics(model, inputs, None, head.function, chosen, differentiable=differentiable)
+
+    uses: list[LayerStatistics] = []
+    refused: dict[str, str] = {}
+    penalty = ""
     try:
-        uses = backend.statistics(model, inputs, None, head.function, None, differentiable=False)
-    except SamplesInteractError as error:
-        return Report(tuple(LayerReport(name, "unknown", "refused", size, str(error)) for name, size in sizes.items()))
-    kinds: dict[str, set[str]] = {name: set() for name in sizes}
-    for use in uses:
-        kinds[use.parameter].add(type(use).__name__.lower())
+        uses = uses_of(None)
+        uses_of(None, differentiable=True)
+    except SamplesInteractError:
+        for name in sizes:
+            try:
+                uses += uses_of([name])
+            except SamplesInteractError as error:
+                refused[name] = str(error)
+    except UnsupportedModelError as error:
+        if not uses:
+            raise
+        penalty = str(error)
     layers = []
     for name, size in sizes.items():
-        slow = "rows" in kinds[name]
-        remedy = "exact but slow, one backward pass a sample; use it in a matrix product, or freeze it" if slow else ""
-        kind = "+".join(sorted(kinds[name])) or "unused"
-        layers.append(LayerReport(name, kind, "rows" if slow else "statistics", size, remedy))
-    return Report(tuple(layers))
+        own = [use for use in uses if use.parameter == name]
+        kinds = {type(use).__name__.lower() for use in own}
+        cost = sum(operations(use) for use in merge(own))
+        if name in refused:
+            layers.append(LayerReport(name, "unknown", "refused", size, refused[name]))
+        elif "rows" in kinds:
+            remedy = "exact but slow, one backward pass a sample; use it in a matrix product, or freeze it"
+            layers.append(LayerReport(name, "+".join(sorted(kinds)), "rows", size, remedy, cost))
+        else:
+            layers.append(LayerReport(name, "+".join(sorted(kinds)) or "unused", "statistics", size, cost=cost))
+    return Report(tuple(layers), penalty)

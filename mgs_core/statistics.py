@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
 
 from mgs_core._namespace import array_namespace
-from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
+from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array, Namespace
 
 #: Elements that one intermediate may have (128 MiB in float32).
@@ -46,6 +47,8 @@ def contract(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics], 
 def contribution(left: LayerStatistics, right: LayerStatistics, *, full: bool = False) -> Array:
     """Return one layer's contribution to the kernel, by the cheaper contraction.
 
+    A namespace's `mgs_contribution(left, right, full)` goes first; it returns None for what it does not do better.
+
     Args:
         left: statistics of the rows' samples.
         right: statistics of the columns' samples, of the same kind.
@@ -59,6 +62,13 @@ def contribution(left: LayerStatistics, right: LayerStatistics, *, full: bool = 
     """
     if type(left) is not type(right):
         raise TypeError(f"`right` must be of the kind of `left`, {type(left).__name__}; got {type(right).__name__}.")
+    native = getattr(array_namespace(left.gradients, right.gradients), "mgs_contribution", None)
+    part = None if native is None else native(left, right, full)
+    if part is not None:
+        return part
+    if isinstance(left, Convolution) and isinstance(right, Convolution):
+        unfolded = unfold(left)
+        return contribution(unfolded, unfolded if right is left else unfold(right), full=full)
     if isinstance(left, (Outer, Lookup)) and isinstance(right, (Outer, Lookup)) and prefers_pairwise(left, right):
         return _pairwise_tiled(left, right, full)
     if isinstance(left, Outer) and isinstance(right, Outer):
@@ -99,6 +109,8 @@ def as_rows(use: LayerStatistics, *, restore: bool = False) -> Array:
     """
     xp = array_namespace(use.gradients)
     n, k = use.gradients.shape[:2]
+    if isinstance(use, Convolution):
+        return as_rows(unfold(use), restore=restore)
     if isinstance(use, Rows):
         rows = use.gradients
     elif isinstance(use, Sum):
@@ -117,6 +129,39 @@ def as_rows(use: LayerStatistics, *, restore: bool = False) -> Array:
     return use.restore(rows) if restore and use.restore is not None else rows
 
 
+def unfold(use: Convolution) -> Outer:
+    """Cut the patches out of the images.
+
+    Args:
+        use: statistics of a convolution.
+
+    Returns:
+        The same statistics with the patches as inputs.
+    """
+    xp, images = array_namespace(use.gradients), use.images
+    n, k, s, groups, o, *out = use.gradients.shape
+    positions, lead = prod(out), use.images.ndim - len(use.window)
+    for axis, (before, after) in enumerate(use.pads, start=lead):
+        shape = images.shape
+        edges = [xp.zeros((*shape[:axis], width, *shape[axis + 1 :]), dtype=images.dtype) for width in (before, after)]
+        images = xp.concat([edges[0], images, edges[1]], axis=axis) if before or after else images
+    patches = []
+    for offset in product(*map(range, use.window)):
+        starts = (at * dilation for at, dilation in zip(offset, use.dilations, strict=True))
+        where = (slice(at, at + (size - 1) * step + 1, step) for at, size, step in zip(starts, out, use.strides, strict=True))
+        patches.append(xp.reshape(images[(..., *where)], (n, s, groups, -1, positions)))
+    inputs = xp.permute_dims(xp.stack(patches, axis=4), (0, 2, 1, 5, 3, 4))  # (n, g, s, positions, i, window)
+    gradients = xp.permute_dims(xp.reshape(use.gradients, (n, k, s, groups, o, positions)), (0, 1, 3, 2, 5, 4))
+    return Outer(
+        use.parameter,
+        xp.reshape(gradients, (n, k, groups, s * positions, o)),
+        use.view,
+        use.restore,
+        inputs=xp.reshape(inputs, (n, groups, s * positions, inputs.shape[4] * inputs.shape[5])),
+        part=use.part,
+    )
+
+
 def prefers_pairwise(left: Outer | Lookup, right: Outer | Lookup) -> bool:
     """Say whether the pairwise contraction costs less than rows, counting operations and elements moved.
 
@@ -127,6 +172,32 @@ def prefers_pairwise(left: Outer | Lookup, right: Outer | Lookup) -> bool:
     Returns:
         True for pairwise.
     """
+    pairwise, rows = _operations(left, right)
+    return pairwise <= rows
+
+
+def operations(use: LayerStatistics) -> int:
+    """Estimate the operations of a layer's contribution to the kernel of a batch with itself.
+
+    Args:
+        use: statistics of any kind.
+
+    Returns:
+        Multiplications, moved elements counted as several.
+    """
+    n, k = use.gradients.shape[:2]
+    if isinstance(use, Convolution):
+        _, _, s, groups, o, *out = use.gradients.shape
+        i, positions = use.images.shape[3] * prod(use.window), s * prod(out)
+        rows = groups * i * o * k * n * (positions + n)
+        return int(min(rows, groups * (n * positions) ** 2 * (i + k * o)))
+    if isinstance(use, (Outer, Lookup)):
+        return min(_operations(use, use))
+    return int(n * prod(use.gradients.shape[1:]) + n * n * k * use.gradients.shape[-1])
+
+
+def _operations(left: Outer | Lookup, right: Outer | Lookup) -> tuple[int, int]:
+    """Return the costs of the pairwise contraction and of that by rows."""
     n, m = left.gradients.shape[0], right.gradients.shape[0]
     k, s, t, o = left.gradients.shape[1], left.gradients.shape[-2], right.gradients.shape[-2], left.gradients.shape[-1]
     groups, i = (left.inputs.shape[1], left.inputs.shape[3]) if isinstance(left, Outer) else (1, left.size)
@@ -134,7 +205,7 @@ def prefers_pairwise(left: Outer | Lookup, right: Outer | Lookup) -> bool:
     pairwise = groups * n * m * s * t * (inputs + k * o + 2 * _ELEMENT_COST)
     size = groups * i * o * k
     rows = size * (n * s + m * t + n * m) + _ELEMENT_COST * (n + m) * size
-    return bool(pairwise <= rows)
+    return int(pairwise), int(rows)
 
 
 def _over_positions(xp: Namespace, gradients: Array) -> Array:
@@ -155,6 +226,7 @@ def _equal(xp: Namespace, a: Array, b: Array, like: Array) -> Array:
 
 
 def _join(group: list[LayerStatistics]) -> LayerStatistics:
+    group = [unfold(use) if isinstance(use, Convolution) else use for use in group]
     first = group[0]
     xp = array_namespace(*(use.gradients for use in group))
     same = all(type(use) is type(first) and use.view == first.view for use in group)
@@ -177,8 +249,8 @@ def _gram(left: Array, right: Array, full: bool) -> Array:
     (n, k, p), m = left.shape, right.shape[0]
     rows, columns = ((n * k, p), (m * k, p)) if full else ((n, k * p), (m, k * p))
     flat = xp.reshape(left, rows)
-    product = _product(xp, flat, flat if right is left else xp.reshape(right, columns))
-    return xp.reshape(product, (n, k, m, k)) if full else product
+    gram = _product(xp, flat, flat if right is left else xp.reshape(right, columns))
+    return xp.reshape(gram, (n, k, m, k)) if full else gram
 
 
 def _product(xp: Namespace, left: Array, right: Array) -> Array:
@@ -240,10 +312,10 @@ def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     if full:
         d = xp.reshape(d, (groups, n, k, s, m, k, t))
         return xp.sum(xp.reshape(a, (groups, n, 1, s, m, 1, t)) * d, axis=(0, 3, 6))
-    product = a * d
+    pairs = a * d
     if groups == s == t == 1:
-        return xp.reshape(product, (n, m))
-    return xp.sum(xp.reshape(product, (groups, n, s, m, t)), axis=(0, 2, 4))
+        return xp.reshape(pairs, (n, m))
+    return xp.sum(xp.reshape(pairs, (groups, n, s, m, t)), axis=(0, 2, 4))
 
 
 def _inputs_by_group(use: Outer) -> Array:

@@ -24,6 +24,8 @@ ALLOWED_IN = {
     "backends/numpy": {"autograd", "numpy"},
     "backends/torch": {"torch"},
     "adapters/torch.py": {"torch"},
+    "adapters/lightning.py": {"lightning"},
+    "adapters/huggingface.py": {"torch", "transformers"},
     "backends/tensorflow": {"numpy", "tensorflow"},
     "backends/keras": {"keras", "torch"},
     "adapters/keras": {"keras", "tensorflow"},

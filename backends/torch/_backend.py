@@ -25,6 +25,7 @@ from .fused import twice_differentiable as _twice_differentiable
 from .graph import Graph, read_graph
 from .namespace import namespace
 from .plan import Plan, make_plan
+from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
 from .run import Configured, as_tensor, unwrap
 
@@ -135,7 +136,7 @@ def _read(
         with frozen_batch_norm(graph.nodes) if model.batch_norm == "frozen" else nullcontext():
             plan = _plan(graph, model.plans)
             if differentiable:
-                refuse_fused(graph, {use.site for use in plan.uses})
+                refuse_fused(graph, {use.site for use in plan.uses if site_of(Place(graph, use.site, use.slot)) is None})
             statistics = collect(graph, plan, samples, differentiable=differentiable)
     if statistics:
         return statistics

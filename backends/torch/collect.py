@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from mgs_core._protocol import LayerStatistics, Rows
+from mgs_core._protocol import Convolution, LayerStatistics, Rows
 from mgs_core.statistics import as_rows
 
+from .chain import places_in, pull_chain, sources, view_key
 from .graph import Edge, Graph
 from .layout import Layout
-from .plan import Plan, Use, is_view, sources
+from .plan import Plan, Use
 from .rules import Place, Site, site_of
 
 
@@ -72,7 +73,7 @@ class _Reader:
         self._samples = samples
         self._site = site_of(Place(graph, use.site, use.slot))
         self._names = sources(graph, use.source)
-        self._views = _view_key(graph, use.source)
+        self._views = view_key(graph, use.source)
         self._form = (1, 1)  # groups and outputs of the statistics
 
     def read(self, gradients: list[list[torch.Tensor | None]]) -> list[LayerStatistics]:
@@ -105,7 +106,8 @@ class _Reader:
             at_layer = site.inputs()
             inputs = self._split(layout, at_layer if self._differentiable else at_layer.detach())
         use = site.make(d, inputs, **common)
-        self._form = use.gradients.shape[2], use.gradients.shape[-1]
+        shape = use.gradients.shape
+        self._form = shape[3:5] if isinstance(use, Convolution) else (shape[2], shape[-1])
         return use
 
     def _split(self, layout: Layout, array: torch.Tensor) -> torch.Tensor:
@@ -138,11 +140,10 @@ class _Reader:
 
     def _through_chain(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return rows (n, k, p) of the parameters, by one backward pass through the chain for each sample and head."""
-        chosen = {name: edge for edge, name in self._graph.parameters.items() if name in self._names}
-        by_name: dict[str, list[torch.Tensor]] = {name: [] for name in chosen}
+        by_name: dict[str, list[torch.Tensor]] = {name: [] for name in self._names}
         for row in rows.flatten(0, 1):
-            parts = _pull_chain(self._graph, self._use.source, row, list(chosen.values()), self._differentiable)
-            for name, part in zip(chosen, parts, strict=True):
+            parts = pull_chain(self._graph, self._use.source, row, self._names, differentiable=self._differentiable)
+            for name, part in zip(self._names, parts, strict=True):
                 by_name[name].append(part.reshape(-1))
         return {name: torch.stack(parts).reshape(self._samples, self._k, -1) for name, parts in by_name.items()}
 
@@ -151,7 +152,7 @@ class _Reader:
         rows = self._to_source(rows).reshape(n, k, -1)
         if not self._views:
             return rows
-        places = _places(self._graph, self._use.source, self._names[0])
+        places = places_in(self._graph, self._use.source, self._names[0])
         rows = torch.nn.functional.pad(rows, (1, 0))  # place 0: elements of the parameter that the view leaves out
         return rows[:, :, places]
 
@@ -163,40 +164,6 @@ def _of_sample(gradient: torch.Tensor | None, layout: Layout | None, sample: int
     mask = torch.zeros(n, dtype=gradient.dtype, device=gradient.device)
     mask[sample] = 1.0
     return gradient * layout.spread(mask, gradient.shape)
-
-
-def _pull_chain(graph: Graph, source: Edge, row: torch.Tensor, edges: list[Edge], differentiable: bool) -> list[torch.Tensor]:
-    wanted = [GradientEdge(graph.nodes[number], output) for number, output in edges]
-    top = GradientEdge(graph.nodes[source[0]], source[1])
-    row = row.to(graph.dtype(source))
-    return list(torch.autograd.grad([top], wanted, [row], retain_graph=True, create_graph=differentiable, materialize_grads=True))
-
-
-def _places(graph: Graph, source: Edge, name: str) -> torch.Tensor:
-    """Return, for each element of the parameter, its place in the source, counted from 1; 0 when it is not there.
-
-    A view's backward moves elements, so it is asked to move their numbers; in digits below 256, which every precision holds.
-    """
-    edge = next(edge for edge, parameter in graph.parameters.items() if parameter == name)
-    shape = graph.shape(source)
-    number = torch.arange(1, prod(shape) + 1, device=graph.heads.device)
-    places, factor = torch.zeros((), dtype=torch.int64, device=graph.heads.device), 1
-    while factor <= prod(shape):
-        (digit,) = _pull_chain(graph, source, (number // factor % 256).reshape(shape), [edge], False)
-        places = places + digit.reshape(-1).to(torch.int64) * factor
-        factor *= 256
-    return places
-
-
-def _view_key(graph: Graph, edge: Edge) -> tuple[Any, ...] | None:
-    """Return the steps from the parameter to the edge when all are views, else None."""
-    if edge in graph.parameters:
-        return ()
-    if not is_view(graph, edge[0]):
-        return None
-    (below,) = graph.inputs[edge[0]]
-    steps = None if below is None else _view_key(graph, below)
-    return None if steps is None else (*steps, (*graph.steps[edge[0]], edge[1]))
 
 
 def _wide(array: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,14 +47,28 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
+def twice_differentiable(*, recurrent: bool = True) -> Iterator[None]:
     """Let PyTorch choose attention and recurrent layers that have a second derivative.
 
-    Within it fused attention, and on CPU all of oneDNN (whose recurrent layers it is about), are off.
+    Args:
+        recurrent: whether recurrent layers matter. Then oneDNN and cuDNN are off, and convolutions are slower without.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> from mgs_core.adapters.torch import twice_differentiable
+        >>> with twice_differentiable():
+        ...     outputs = torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 2, 3)] * 3)
     """
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        torch.backends.mkldnn.flags(enabled=False),
-        torch.backends.cudnn.flags(enabled=False),
-    ):
-        yield
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled

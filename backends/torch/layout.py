@@ -86,7 +86,7 @@ def find_layout(
     if n == 1:
         return Layout(-1), "sure"
     candidates = list(_candidates(gradient.shape[1:-1], n))
-    size = float(gradient.abs().max()) if gradient.numel() else 0.0
+    size = max(_size(gradient), *(_size(array) / float(weight.max()) for array, weight in zip(weighted, weights, strict=True)))
     if not math.isfinite(size):
         raise ArgumentError(
             "`model` must have finite gradients; got NaN or infinity. Look for them in the inputs and the parameters."
@@ -99,6 +99,10 @@ def find_layout(
     if not fits:
         return None, "mixed"
     return fits[0], "sure" if len(fits) == 1 else "open"
+
+
+def _size(array: torch.Tensor) -> float:
+    return float(array.abs().max()) if array.numel() else 0.0
 
 
 def _fits(

@@ -1,6 +1,7 @@
 """The array-API namespace of PyTorch tensors, with PyTorch's own kernels for what the array API lacks.
 
-The names that begin with `mgs_` are those of `mgs_core/onnx/extensions.py`, which says what each takes and returns.
+The names that begin with `mgs_` are those of `mgs_core/statistics.py` and `mgs_core/onnx/extensions.py`, which say what each
+takes and returns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import array_api_compat.torch as compat
 import torch
 from torch.nn import functional
 
+from .contraction import contribution, full_precision, symmetric_product
+
 Sizes: TypeAlias = Sequence[int]
 Pairs: TypeAlias = Sequence[tuple[int, int]]
 _SCATTER = {"mul": "prod", "max": "amax", "min": "amin", "add": "sum"}
@@ -20,6 +23,9 @@ _SCATTER = {"mul": "prod", "max": "amax", "min": "amin", "add": "sum"}
 class TorchNamespace:
     """Offer array-API names; those not defined here are array-api-compat's."""
 
+    mgs_contribution = staticmethod(contribution)
+    mgs_product = staticmethod(symmetric_product)
+    matmul = staticmethod(full_precision()(torch.matmul))
     mgs_lookup = staticmethod(lambda table, indices: table[indices])
     mgs_einsum = staticmethod(torch.einsum)
     mgs_relu = staticmethod(torch.relu)

@@ -15,6 +15,7 @@ import torch
 
 from mgs_core._errors import SamplesInteractError
 
+from .chain import is_view, sources
 from .graph import Edge, Graph
 from .layout import Layout, find_layout, sample_weights
 from .rules import Place, Site, site_of
@@ -23,12 +24,9 @@ from .rules.normalisation import BATCH_NORMS
 #: (gradient of the sum over samples and heads, those of the weighted sums) for each edge.
 Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | None]]]
 
-_VIEWS = {
-    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Split",
-    "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Clone", "Alias", "ToCopy", "Diagonal", "Flip",
-}  # fmt: skip
 # of their inputs only the first can be data
 _DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
+_PRODUCTS = {"Mm", "Addmm", "Bmm", "Baddbmm", "Linear", "Mv", "Convolution", "Embedding", "EmbeddingBag"}
 # the data are among what the node keeps, not among its inputs
 _DATA_INSIDE = {"Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Expand", "Repeat"}
 
@@ -63,11 +61,6 @@ class Plan:
     sure: bool
 
 
-def is_view(graph: Graph, number: int) -> bool:
-    """Return whether the node only rearranges or selects elements of its one input."""
-    return len(graph.inputs[number]) == 1 and graph.name(number) in _VIEWS
-
-
 def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
     """Find the uses of every parameter.
 
@@ -92,6 +85,9 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
             break
         known |= _test(graph, fresh, sites, weights, gradients)
         mixed = [number for number in fresh if not known[number].separate]
+        for number in mixed:
+            if _data_may_enter(graph, number) and _holds_samples(graph.name(number), known[number].leads, n):
+                raise _interaction(graph, sites[number])
         up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
         if mixed and not up:  # activations meet the parameter here, and samples mix later
             raise _interaction(graph, sites[mixed[0]])
@@ -110,12 +106,13 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
 
 @dataclass(frozen=True)
 class _Found:
-    """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
+    """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero; lead axes."""
 
     layouts: dict[int, tuple[Layout | None, ...]]
     separate: bool
     sure: bool
     silent: bool
+    leads: list[tuple[int, ...]]
 
 
 def _data_enter(graph: Graph, number: int, slots: dict[int, Edge]) -> bool:
@@ -128,6 +125,15 @@ def _data_may_enter(graph: Graph, number: int) -> bool:
     name = graph.name(number)
     inputs = graph.inputs[number]
     return name in _DATA_INSIDE or any(edge is None for edge in (inputs[:1] if name in _DATA_FIRST else inputs))
+
+
+def _holds_samples(name: str, leads: list[tuple[int, ...]], n: int) -> bool:
+    """Guess whether the constants that a rule's node takes are data, from the lengths of the lead axes.
+
+    Products and convolutions of parameters with constants are rare, elementwise operations (masks) are not.
+    """
+    merged = name in _PRODUCTS
+    return n > 1 and any(length == n or (merged and length % n == 0) for lead in leads for length in lead)
 
 
 def _classify(graph: Graph, failed: set[int]) -> dict[int, dict[int, Edge]]:
@@ -161,17 +167,22 @@ def _test(
     for number in fresh:
         layouts: dict[int, tuple[Layout | None, ...]] = {}
         states: list[str] = []
+        leads: list[tuple[int, ...]] = []
         for slot in sites[number]:
             site = site_of(Place(graph, number, slot))
             outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
             found = [_of_output(arrangement(site), *at[edge], weights) for edge in outputs]
             layouts[slot] = tuple(layout for layout, _ in found)
             states += [state for _, state in found]
+            gradient = at[number, 0][0]
+            if site is not None and gradient is not None:
+                leads.append(tuple(site.arrange(gradient).shape[1:-1]))
         results[number] = _Found(
             layouts,
             separate="mixed" not in states,
             sure="open" not in states and "silent" not in states,
             silent=all(state in ("silent", "absent") for state in states),
+            leads=leads,
         )
     return results
 
@@ -192,23 +203,12 @@ def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
     return (lambda gradient: gradient[None, ..., None]) if site is None else site.arrange
 
 
-def sources(graph: Graph, edge: Edge) -> list[str]:
-    """Return the parameters at the end of the chain that comes down to the edge."""
-    if edge in graph.parameters:
-        return [graph.parameters[edge]]
-    below = [name for child in graph.inputs[edge[0]] if child is not None for name in sources(graph, child)]
-    return list(dict.fromkeys(below))
-
-
 def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     names = [name for edge in slots.values() for name in sources(graph, edge)]
-    mixers = [
-        graph.parameters[edges[1]].rpartition(".")[0]
-        for node, edges in enumerate(graph.inputs)
-        if graph.name(node) in BATCH_NORMS and graph.nodes[node]._saved_training
-        if edges[1] in graph.parameters
-    ]
-    where = f"batch normalisation in training mode: {', '.join(map(repr, mixers))}" if mixers else "statistics over the batch"
+    mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
+    gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
+    where = "batch normalisation in training mode" if mixing else "statistics over the batch"
+    where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
     return SamplesInteractError(
         f"`model` must treat each sample by itself; got samples that interact after parameter {names[0]!r} ({where}). "
         'Use `model.eval()`, `batch_norm="frozen"` or another normalisation, or leave these parameters out by `parameters=`.'

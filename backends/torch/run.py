@@ -55,12 +55,17 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
         The outputs, with their graph.
 
     Raises:
-        ArgumentError: when the module has parameters without a shape yet.
+        ArgumentError: when the module has parameters without a shape yet, or the inputs are not finite.
     """
     module = unwrap(module)
     if any(torch.nn.parameter.is_lazy(value) for value in module.parameters()):
         raise ArgumentError("`model` must have parameters with shapes; got a lazy module. Run it once on a batch first.")
-    inputs = unflatten(inputs, {name: torch.as_tensor(leaf) for name, leaf in flatten(inputs).items()})
+    leaves = {name: torch.as_tensor(leaf) for name, leaf in flatten(inputs, "inputs").items()}
+    for name, leaf in leaves.items():
+        # on the host only, for elsewhere a look at the values would wait for the device
+        if leaf.device.type == "cpu" and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Clean the data first.")
+    inputs = unflatten(inputs, leaves, "inputs")
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     keywords = inputs if isinstance(inputs, dict) else {}
     arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)

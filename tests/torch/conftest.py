@@ -173,9 +173,9 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         nn.Sequential(
             parametrizations.spectral_norm(nn.Linear(5, 6)),
             nn.Tanh(),
-            parametrizations.orthogonal(nn.Linear(6, 4)),
+            parametrizations.orthogonal(nn.Linear(6, 6)),
             nn.Tanh(),
-            prune.random_unstructured(nn.Linear(4, 3), "weight", 0.5),
+            prune.random_unstructured(nn.Linear(6, 3), "weight", 0.5),
         ).eval(),
         X(6, 5),
     ),

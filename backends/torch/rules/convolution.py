@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # PyTorch's own abbreviation
+from torch.nn import functional
 
-from mgs_core._protocol import LayerStatistics, Outer
+from mgs_core._protocol import Convolution, LayerStatistics, Outer
 
 from ..namespace import namespace
 from ._registry import Place, Site, elementwise, register
@@ -22,53 +23,66 @@ def convolution(place: Place) -> Site | None:
         return elementwise(place, 1.0, (1,))
     if place.slot != 1:
         return None
-    node = place.node
-    window = tuple(place.weight[2:])
-    stride, dilation, padding = (tuple(values) for values in (node._saved_stride, node._saved_dilation, node._saved_padding))
-    geometry: dict[str, Any] = {"window": window, "stride": stride, "dilation": dilation, "groups": int(node._saved_groups)}
-    out = place.output
-
-    def arrange(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.reshape(1, out[0], -1)
+    node, out = place.node, place.output
+    geometry = _Geometry(
+        window=tuple(place.weight[2:]),
+        strides=tuple(node._saved_stride),
+        padding=tuple(node._saved_padding),
+        dilations=tuple(node._saved_dilation),
+        groups=int(node._saved_groups),
+        image=tuple(node._saved_input.shape[1:]),
+        out=tuple(out[1:]),
+    )
 
     def inputs() -> torch.Tensor:
         x: torch.Tensor = node._saved_input
         return x.reshape(1, x.shape[0], -1)
 
-    shapes: dict[str, Any] = {"image": tuple(node._saved_input.shape[1:]), "out": tuple(out[1:]), "padding": padding}
-    make = _transposed if node._saved_transposed else _plain
-    return Site(arrange, partial(make, **geometry, **shapes), inputs, transposed=not node._saved_transposed)
+    transposed = bool(node._saved_transposed)
+    make = partial(_transposed if transposed else _plain, geometry)
+    return Site(lambda d: d.reshape(1, out[0], -1), make, inputs, transposed=not transposed)
 
 
-def _plain(
-    gradients: torch.Tensor, inputs: torch.Tensor, *, window: Any, stride: Any, dilation: Any, groups: int, image: Any, out: Any,
-    padding: Any, **common: Any,
-) -> LayerStatistics:  # fmt: skip
+@dataclass(frozen=True)
+class _Geometry:
+    """Hold sizes; of image and out, channels first."""
+
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilations: tuple[int, ...]
+    groups: int
+    image: tuple[int, ...]
+    out: tuple[int, ...]
+
+
+def _plain(geometry: _Geometry, gradients: torch.Tensor, inputs: torch.Tensor, **common: Any) -> LayerStatistics:
     """Every output position is a position; the patch below it is the input."""
     n, k, _, s, _ = gradients.shape
-    patches = _patches(inputs.reshape(n * s, *image), window, stride, dilation, padding, out[1:])
-    patches = patches.reshape(n, s, groups, -1, prod(out[1:])).permute(0, 2, 1, 4, 3).reshape(n, groups, s * prod(out[1:]), -1)
-    d = gradients.reshape(n, k, s, groups, out[0] // groups, -1).permute(0, 1, 3, 2, 5, 4)
-    return Outer(gradients=d.reshape(n, k, groups, s * prod(out[1:]), -1), inputs=patches, **common)
+    groups, image, out = geometry.groups, geometry.image, geometry.out
+    return Convolution(
+        gradients=gradients.reshape(n, k, s, groups, out[0] // groups, *out[1:]),
+        images=inputs.reshape(n, s, groups, image[0] // groups, *image[1:]),
+        window=geometry.window,
+        strides=geometry.strides,
+        pads=tuple((size, size) for size in geometry.padding),
+        dilations=geometry.dilations,
+        **common,
+    )
 
 
-def _transposed(
-    gradients: torch.Tensor, inputs: torch.Tensor, *, window: Any, stride: Any, dilation: Any, groups: int, image: Any, out: Any,
-    padding: Any, **common: Any,
-) -> LayerStatistics:  # fmt: skip
+def _transposed(geometry: _Geometry, gradients: torch.Tensor, inputs: torch.Tensor, **common: Any) -> LayerStatistics:
     """Every input position is a position; the patch of gradients above it is what it meets."""
     n, k, _, s, _ = gradients.shape
-    patches = _patches(gradients.reshape(n * k * s, *out), window, stride, dilation, padding, image[1:])
-    patches = patches.reshape(n, k, s, groups, -1, prod(image[1:])).permute(0, 1, 3, 2, 5, 4)
-    x = inputs.reshape(n, s, groups, image[0] // groups, -1).permute(0, 2, 1, 4, 3)
-    x = x.reshape(n, groups, s * prod(image[1:]), -1)
-    return Outer(gradients=patches.reshape(n, k, groups, s * prod(image[1:]), -1), inputs=x, **common)
-
-
-def _patches(x: torch.Tensor, window: Any, stride: Any, dilation: Any, padding: Any, count: Any) -> torch.Tensor:
-    """Return the windows, (n, channels, *window, *count)."""
-    x = F.pad(x, [amount for size in reversed(padding) for amount in (size, size)])
-    patches = namespace.mgs_patches(x, window, stride, dilation)
-    for axis, length in enumerate(reversed(count), 1):
+    groups, image, positions = geometry.groups, geometry.image, prod(geometry.image[1:])
+    d = functional.pad(
+        gradients.reshape(n * k * s, *geometry.out), [size for size in reversed(geometry.padding) for _ in range(2)]
+    )
+    patches = namespace.mgs_patches(d, geometry.window, geometry.strides, geometry.dilations)
+    for axis, length in enumerate(reversed(image[1:]), 1):  # output padding leaves room for windows that no input has
         patches = patches.narrow(-axis, 0, length)
-    return patches
+    patches = patches.reshape(n, k, s, groups, -1, positions).permute(0, 1, 3, 2, 5, 4)
+    x = inputs.reshape(n, s, groups, image[0] // groups, -1).permute(0, 2, 1, 4, 3)
+    return Outer(
+        gradients=patches.reshape(n, k, groups, s * positions, -1), inputs=x.reshape(n, groups, s * positions, -1), **common
+    )

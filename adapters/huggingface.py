@@ -1,0 +1,134 @@
+"""Hugging Face transformers: a callback that logs the kernel, and a mixin that gives a `Trainer` the penalised loss.
+
+class PenalisedTrainer(MGSTrainerMixin, transformers.Trainer): pass
+trainer = PenalisedTrainer(model, arguments, train_dataset=data, mgs_loss=MGSLoss(torch.nn.CrossEntropyLoss(), penalty=…))
+trainer.add_callback(MGSCallback(trainer, probe, every=100))
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from .torch import MGSLoss, MGSMonitor, twice_differentiable
+
+
+class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no types where it is not installed
+    """Measure the kernel of a probe batch on schedule and log its summary through the trainer.
+
+    Attributes:
+        monitor: the `MGSMonitor`.
+
+    Example:
+        >>> import torch
+        >>> import transformers
+        >>> from mgs_core.adapters.huggingface import MGSCallback
+        >>> issubclass(MGSCallback, transformers.TrainerCallback)
+        True
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        unit: Literal["step", "epoch"] = "step",
+        **options: Any,
+    ) -> None:
+        """Hold the trainer, the probe batch and the schedule.
+
+        Args:
+            trainer: the `transformers.Trainer`, whose `log` is used.
+            inputs: probe batch for `model(**inputs)`, without labels.
+            targets: its targets, if the head needs them.
+            unit: what the schedule counts: optimizer steps or epochs.
+            **options: passed to `MGSMonitor`: `every`, `labels`, `sinks`, `select`, `output`, …
+        """
+        device = trainer.args.device
+        inputs, targets = (_to_device(part, device) for part in (inputs, targets))
+        self.monitor = MGSMonitor(trainer.model, inputs, targets, **options)
+        self._trainer, self._unit = trainer, unit
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Measure if it is due."""
+        if self._unit == "step":
+            self._measure(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Measure if it is due."""
+        if self._unit == "epoch":
+            self._measure(round(state.epoch))
+
+    def _measure(self, number: int) -> None:
+        if self.monitor.step(number) is not None:
+            record = self.monitor.history[-1]
+            self._trainer.log({name: value for name, value in record.items() if name not in ("step", "seconds")})
+
+
+class MGSTrainerMixin:
+    """Give a `transformers.Trainer` an `MGSLoss`; put it in front of the trainer among the bases.
+
+    The loss is `mgs_loss(logits, labels)`, instead of the model's own.
+
+    Example:
+        >>> import transformers
+        >>> from mgs_core.adapters.huggingface import MGSTrainerMixin
+        >>> class PenalisedTrainer(MGSTrainerMixin, transformers.Trainer):
+        ...     pass
+    """
+
+    def __init__(self, *arguments: Any, mgs_loss: MGSLoss, **keywords: Any) -> None:
+        """Make the trainer.
+
+        Args:
+            *arguments: passed to the trainer.
+            mgs_loss: takes the logits and the labels.
+            **keywords: passed to the trainer.
+        """
+        super().__init__(*arguments, **keywords)
+        self.mgs_loss = mgs_loss
+        self.model_accepts_loss_kwargs = False  # so that the trainer divides by the steps that it accumulates
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss, and the outputs if asked for."""
+        labels = inputs["labels"]
+        fused = self.mgs_loss.penalty is None or not model.training
+        with nullcontext() if fused else twice_differentiable(recurrent=False):
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        self.mgs_loss.train(model.training)
+        loss = self.mgs_loss(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of each next token, unreduced: the criterion of a causal language model.
+
+    Args:
+        logits: (n, s, vocabulary).
+        labels: the tokens, (n, s); -100 where there is nothing to predict.
+
+    Returns:
+        Losses, (n, s - 1), divided by the mean share of tokens to predict, so that their mean is that over such tokens.
+
+    Example:
+        >>> import torch
+        >>> from mgs_core.adapters.huggingface import next_token_loss
+        >>> next_token_loss(torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [3, 0, -100]])).round(decimals=2)
+        tensor([[1.8500, 1.8500],
+                [1.8500, 0.0000]])
+    """
+    targets = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    return losses / (targets != -100).to(losses.dtype).mean()
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, dict):
+        return {name: _to_device(value, device) for name, value in batch.items()}
+    return batch.to(device) if isinstance(batch, torch.Tensor) else batch

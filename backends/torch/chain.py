@@ -1,0 +1,122 @@
+"""What lies between a parameter and the place where it meets data: nothing, views, or operations on parameters alone."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from .graph import Edge, Graph
+
+_VIEWS = {
+    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Split",
+    "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Clone", "Alias", "ToCopy", "Diagonal", "Flip",
+}  # fmt: skip
+
+
+def is_view(graph: Graph, number: int) -> bool:
+    """Return whether the node only rearranges or selects elements of its one input."""
+    return len(graph.inputs[number]) == 1 and graph.name(number) in _VIEWS
+
+
+def sources(graph: Graph, edge: Edge) -> list[str]:
+    """Return the parameters at the end of the chain that comes down to the edge."""
+    if edge in graph.parameters:
+        return [graph.parameters[edge]]
+    below = [name for child in graph.inputs[edge[0]] if child is not None for name in sources(graph, child)]
+    return list(dict.fromkeys(below))
+
+
+def view_key(graph: Graph, edge: Edge) -> tuple[Any, ...] | None:
+    """Return the steps from the parameter to the edge when all are views, else None."""
+    if edge in graph.parameters:
+        return ()
+    (below, *others) = graph.inputs[edge[0]] or (None,)
+    steps = None if below is None or others or not is_view(graph, edge[0]) else view_key(graph, below)
+    return None if steps is None else (*steps, (*graph.steps[edge[0]], edge[1]))
+
+
+def places_in(graph: Graph, source: Edge, name: str) -> torch.Tensor:
+    """Return, for each element of the parameter, its place behind the views, counted from 1; 0 when it is not there.
+
+    A view's backward moves elements, so it is asked to move their numbers; in digits below 256, which every precision holds.
+    """
+    shape = graph.shape(source)
+    number = torch.arange(1, prod(shape) + 1, device=graph.heads.device)
+    places, factor = torch.zeros((), dtype=torch.int64, device=graph.heads.device), 1
+    while factor <= prod(shape):
+        digits = (number // factor % 256).reshape(shape).to(graph.dtype(source))
+        (digit,) = pull_chain(graph, source, digits, [name], differentiable=False)
+        places = places + digit.reshape(-1).to(torch.int64) * factor
+        factor *= 256
+    return places
+
+
+def pull_chain(
+    graph: Graph, source: Edge, gradient: torch.Tensor, names: list[str], *, differentiable: bool
+) -> list[torch.Tensor]:
+    """Return the gradients of parameters from that at the end of their chain.
+
+    Args:
+        graph: the graph.
+        source: the end of the chain.
+        gradient: the gradient there.
+        names: the parameters.
+        differentiable: keep the graph.
+
+    Returns:
+        One gradient for each name.
+    """
+    edges = {name: edge for edge, name in graph.parameters.items()}
+    gradient = gradient.to(graph.dtype(source))
+    if differentiable and _has_weight_norm(graph, source):
+        by_edge = _pull_by_hand(graph, source, gradient)
+        return [by_edge[edges[name]] for name in names]
+    return _pull(graph, source, gradient, [edges[name] for name in names], differentiable)
+
+
+def _pull(graph: Graph, source: Edge, gradient: torch.Tensor, edges: list[Edge], differentiable: bool) -> list[torch.Tensor]:
+    top, *wanted = (GradientEdge(graph.nodes[number], output) for number, output in (source, *edges))
+    return list(
+        torch.autograd.grad(
+            [top], wanted, [gradient], retain_graph=True, create_graph=differentiable, allow_unused=True, materialize_grads=True
+        )
+    )
+
+
+def _has_weight_norm(graph: Graph, edge: Edge) -> bool:
+    below = [child for child in graph.inputs[edge[0]] if child is not None]
+    return graph.name(edge[0]) == "WeightNormInterface" or any(_has_weight_norm(graph, child) for child in below)
+
+
+def _pull_by_hand(graph: Graph, edge: Edge, gradient: torch.Tensor) -> dict[Edge, torch.Tensor]:
+    """Pull a gradient node by node, past weight normalisations, whose second derivative PyTorch has wrong.
+
+    Their own backward takes the norms that it kept for constants (PyTorch 2.13: `gradgradcheck` of `torch._weight_norm` fails).
+    """
+    if edge in graph.parameters:
+        return {edge: gradient}
+    node, inputs = graph.nodes[edge[0]], graph.inputs[edge[0]]
+    if graph.name(edge[0]) == "WeightNormInterface":
+        parts: tuple[torch.Tensor | None, ...] = _through_weight_norm(node, gradient)
+    else:
+        given = [gradient if output == edge[1] else None for output in range(len(node._input_metadata))]
+        result = node(*given)
+        parts = result if isinstance(result, tuple) else (result,)
+    total: dict[Edge, torch.Tensor] = {}
+    for child, part in zip(inputs, parts, strict=True):
+        if child is not None and part is not None:
+            for parameter, found in _pull_by_hand(graph, child, part.sum_to_size(graph.shape(child))).items():
+                total[parameter] = total[parameter] + found if parameter in total else found
+    return total
+
+
+def _through_weight_norm(node: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients in v and g of `g v / ‖v‖`, the norm over all axes but one."""
+    v, g, axis = node._saved_v, node._saved_g, int(node._saved_dim)
+    axes = [other for other in range(v.ndim) if other != axis]
+    square = (v * v).sum(axes, keepdim=True)
+    along = (gradient * v).sum(axes, keepdim=True) / square
+    return (g / square.sqrt()) * (gradient - v * along), along * square.sqrt()

@@ -1,0 +1,308 @@
+"""What the backend refuses, what it leaves alone, and the pieces that the other tests do not reach."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import mgs_core as mgs
+
+torch = pytest.importorskip("torch")
+
+from mgs_core.adapters.torch import Configured, MGSMonitor  # noqa: E402  # after the skip
+from mgs_core.backends.torch.graph import read_graph  # noqa: E402  # after the skip
+from torch import nn  # noqa: E402  # after the skip
+
+BACKEND = mgs.get_backend("torch")
+
+
+class Mixing(nn.Module):
+    """Mix the samples in one of several ways, after a first use of a parameter."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.first, self.out, self.gain, self.how = nn.Linear(5, 6), nn.Linear(6, 3), nn.Parameter(torch.ones(5)), how
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.how(self, x)))
+
+
+MIXING = {
+    "batch statistics": lambda s, x: s.first(x) - s.first(x).mean(0),
+    "without other data": lambda s, x: torch.nn.functional.linear(x * s.gain - (x * s.gain).mean(0), torch.ones(6, 5)),
+    "attention": lambda s, x: (s.first(x) @ s.first(x).T).softmax(-1) @ s.first(x),
+    "batch norm": lambda s, x: torch.nn.functional.batch_norm(s.first(x), None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("how", MIXING)
+def test_samples_that_interact_are_refused(how):
+    model, x = Mixing(MIXING[how]), torch.randn(7, 5)
+    with pytest.raises(
+        mgs.SamplesInteractError, match="`model` must treat each sample by itself; got samples that interact after"
+    ):
+        mgs.kernel(model, x)
+    assert mgs.kernel(model, x, parameters="out.weight").shape == (7, 7)
+
+
+def test_check_refuses_by_layer_and_counts():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)), torch.randn(5, 3, 6, 6)
+    routes = {layer.parameter: layer.route for layer in mgs.check(model, x).layers}
+    assert routes == dict.fromkeys(["0.weight", "0.bias"], "refused") | dict.fromkeys(
+        ["1.weight", "1.bias", "3.weight", "3.bias"], "statistics"
+    )
+    report = mgs.check(model.eval(), x)
+    assert report.ok
+    assert {layer.parameter: layer.kind for layer in report.layers}["0.weight"] == "convolution"
+    assert all(layer.cost > 0 for layer in report.layers)
+    assert "operations" in str(report)
+    assert report.penalty == ""
+
+
+def test_check_says_that_a_penalty_is_refused(of):
+    model, x = of("transformer")
+    report = mgs.check(model, x)
+    assert report.ok
+    assert "fused attention" in report.penalty
+    assert "A penalty is refused" in str(report)
+
+
+def test_samples_of_instance_normalisation_do_not_interact(of):
+    model, x = of("channels")
+    assert mgs.kernel(model.train(), x).shape == (6, 6)
+
+
+def test_nothing_of_the_user_changes(of):
+    model, x = of("resnet_batch_norm")
+    model[1].train()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes, inputs, random = [module.training for module in model.modules()], x.clone(), torch.get_rng_state()
+    mgs.kernel(model, x, output="sum", parameters=lambda name: name.startswith("7"))
+    mgs.kernel(nn.Sequential(nn.Dropout(0.5), nn.Flatten(), model[-1]), torch.ones(4, 8, dtype=x.dtype), output="sum")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(x, inputs)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert model[1].weight.grad is None
+    assert not x.requires_grad
+
+
+def test_works_where_gradients_are_off(of):
+    model, x = of("mlp")
+    expected = mgs.kernel(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(mgs.kernel(model, x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(mgs.kernel(model, x), expected)
+    assert not mgs.kernel(model, x).requires_grad
+
+
+def test_plans_are_kept_and_found_again_for_other_shapes(of):
+    model, x = of("frames")
+    for part in (x, x[:3], x.repeat(1, 2, 1, 1, 1)[:, :3], x):
+        torch.testing.assert_close(mgs.kernel(model, part, chunk_size=1), mgs.kernel(model, part))
+
+
+def test_one_structure_in_two_modes_has_two_plans():
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).eval(), torch.randn(7, 5)
+    mgs.kernel(model, x)
+    with pytest.raises(mgs.SamplesInteractError):
+        mgs.kernel(model.train(), x)
+    mgs.kernel(model.eval(), x)
+
+
+def test_a_head_without_gradient_gives_zero():
+    model, x = nn.Linear(5, 2), torch.randn(4, 5)
+    assert not mgs.kernel(model, x, output=lambda outputs, _: 0.0 * outputs.sum(1)).any()
+    constant = mgs.FunctionalModel(lambda p, x: x, {"w": torch.ones(2)})
+    assert torch.equal(mgs.kernel(constant, x), torch.zeros(4, 4))
+
+
+def test_compiled_and_parallel_modules_are_unwrapped(of):
+    model, x = of("mlp")
+    torch.testing.assert_close(mgs.kernel(torch.compile(model, backend="eager"), x), mgs.kernel(model, x))
+    torch.testing.assert_close(mgs.kernel(nn.DataParallel(model), x), mgs.kernel(model, x))
+
+
+def test_checkpointing_shows_its_parameters_or_is_refused(of):
+    model, x = of("mlp")
+
+    class Saving(nn.Module):
+        def __init__(self, reentrant) -> None:
+            super().__init__()
+            self.inner, self.reentrant = model, reentrant
+
+        def forward(self, x):
+            hidden = self.inner[0](x)
+            hidden = torch.utils.checkpoint.checkpoint(self.inner[1:], hidden, use_reentrant=self.reentrant)
+            return hidden
+
+    import torch.utils.checkpoint
+
+    with pytest.raises(mgs.UnsupportedModelError, match=r"checkpointing with `use_reentrant=True`; set `use_reentrant=False`"):
+        mgs.kernel(Saving(True), x)
+    torch.testing.assert_close(mgs.kernel(Saving(False), x), mgs.kernel(model, x))
+
+
+def test_custom_functions_get_rows(of):
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x * w**3
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, w = ctx.saved_tensors
+            return gradient * w**3, (gradient * x * 3 * w**2).sum(0)
+
+    w, x = nn.Parameter(torch.randn(5, dtype=torch.float64)), torch.randn(4, 5, dtype=torch.float64)
+    model = mgs.FunctionalModel(lambda p, x: Cube.apply(x, p["w"]).tanh(), {"w": w})
+    plain = mgs.FunctionalModel(lambda p, x: (x * p["w"] ** 3).tanh(), {"w": w})
+    torch.testing.assert_close(mgs.kernel(model, x), mgs.kernel(plain, x))
+    assert mgs.check(model, x).layers[0].route == "rows"
+    kernels = [mgs.kernel(m, x, differentiable=True).log().sum() for m in (model, plain)]
+    torch.testing.assert_close(*(torch.autograd.grad(kernel, w)[0] for kernel in kernels))
+
+
+def test_nested_gradients_are_differentiated_again():
+    def energy(x, w):
+        return (torch.tanh(x["x"] @ w) ** 2).sum()
+
+    def objective(w):
+        _, slope = BACKEND.value_and_gradient(energy)({"x": x}, w["w"])
+        return (slope["x"] ** 2).sum()
+
+    x, w = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    value, gradient = BACKEND.value_and_gradient(objective)({"w": w})
+    step, move = 1e-5, torch.randn(3, 2, dtype=torch.float64)
+    ends = [float(objective({"w": w.detach() + sign * step * move})) for sign in (1, -1)]
+    assert float((gradient["w"] * move).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6)
+    assert value > 0
+
+
+def test_select_and_several_inputs(of):
+    model, x = of("separate_attention")
+    expected = mgs.kernel(model, x)
+
+    class Naming(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, left, right):
+            return {"out": self.inner(left, right), "other": None}
+
+    named = {"left": x[0], "right": x[1].numpy()}
+    torch.testing.assert_close(mgs.kernel(Configured(Naming(), select=lambda outputs: outputs["out"]), named), expected)
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must return a tensor.*got dict.*`select`"):
+        mgs.kernel(Naming(), named)
+
+
+class Refusing:
+    scaled = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(6, 2))
+    bag = nn.Sequential(nn.EmbeddingBag(5, 3, scale_grad_by_freq=True), nn.Linear(3, 2))
+    complex = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": torch.ones(3, 2, dtype=torch.complex64)})
+    infinite = mgs.FunctionalModel(lambda p, x: (x @ p["w"]) * torch.inf, {"w": torch.ones(3, 2)})
+    x = torch.randn(4, 3)
+    ids = torch.randint(0, 5, (4, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: mgs.kernel(Refusing.scaled, Refusing.ids), mgs.UnsupportedModelError, "got `scale_grad_by_freq=True`"),
+        (lambda: mgs.kernel(Refusing.bag, Refusing.ids), mgs.UnsupportedModelError, "got `scale_grad_by_freq=True`"),
+        (lambda: mgs.kernel(nn.LazyLinear(2), Refusing.x), mgs.ArgumentError, "got a lazy module. Run it once"),
+        (
+            lambda: mgs.kernel(Refusing.complex, Refusing.x),
+            mgs.ArgumentError,
+            "real floating-point .*complex64",
+        ),
+        (
+            lambda: mgs.kernel(nn.Linear(3, 2), torch.full((4, 3), torch.nan)),
+            mgs.ArgumentError,
+            "`inputs` must be finite",
+        ),
+        (
+            lambda: mgs.kernel(nn.LSTM(3, 2, batch_first=True), Refusing.x[None]),
+            mgs.ArgumentError,
+            "must return a tensor, or an object",
+        ),
+        (lambda: mgs.kernel(nn.Linear(3, 2), Refusing.x[None], output="sum"), mgs.ArgumentError, r"outputs of shape \(n, c\)"),
+        (lambda: mgs.kernel(Refusing.infinite, Refusing.x), mgs.ArgumentError, "`model` must have finite gradients"),
+        (lambda: BACKEND.parameters(object()), mgs.ArgumentError, "`model` must be a torch.nn.Module or a FunctionalModel"),
+        (
+            lambda: mgs.kernel(nn.Linear(3, 2), Refusing.x, parameters="nonsense"),
+            mgs.ArgumentError,
+            r"must name parameters of the model; got \['nonsense'\]",
+        ),
+    ],
+)
+def test_refusals_name_the_remedy(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_arrays_come_and_go():
+    array = np.array([[1.0, 2.0]], dtype=np.float32)
+    tensor = BACKEND.asarray(array)
+    assert tensor.dtype == torch.float32
+    np.testing.assert_array_equal(BACKEND.to_numpy(tensor.bfloat16().requires_grad_()), array)
+    assert BACKEND.asarray(tensor.requires_grad_()).requires_grad
+
+
+def test_graph_without_parameters_is_empty():
+    assert read_graph(torch.ones(2, 1), {"w": nn.Parameter(torch.ones(1))}).nodes == []
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_monitor_measures_on_schedule_and_restores_everything():
+    model, x = Dropping().train(), torch.randn(8, 4)
+    model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    random, written = torch.get_rng_state(), []
+    sink = mgs.CallbackSink(lambda numbers, step: written.append((step, numbers["mgs_trace"])))
+    y, schedule = torch.arange(8) % 3, mgs.Schedule(2, start=1)
+    monitor = MGSMonitor(model, x, y, labels=y, every=schedule, sinks=[sink], output="loss")
+    summaries = [monitor.step(loss=0.5) for _ in range(5)]
+    assert [summary is not None for summary in summaries] == [False, True, False, True, False]
+    assert [record["step"] for record in monitor.history] == [1, 3] == [step for step, _ in written]
+    assert monitor.history[0]["loss"] == 0.5
+    expected = mgs.kernel(model.eval(), x, y, output="loss").trace()
+    assert monitor.history[0]["mgs_trace"] == pytest.approx(float(expected))
+    model.train()
+    model.layers[1].eval()
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(value.grad is None for value in model.parameters())
+
+
+def test_monitor_restores_the_mode_after_an_error():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).train()
+    monitor = MGSMonitor(model, torch.randn(5, 7), every=1)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        monitor.step()
+    assert model.training
+    assert model[1].training
+
+
+def test_monitor_takes_epochs_and_selects():
+    model = nn.LSTM(3, 4, batch_first=True)
+    monitor = MGSMonitor(model, torch.randn(5, 6, 3), every=1, select=lambda outputs: outputs[0][:, -1], chunk_size=2)
+    assert monitor.step(7) is not None
+    assert monitor.step(number=9) is not None
+    assert [record["step"] for record in monitor.history] == [7, 9]

@@ -1,0 +1,63 @@
+"""Two processes with gloo: each rank penalises the kernel of its own samples, and gradients are averaged as always."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import mgs_core as mgs
+
+torch = pytest.importorskip("torch")
+
+from mgs_core.adapters.torch import MGSLoss  # noqa: E402  # after the skip
+from torch import nn  # noqa: E402  # after the skip
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch():
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(8, 5, generator=random, dtype=torch.float64), torch.arange(8) % 3
+
+
+def criterion():
+    return MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("log_determinant", 0.5), weighting="agreement")
+
+
+def work(rank: int, port: int, path: str) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, (x, y) = nn.parallel.DistributedDataParallel(build()), batch()
+    half = slice(4 * rank, 4 * rank + 4)
+    criterion()(model(x[half]), y[half]).backward()
+    torch.save([value.grad for value in model.parameters()], path)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_rank_has_the_mean_of_the_ranks_gradients(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    command = [sys.executable, "-P", __file__]
+    processes = [subprocess.Popen([*command, str(rank), str(port), str(path)]) for rank, path in enumerate(paths)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    model, (x, y) = build(), batch()
+    parts = [torch.autograd.grad(criterion()(model(x[i : i + 4]), y[i : i + 4]), list(model.parameters())) for i in (0, 4)]
+    for path in paths:
+        for found, left, right in zip(torch.load(path), *parts, strict=True):
+            torch.testing.assert_close(found, (left + right) / 2)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

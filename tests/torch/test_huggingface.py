@@ -1,0 +1,138 @@
+"""Tiny randomly initialised transformers models: exact kernels, a penalised Trainer, a callback that logs."""
+
+from __future__ import annotations
+
+import pytest
+
+import mgs_core as mgs
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from mgs_core.adapters.huggingface import MGSCallback, MGSTrainerMixin, next_token_loss  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import MGSLoss, twice_differentiable  # noqa: E402  # after the skip
+from torch.nn.functional import cross_entropy  # noqa: E402  # after the skip
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and accelerate warn of their own dependencies
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=8,
+        num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config)
+
+
+def gpt():
+    config = transformers.GPT2Config(
+        vocab_size=30, n_embd=8, n_layer=2, n_head=2, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def words(n: int = 5):
+    random = torch.Generator().manual_seed(1)
+    mask = torch.ones(n, 6, dtype=torch.int64)
+    mask[0, 4:] = 0
+    return {"input_ids": torch.randint(0, 30, (n, 6), generator=random), "attention_mask": mask}
+
+
+def classify(outputs, targets):
+    return cross_entropy(outputs, targets, reduction="none")
+
+
+def predict(outputs, targets):
+    return cross_entropy(outputs[:, :-1].transpose(1, 2), targets[:, 1:], reduction="none").mean(1)
+
+
+@pytest.mark.parametrize(("make", "loss"), [(bert, classify), (gpt, predict)])
+def test_kernel_and_penalty_are_those_of_a_loop(make, loss):
+    model, inputs = make().double().eval(), words()
+    targets = torch.arange(5) % 3 if loss is classify else inputs["input_ids"]
+    with twice_differentiable():
+        kernel = mgs.kernel(model, inputs, targets, output="loss", loss=loss, differentiable=True)
+        rows = []
+        for a in range(5):
+            each = {name: value[a : a + 1] for name, value in inputs.items()}
+            value = loss(model(**each).logits, targets[a : a + 1])
+            parts = torch.autograd.grad(
+                value, list(model.parameters()), create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    rows = torch.stack(rows)
+    torch.testing.assert_close(kernel, rows @ rows.T, rtol=1e-10, atol=1e-12)
+    penalty = mgs.Penalty("log_determinant", 1.0)
+    gradients = [
+        torch.autograd.grad(penalty(k), list(model.parameters()), allow_unused=True, materialize_grads=True)
+        for k in (kernel, rows @ rows.T)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-11)
+
+
+class PenalisedTrainer(MGSTrainerMixin, transformers.Trainer):
+    pass
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, labels) -> None:
+        self.inputs, self.labels = words(8), labels
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, number):
+        return {**{name: value[number] for name, value in self.inputs.items()}, "labels": self.labels[number]}
+
+
+def arguments(folder, **options):
+    return transformers.TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
+        disable_tqdm=True, seed=0, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_trainer_penalises_and_logs(tmp_path, unit):
+    pytest.importorskip("accelerate")
+    criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 0.01))
+    trainer = PenalisedTrainer(
+        bert(), arguments(tmp_path, max_steps=4), train_dataset=Data(torch.arange(8) % 3), eval_dataset=Data(torch.arange(8) % 3),
+        mgs_loss=criterion,
+    )  # fmt: skip
+    trainer.add_callback(MGSCallback(trainer, words(), unit=unit, every=2 if unit == "step" else 1, output="sum"))
+    trainer.train()
+    assert criterion.last.penalty > 0
+    logged = [entry for entry in trainer.state.log_history if "mgs_trace" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    trainer.evaluate()
+    assert criterion.last.penalty is None
+
+
+def test_trainer_takes_a_language_model_and_accumulates(tmp_path):
+    pytest.importorskip("accelerate")
+    labels = words(8)["input_ids"].clone()
+    labels[:, 4:] = -100
+    steps = {"accumulated": (4, 2), "whole": (8, 1)}
+    moved = {}
+    for name, (size, accumulate) in steps.items():
+        criterion = MGSLoss(next_token_loss, weighting=None, penalty=mgs.Penalty("trace", 0.0))
+        options = arguments(
+            tmp_path, max_steps=1, gradient_accumulation_steps=accumulate, optim="sgd", learning_rate=0.5, max_grad_norm=0.0
+        )
+        options.per_device_train_batch_size = size
+        trainer = PenalisedTrainer(gpt(), options, train_dataset=Data(labels), mgs_loss=criterion)
+        trainer.train()
+        moved[name] = torch.cat([value.detach().reshape(-1) for value in trainer.model.parameters()])
+    torch.testing.assert_close(moved["accumulated"], moved["whole"], rtol=1e-4, atol=1e-6)
+
+
+def test_next_token_loss_is_the_models_own():
+    model, inputs = gpt().eval(), words()
+    labels = inputs["input_ids"].clone()
+    labels[1, 3:] = -100
+    outputs = model(**inputs, labels=labels)
+    torch.testing.assert_close(next_token_loss(outputs.logits, labels).mean(), outputs.loss)

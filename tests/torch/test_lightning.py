@@ -1,0 +1,58 @@
+"""The Lightning callback logs through the module, and MGSLoss trains in `training_step` as any loss."""
+
+from __future__ import annotations
+
+import pytest
+
+import mgs_core as mgs
+
+torch = pytest.importorskip("torch")
+lightning = pytest.importorskip("lightning")
+
+from mgs_core.adapters.lightning import MGSCallback  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import MGSLoss  # noqa: E402  # after the skip
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of workers, of logging intervals and of its own dependencies
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(6, 3))
+        self.criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 0.01), every=2)
+        self.penalties, self.seen = [], []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, _):
+        loss = self.criterion(self(batch[0]), batch[1])
+        self.penalties.append(self.criterion.last.penalty)
+        return loss
+
+    def validation_step(self, batch, _):
+        loss = self.criterion(self(batch[0]), batch[1])
+        self.seen.append(self.criterion.last.penalty)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(("unit", "steps"), [("step", [2, 4, 6]), ("epoch", [0, 1])])
+def test_logs_on_schedule(tmp_path, unit, steps):
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    module, callback = Module(), MGSCallback(x, y, unit=unit, every=2 if unit == "step" else 1, labels=y, output="loss")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, num_sanity_val_steps=0, **quiet
+    )
+    trainer.fit(module, loader, loader)
+    assert [record["step"] for record in callback.monitor.history] == steps
+    assert float(trainer.callback_metrics["mgs_trace"]) == pytest.approx(callback.monitor.history[-1]["mgs_trace"], rel=1e-5)
+    assert "mgs_alignment" in trainer.callback_metrics
+    assert [penalty is not None for penalty in module.penalties] == [True, False, True, False, True, False]
+    assert module.seen
+    assert set(module.seen) == {None}

@@ -1,0 +1,361 @@
+"""MGSLoss: the criterion's own value, penalty and weights from loops of ordinary gradients, and what users do around a loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+import mgs_core as mgs
+
+torch = pytest.importorskip("torch")
+
+from mgs_core.adapters.torch import Configured, MGSLoss, twice_differentiable  # noqa: E402  # after the skip
+from torch import nn  # noqa: E402  # after the skip
+from torch.nn.functional import cross_entropy  # noqa: E402  # after the skip
+
+TRACE = mgs.Penalty("trace", strength=0.3)
+
+
+@pytest.fixture
+def mlp(of):
+    model, x = of("mlp")
+    x = torch.cat([x, x.flip(0) + 0.5])
+    return model, x, torch.arange(len(x)) % 3
+
+
+def loss_rows(model, x, losses_of) -> torch.Tensor:
+    """Gradient of each sample's loss, by a loop."""
+    rows = []
+    for loss in losses_of(model(x)):
+        parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    return torch.stack(rows)
+
+
+CRITERIA = {
+    "plain": nn.CrossEntropyLoss(),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "weights": nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)),
+    "ignored": nn.CrossEntropyLoss(ignore_index=1),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.2, weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)),
+    "function": cross_entropy,
+    "callable": lambda outputs, targets: cross_entropy(outputs, targets, reduction="none"),
+}
+
+BARE = ("function", "callable")
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_value_is_the_criterion_plus_the_penalty_on_the_kernel_of_its_losses(mlp, name):
+    model, x, y = mlp
+    criterion = MGSLoss(CRITERIA[name], penalty=TRACE)
+    value = criterion(model(x), y)
+    plain = CRITERIA[name](model(x), y).mean()
+
+    def losses(outputs):
+        options = {key: getattr(CRITERIA[name], key) for key in ("weight", "ignore_index", "label_smoothing") if name not in BARE}
+        each = cross_entropy(outputs, y, reduction="none", **options)
+        return each if name == "sum" else each * (len(y) * plain.detach() / each.sum().detach())
+
+    penalty = 0.3 * (loss_rows(model, x, losses) ** 2).sum() / len(x)
+    torch.testing.assert_close(criterion.last.criterion, plain.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(criterion.last.penalty, penalty, rtol=1e-11, atol=0)
+    torch.testing.assert_close(value, plain + penalty, rtol=1e-12, atol=0)
+
+
+def test_ignored_samples_are_not_in_the_kernel(mlp):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(ignore_index=1), penalty=TRACE)
+    criterion(model(x), y)
+    assert not criterion.last.kernel[y == 1].any()
+    assert (criterion.last.kernel.diagonal()[y != 1] > 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_agreement_weights_the_losses_and_their_gradient(mlp, reduction):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(reduction=reduction), weighting="agreement")
+    value = criterion(model(x), y)
+    rows = loss_rows(model, x, lambda outputs: cross_entropy(outputs, y, reduction="none"))
+    weights = mgs.agreement_weights(rows @ rows.T)
+    losses = cross_entropy(model(x), y, reduction="none")
+    expected = getattr(weights * losses, reduction)()
+    torch.testing.assert_close(criterion.last.weights, weights, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=0)
+    gradient = torch.autograd.grad(value, list(model.parameters()))
+    for part, other in zip(gradient, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-10, atol=1e-12)
+
+
+def test_agreement_and_penalty_share_one_kernel(mlp):
+    model, x, y = mlp
+    both = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, weighting="agreement")
+    value = both(model(x), y)
+    penalised, weighted = (
+        MGSLoss(nn.CrossEntropyLoss(), **options) for options in ({"penalty": TRACE}, {"weighting": "agreement"})
+    )
+    penalised(model(x), y), weighted(model(x), y)
+    torch.testing.assert_close(value, weighted.last.loss + penalised.last.penalty)
+    assert both.last.summary.trace == pytest.approx(float(penalised.last.kernel.trace()))
+
+
+def test_sample_weights_weight_losses_and_kernel(mlp):
+    model, x, y = mlp
+    weights = torch.linspace(0.0, 2.0, len(x), dtype=torch.float64)
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    criterion(model(x), y, sample_weight=weights)
+    rows = loss_rows(model, x, lambda outputs: weights * cross_entropy(outputs, y, reduction="none"))
+    torch.testing.assert_close(criterion.last.kernel, rows @ rows.T, rtol=1e-11, atol=1e-12)
+    expected = (weights * cross_entropy(model(x), y, reduction="none")).mean()
+    torch.testing.assert_close(criterion.last.criterion, expected.detach())
+
+
+def test_every_penalises_lazily_and_more_strongly(mlp):
+    model, x, y = mlp
+    always, lazy = (MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, every=every) for every in (1, 3))
+    penalties = []
+    for _ in range(4):
+        always(model(x), y), lazy(model(x), y)
+        penalties.append(lazy.last.penalty)
+    assert [penalty is not None for penalty in penalties] == [True, False, False, True]
+    torch.testing.assert_close(penalties[0], 3 * always.last.penalty)
+
+
+def test_max_samples_takes_the_kernel_of_the_first(mlp):
+    model, x, y = mlp
+    few, all_of_them = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, max_samples=5), MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    few(model(x), y), all_of_them(model(x), y)
+    torch.testing.assert_close(few.last.kernel, all_of_them.last.kernel[:5, :5])
+
+
+@pytest.mark.parametrize("output", ["trace", "target", "sum", "random"])
+def test_other_heads_are_those_of_kernel(mlp, output):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, output=output, transform="softmax")
+    criterion(model(x), y)
+    torch.testing.assert_close(criterion.last.kernel, mgs.kernel(model, x, y, output=output, transform="softmax"))
+
+
+def test_random_probes_are_drawn_anew(mlp):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, output="random")
+    kernels = []
+    for _ in range(3):
+        criterion(model(x), y)
+        kernels.append(criterion.last.kernel)
+    assert not torch.allclose(kernels[0], kernels[1]) or not torch.allclose(kernels[0], kernels[2])
+
+
+def test_evaluation_and_no_grad_give_the_criterion_alone(mlp):
+    model, x, y = mlp
+    criterion, plain = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE), nn.CrossEntropyLoss()(model(x), y)
+    with torch.no_grad():
+        torch.testing.assert_close(criterion(model(x), y), plain.detach())
+    torch.testing.assert_close(criterion.eval()(model(x), y), plain)
+    assert criterion.last.penalty is None
+    assert criterion.last.summary is None
+
+
+def test_gradient_accumulates_over_micro_batches(mlp):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    parts = [torch.autograd.grad(criterion(model(x[i : i + 4]), y[i : i + 4]) / 3, list(model.parameters())) for i in (0, 4, 8)]
+    for i in (0, 4, 8):
+        (criterion(model(x[i : i + 4]), y[i : i + 4]) / 3).backward()
+    for number, value in enumerate(model.parameters()):
+        torch.testing.assert_close(value.grad, sum(part[number] for part in parts))
+
+
+def test_gradient_scaler_scales_loss_and_penalty_alike(mlp):
+    model, x, y = mlp
+    model, x = model.float(), x.float()
+    scaled, scaler = copy.deepcopy(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for net, step in (
+        (model, lambda loss, o: (loss.backward(), o.step())),
+        (scaled, lambda loss, o: (scaler.scale(loss).backward(), scaler.step(o))),
+    ):
+        groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters(), "lr": 0.01}]
+        step(MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)(net(x), y), torch.optim.SGD(groups, lr=0.1))
+    for value, other in zip(model.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def test_training_with_automatic_mixed_precision_lowers_the_loss(of):
+    model, x = of("cnn")
+    model, x, y = model.float(), x.float(), torch.arange(6) % 3
+    criterion, optimizer = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("log_determinant", 0.01)), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert criterion.last.kernel.dtype == torch.float32
+
+
+def test_dropout_masks_are_those_of_the_outputs(mlp):
+    model, x, y = mlp
+    model = nn.Sequential(model[0], nn.Dropout(0.5), nn.Tanh(), model[2])
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    outputs = model(x)
+    criterion(outputs, y)
+    rows = loss_rows(model, x, lambda _: cross_entropy(outputs, y, reduction="none"))
+    torch.testing.assert_close(criterion.last.kernel, rows @ rows.T, rtol=1e-11, atol=1e-12)
+
+
+def test_batch_normalisation_is_refused_by_name_or_frozen(of):
+    model, x = of("resnet_batch_norm")
+    model.train()
+    y = torch.arange(len(x)) % 3
+    with pytest.raises(mgs.SamplesInteractError, match=r"after parameter '0.weight' \(batch normalisation in training mode, '1'"):
+        MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model)(model(x), y)
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, batch_norm="frozen")
+    criterion(model(x), y)
+    # the same by hand: a copy in evaluation mode with the statistics of this batch
+    fixed = copy.deepcopy(model)
+    hooks = [module.register_forward_pre_hook(freeze) for module in fixed.modules() if isinstance(module, nn.BatchNorm2d)]
+    fixed(x)
+    for hook in hooks:
+        hook.remove()
+    rows = loss_rows(fixed.eval(), x, lambda outputs: cross_entropy(outputs, y, reduction="none"))
+    torch.testing.assert_close(criterion.last.kernel, rows @ rows.T, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(mgs.kernel(Configured(model, batch_norm="frozen"), x, y, output="loss"), criterion.last.kernel)
+
+
+def freeze(module, inputs):
+    variance, mean = torch.var_mean(inputs[0].detach(), (0, 2, 3), correction=0)
+    module.running_mean.copy_(mean)
+    module.running_var.copy_(variance)
+    module.eval()
+
+
+def test_gradient_with_frozen_batch_normalisation_is_that_of_central_differences(of):
+    model, x = of("resnet_batch_norm")
+    model.train()
+    criterion, y = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, batch_norm="frozen"), torch.arange(len(x)) % 3
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(criterion(model(x), y), parameters)
+    random = torch.Generator().manual_seed(2)
+    direction = [torch.randn(value.shape, generator=random, dtype=value.dtype) for value in parameters]
+    start, values = [value.detach().clone() for value in parameters], {}
+    for i in (-2, -1, 1, 2):
+        with torch.no_grad():
+            for value, at, move in zip(parameters, start, direction, strict=True):
+                value.copy_(at + i * 1e-4 * move)
+        values[i] = float(criterion(model(x), y).detach())
+    expected = (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / 12e-4
+    assert sum(float((a * b).sum()) for a, b in zip(gradient, direction, strict=True)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_outputs_in_objects(mlp):
+    model, x, y = mlp
+
+    class Outputs:
+        logits = None
+
+    wrapped = Outputs()
+    wrapped.logits = model(x)
+    plain = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    torch.testing.assert_close(plain(wrapped, y), plain(model(x), y))
+    selecting = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, select=lambda outputs: outputs["out"])
+    torch.testing.assert_close(selecting({"out": model(x)}, y), plain(model(x), y))
+
+
+def test_parameters_by_name(mlp):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model, parameters=lambda name: name.startswith("2"))
+    criterion(model(x), y)
+    expected = mgs.kernel(model, x, y, output="loss", parameters=["2.weight", "2.bias"])
+    torch.testing.assert_close(criterion.last.kernel, expected)
+    assert len(list(criterion.parameters())) == 0
+
+
+def test_inputs_that_need_gradients_are_data(mlp):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    criterion(model(x), y)
+    expected = criterion.last.kernel
+    criterion(model(x.clone().requires_grad_()), y)
+    torch.testing.assert_close(criterion.last.kernel, expected)
+
+
+def test_fused_attention_is_refused_with_its_remedy(of):
+    model, x = of("transformer")
+    criterion, y = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE), torch.arange(len(x)) % 3
+    with pytest.raises(mgs.UnsupportedModelError, match=r"fused attention .*twice_differentiable"):
+        criterion(model(x), y)
+    with twice_differentiable(recurrent=False):
+        criterion(model(x), y).backward()
+    weighted = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement")
+    weighted(model(x), y).backward()
+    torch.testing.assert_close(weighted.last.kernel, criterion.last.kernel)
+
+
+def test_fused_recurrent_layers_are_refused_with_their_remedy():
+    model, x, y = nn.LSTM(3, 4, batch_first=True), torch.randn(5, 6, 3), torch.arange(5) % 4
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, select=lambda outputs: outputs[0][:, -1])
+    if torch.backends.mkldnn.is_available():
+        with pytest.raises(mgs.UnsupportedModelError, match=r"fused recurrent layer .*twice_differentiable"):
+            criterion(model(x), y)
+    fused = mgs.kernel(Configured(model, select=lambda outputs: outputs[0][:, -1]), x, output="sum")
+    before = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    with twice_differentiable():
+        criterion(model(x), y).backward()
+        plain = mgs.kernel(Configured(model, select=lambda outputs: outputs[0][:, -1]), x, output="sum")
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    assert before == (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled)
+
+
+GOOD = nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "`every` must be an integer of at least 1; got 0"),
+        ({"every": True}, "`every` must be an integer"),
+        ({"max_samples": 1}, "`max_samples` must be an integer of at least 2; got 1"),
+        ({"weighting": "nonsense"}, '`weighting` must be "agreement" or None'),
+        ({"batch_norm": "nonsense"}, '`batch_norm` must be "refuse" or "frozen"'),
+        ({"transform": "softmax"}, '`transform` must be "identity" for output="loss"'),
+        ({"criterion": 3}, "`criterion` must be callable"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        MGSLoss(**{"criterion": GOOD, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda m, x, y: MGSLoss(lambda o, t: GOOD(o, t), penalty=TRACE)(m(x), y),
+            "`criterion` must be able to give a loss for each",
+        ),
+        (
+            lambda m, x, y: MGSLoss(GOOD, penalty=TRACE)(m(x).detach(), y),
+            "`outputs` must be a tensor that the model made with gradients",
+        ),
+        (
+            lambda m, x, y: MGSLoss(GOOD, penalty=TRACE, model=nn.Linear(1, 1))(m(x), y),
+            "`outputs` must depend on trainable parameters",
+        ),
+        (
+            lambda m, x, y: MGSLoss(GOOD, penalty=TRACE)((m(x),), y),
+            "`model` must return a tensor, or an object with a tensor `logits`",
+        ),
+        (
+            lambda m, x, y: mgs.kernel(mgs.get_backend("torch").evaluated(m(x)), m(x).detach(), chunk_size=2),
+            "`chunk_size` must be None for outputs that are there already",
+        ),
+    ],
+)
+def test_bad_calls_are_named(mlp, call, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        call(*mlp)
