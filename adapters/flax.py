@@ -130,7 +130,7 @@ class _Regularized:
 
     def _losses(self, params: Any, rest: tuple[Any, ...]) -> FunctionalModel:
         """Return the losses (n, 1) of a batch, as the model whose samples are batches of one."""
-        loss = _functional(lambda params, batch: self._loss(params, batch, rest)[0], params)
+        loss = _backend.pure(lambda params, batch: self._loss(params, batch, rest)[0], params)
 
         def losses(values: Any, batch: Any) -> Any:
             if _count(batch) == 1:
@@ -158,7 +158,7 @@ class _Regularized:
     def _kernel(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> Any:
         if self.output == "loss":
             return kernel(self._losses(params, rest), batch, output="sum", differentiable=True, **self.options)
-        model = _functional(lambda params, batch: self.outputs(params, batch, *rest), params)
+        model = _backend.pure(lambda params, batch: self.outputs(params, batch, *rest), params)
         targets = None if self.targets is None else self.targets(batch)
         return kernel(model, batch, targets, output=self.output, differentiable=True, **self.options)
 
@@ -290,20 +290,6 @@ def _refuse(penalty: Any, output: Any, outputs: Any, weighting: Any, every: Any,
             "`weighting` must go with the losses of all samples at each step; got another `output`, `every` or `samples`. "
             "Leave them out."
         )
-
-
-def _functional(function: Callable[[Any, Any], Any], params: Any) -> FunctionalModel:
-    """Return the pure function of the parameters; of an nnx module, its state of kind `nnx.Param`."""
-    if not isinstance(params, nnx.Module):
-        return FunctionalModel(function, params)
-    graph, state, rest = nnx.split(params, nnx.Param, ...)
-
-    def pure(values: Any, batch: Any) -> Any:
-        own = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(own, values)
-        return function(nnx.merge(graph, own, rest), batch)
-
-    return FunctionalModel(pure, nnx.to_pure_dict(state))
 
 
 def _count(batch: Any) -> int:

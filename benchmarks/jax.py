@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mgs_core.adapters.flax import regularized
 from rich.console import Console
 from rich.table import Table
 
@@ -117,27 +118,12 @@ def methods(case: Case) -> dict[str, Callable[..., Any]]:
     def model(p: Any) -> Any:
         return mgs.FunctionalModel(case.function, p)
 
-    def one_pass(p: Any, x: Any, y: Any, *, differentiable: bool) -> Any:
-        from mgs_core.heads import make_head
-        from mgs_core.statistics import contract, merge
+    def loss(p: Any, batch: Any) -> Any:
+        return jnp.mean(losses(p, *batch))
 
-        head = make_head("loss", "identity", None, 1, 0, y)
-        values, statistics = mgs.get_backend("jax").heads_and_statistics(
-            model(p), x, y, head.function, None, differentiable=differentiable
-        )
-        merged = merge(statistics)
-        return values, merged, contract(merged, merged)
-
-    def penalised(p: Any, x: Any, y: Any) -> Any:
-        values, _, kernel = one_pass(p, x, y, differentiable=True)
-        return jnp.mean(values) + PENALTY(kernel)
-
-    def weighted(p: Any, x: Any, y: Any) -> Any:
-        from mgs_core.gradient import weighted_gradient
-
-        values, statistics, kernel = one_pass(p, x, y, differentiable=False)
-        w = mgs.agreement_weights(kernel)[:, None]
-        return jnp.mean(w * values), weighted_gradient(statistics, w / len(w)), kernel
+    def step(**options: Any) -> Callable[..., Any]:
+        function = jax.value_and_grad(regularized(loss, **options), has_aux=True)
+        return lambda p, x, y: function(p, (x, y))
 
     def by_vmap(p: Any, x: Any, y: Any) -> Any:
         rows = jax.vmap(jax.grad(lambda p, x, y: losses(p, x[None], y[None])[0]), (None, 0, 0))(p, x, y)
@@ -147,8 +133,8 @@ def methods(case: Case) -> dict[str, Callable[..., Any]]:
     return {
         "plain step": jax.value_and_grad(lambda p, x, y: jnp.mean(losses(p, x, y))),
         "kernel": lambda p, x, y: mgs.kernel(model(p), x, y, output="loss"),
-        "loss, gradient and kernel; agreement weights": weighted,
-        "penalised step": jax.value_and_grad(penalised),
+        "loss, gradient and kernel: agreement weights": step(weighting="agreement"),
+        "penalised step": step(penalty=PENALTY),
         "vmap: kernel": by_vmap,
         "vmap: penalised step": jax.value_and_grad(lambda p, x, y: jnp.mean(losses(p, x, y)) + PENALTY(by_vmap(p, x, y))),
         "kernel of 10 outputs": lambda p, x, y: mgs.kernel(model(p), x, output="full"),

@@ -14,9 +14,10 @@ from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
 from mgs_core._tree import select
 from mgs_core._types import Array, Namespace, Tree
+from mgs_core.functional import FunctionalModel
 
 from .interaction import refuse_interaction
-from .models import functional, leaves_of, named, scalars
+from .models import functional, leaves_of, named, pure, scalars
 from .namespace import JaxNamespace
 from .program import program_for
 
@@ -88,6 +89,10 @@ class JaxBackend:
             ) from error
         statistics = program.statistics(found)
         return heads, statistics or [Rows(chosen[0], jnp.zeros((*heads.shape, 1), leaves[chosen[0]].dtype))]
+
+    def pure(self, function: Callable[[Any, Any], Any], parameters: Any) -> FunctionalModel:
+        """Return the functional model of `function(parameters, inputs)`, whose parameters may be an nnx module."""
+        return pure(function, parameters)
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""

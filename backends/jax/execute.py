@@ -79,7 +79,8 @@ class _Execution:
 
     def _tap(self, operation: Operation) -> Sequence[Any]:
         self._records.append(self._array(operation.equation.invars[operation.place]))
-        (out,) = _bind(operation.equation, [self._array(variable, rooted=False) for variable in operation.equation.invars])
+        operands = [self._array(variable, rooted=False) for variable in operation.equation.invars]
+        out = operation.bind(*operands) if operation.bind else _bind(operation.equation, operands)[0]
         return [out + next(self._taps)]
 
     def _inline(self, operation: Nested) -> Sequence[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,33 +17,54 @@ from mgs_core.functional import FunctionalModel
 
 
 def functional(model: Any) -> FunctionalModel:
-    """Return a functional model, or the pure function of an `flax.nnx` module and a copy of its state.
+    """Return a functional model as it is, and an `flax.nnx` module as the function that applies it.
 
     Args:
         model: a FunctionalModel or an nnx.Module.
 
     Returns:
-        The functional model; the module is left as it is.
+        The functional model.
 
     Raises:
         ArgumentError: when it is neither.
     """
     if isinstance(model, FunctionalModel):
         return model
-    nnx = sys.modules.get("flax.nnx")  # a module of it cannot be there without it
-    if nnx is None or not isinstance(model, nnx.Module):
+    if not _is_module(model):
         raise ArgumentError(
             f"`model` must be a FunctionalModel or a flax.nnx.Module for the JAX backend; got {type(model).__name__}. "
             "Wrap a pure function: mgs_core.FunctionalModel(function, parameters)."
         )
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    return pure(lambda module, inputs: module(inputs), model)
 
-    def function(parameters: Tree, inputs: Any) -> Any:
-        values = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(values, parameters)
-        return nnx.merge(graph, values, rest)(inputs)
 
-    return FunctionalModel(function, nnx.to_pure_dict(state))
+def pure(function: Callable[[Any, Any], Any], parameters: Any) -> FunctionalModel:
+    """Return a function of an nnx module as one of the module's parameters; other functions as they are.
+
+    Args:
+        function: `(parameters, inputs) → outputs`.
+        parameters: a pytree, or an nnx.Module; of the latter, the state of kind `nnx.Param` counts. It is left as it is: each
+            call works on a copy.
+
+    Returns:
+        The functional model.
+    """
+    if not _is_module(parameters):
+        return FunctionalModel(function, parameters)
+    nnx = sys.modules["flax.nnx"]
+    graph, state, rest = nnx.split(parameters, nnx.Param, ...)
+
+    def on_values(values: Tree, inputs: Any) -> Any:
+        own, others = jax.tree.map(lambda leaf: leaf, (state, rest))
+        nnx.replace_by_pure_dict(own, values)
+        return function(nnx.merge(graph, own, others), inputs)
+
+    return FunctionalModel(on_values, nnx.to_pure_dict(state))
+
+
+def _is_module(model: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")  # where it has not been imported, there can be no module of it
+    return nnx is not None and isinstance(model, nnx.Module)
 
 
 def named(parameters: Tree) -> dict[str, Array]:
