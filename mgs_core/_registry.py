@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from typing import Any, cast
 
 from mgs_core._errors import ArgumentError, BackendError
@@ -70,7 +71,8 @@ def get_backend(source: Any) -> Backend:
 
 def _name_of(source: Any) -> str:
     if isinstance(source, FunctionalModel):
-        leaves = list(flatten(source.parameters).values())
+        jax = sys.modules.get("jax")  # it knows more trees than this library, for users register theirs with it
+        leaves = list(flatten(source.parameters).values()) if jax is None else jax.tree_util.tree_leaves(source.parameters)
         if not leaves:
             raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
         source = leaves[0]

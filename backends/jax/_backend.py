@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
 from mgs_core._tree import select
@@ -17,6 +17,7 @@ from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
 from .interaction import refuse_interaction
+from .models import functional, leaves_of, named, pure, scalars
 from .namespace import JaxNamespace
 from .program import program_for
 
@@ -42,7 +43,7 @@ class JaxBackend:
 
     def parameters(self, model: Any) -> dict[str, Array]:
         """Return the parameters by name."""
-        return _named(_functional(model).parameters)
+        return named(functional(model).parameters)
 
     def statistics(
         self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
@@ -55,17 +56,16 @@ class JaxBackend:
         self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
     ) -> tuple[Array, list[LayerStatistics]]:
         """Return the heads (n, k) of the same pass too."""
-        model = _functional(model)
-        leaves = _named(model.parameters)
+        model = functional(model)
+        leaves = named(model.parameters)
         chosen = select(leaves, parameters)
         tree = jax.tree.structure(model.parameters)
-        samples, layout = jax.tree.flatten((inputs, targets))
-        samples = [jnp.asarray(leaf) for leaf in samples]
+        samples, layout = leaves_of((inputs, targets)), jax.tree.structure((inputs, targets))
         n = samples[0].shape[0]
 
         def batch(leaves: list[Array], samples: list[Array]) -> Array:
             inputs, targets = jax.tree.unflatten(layout, samples)
-            return _scalars(model.function(jax.tree.unflatten(tree, leaves), inputs), head, targets, samples[0].shape[0])
+            return scalars(model.function(jax.tree.unflatten(tree, leaves), inputs), head, targets, samples[0].shape[0])
 
         def one(leaves: list[Array], sample: list[Array]) -> Array:
             return batch(leaves, [leaf[None] for leaf in sample])[0]
@@ -78,9 +78,21 @@ class JaxBackend:
             refuse_interaction(batch, jaxpr, list(leaves.values()), samples)
             program.checked = True
         given = (leaves, samples, jaxpr.consts)
-        heads, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))
+        try:
+            heads, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))
+        except ValueError as error:
+            if "Reverse-mode differentiation" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                "`model` must be differentiable in reverse mode; got a while loop between a parameter and the outputs. "
+                "Use jax.lax.scan, or jax.lax.fori_loop with a fixed number of steps."
+            ) from error
         statistics = program.statistics(found)
         return heads, statistics or [Rows(chosen[0], jnp.zeros((*heads.shape, 1), leaves[chosen[0]].dtype))]
+
+    def pure(self, function: Callable[[Any, Any], Any], parameters: Any) -> FunctionalModel:
+        """Return the functional model of `function(parameters, inputs)`, whose parameters may be an nnx module."""
+        return pure(function, parameters)
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""
@@ -91,33 +103,6 @@ class JaxBackend:
         """Return the function compiled."""
         compiled: Callable[..., Any] = jax.jit(function)
         return compiled
-
-
-def _functional(model: Any) -> FunctionalModel:
-    if not isinstance(model, FunctionalModel):
-        raise ArgumentError(f"`model` must be a FunctionalModel for the JAX backend; got {type(model).__name__}.")
-    return model
-
-
-def _named(parameters: Tree) -> dict[str, Array]:
-    leaves = {}
-    for path, value in jax.tree_util.tree_flatten_with_path(parameters)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "parameter"
-        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
-            kind = f"dtype {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
-            raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
-        leaves[name] = jnp.asarray(value)
-    return leaves
-
-
-def _scalars(outputs: Any, head: HeadFunction, labels: Any, n: int) -> Array:
-    """Return the heads (n, k); outputs that are no single array are left to the head's transform."""
-    if hasattr(outputs, "shape") and (len(outputs.shape) != 2 or outputs.shape[0] != n):
-        raise ArgumentError(
-            f"`model` must return outputs of shape (n, c) with n = {n}; got {outputs.shape}. "
-            "Keep the samples first and flatten the outputs of each."
-        )
-    return head(outputs, labels)
 
 
 backend = JaxBackend()

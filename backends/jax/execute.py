@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from mgs_core._types import Array
 
@@ -79,7 +79,8 @@ class _Execution:
 
     def _tap(self, operation: Operation) -> Sequence[Any]:
         self._records.append(self._array(operation.equation.invars[operation.place]))
-        (out,) = _bind(operation.equation, [self._array(variable, rooted=False) for variable in operation.equation.invars])
+        operands = [self._array(variable, rooted=False) for variable in operation.equation.invars]
+        out = operation.bind(*operands) if operation.bind else _bind(operation.equation, operands)[0]
         return [out + next(self._taps)]
 
     def _inline(self, operation: Nested) -> Sequence[Any]:
@@ -152,7 +153,8 @@ def _bind(equation: Any, operands: list[Array]) -> list[Array]:
     ):  # rules of their own: let JAX pass them on
         outputs = [variable for variable in equation.outvars if type(variable).__name__ != "DropVar"]
         given = {v: value for v, value in zip(equation.invars, operands, strict=True) if not isinstance(v, Literal)}
-        jaxpr = Jaxpr((), list(given), outputs, [equation], equation.effects)
+        inner = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "fun_jaxpr"].jaxpr
+        jaxpr = inner.replace(constvars=(), invars=list(given), outvars=outputs, eqns=[equation], effects=equation.effects)
         results = iter(jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()))
         return [None if type(variable).__name__ == "DropVar" else next(results) for variable in equation.outvars]
     result = equation.primitive.bind(*operands, **equation.params)

@@ -58,8 +58,8 @@ def refuse_interaction(
     if not np.all(difference <= max(eps**0.5, 1e-6) * size):
         raise SamplesInteractError(
             "`model` must treat each sample by itself; got outputs that change with the rest of the batch (batch statistics, "
-            "attention across the batch, or a loss that divides by a statistic of it). Use fixed statistics: inference mode, "
-            "`use_running_average=True`; and a loss without reduction."
+            "attention across the batch, or a loss that divides by a statistic of it; or dropout). Use inference mode: "
+            "`use_running_average=True`, `deterministic=True`; and a loss without reduction."
         )
 
 

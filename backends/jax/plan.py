@@ -8,7 +8,7 @@ of all such uses of θ together. Either way nothing is missed, for a parameter c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -63,11 +63,13 @@ class Operation:
         action: "evaluate" with parameters as `θ + ε`; "parameters": no data takes part, so evaluate when and as it is needed;
             "tap"; or follow a plan for the equation's own jaxpr: "inline", "checkpoint" or "scan".
         place: of the data among the operands, for a tap.
+        bind: evaluates the equation, where a rule says how.
     """
 
     equation: Any
     action: Action
     place: int = 0
+    bind: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +180,7 @@ class _Planner:
                 out = equation.outvars[0].aval
                 self.plan.sites.append(Site(rule, jax.ShapeDtypeStruct(out.shape, out.dtype)))
                 self._set(equation, [DATA])
-                return Operation(equation, "tap", 1 - places[0])
+                return Operation(equation, "tap", 1 - places[0], rule.bind)
         for variable in equation.invars:
             self._root(variable, name)
         self._set(equation, [DATA] * len(equation.outvars))

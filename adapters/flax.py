@@ -1,0 +1,325 @@
+"""JAX and Flax: penalised and agreement-weighted loss functions, and a monitor; for linen, nnx and any pure function.
+
+    loss_fn = regularized(loss_fn, Penalty("log_determinant", 0.1))          # (params, batch) → loss, Parts
+    (loss, parts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+
+What comes back is a pure function again: it can be jitted, differentiated, mapped and sharded, and it goes with optax and
+TrainState.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from mgs_core import ArgumentError, FunctionalModel, Penalty, Recorder, Schedule, Summary, agreement_weights, get_backend
+from mgs_core._tree import select
+from mgs_core.gradient import weighted_gradient
+from mgs_core.heads import Output, make_head
+from mgs_core.kernel import kernel
+from mgs_core.monitor import Sink
+from mgs_core.statistics import contract, merge
+
+_backend: Any = get_backend("jax")
+
+
+class Parts(NamedTuple):
+    """Hold what a regularised loss is made of; a pytree of arrays.
+
+    Attributes:
+        loss: the loss alone: the mean over the samples, or the mean weighted by agreement.
+        penalty: what the penalty added; 0 on steps that skip it.
+        kernel: (m, m) of the samples that were looked at; zeros on steps that skip it.
+        weights: (n,) of agreement weighting; None without.
+        aux: what the loss function returned besides the loss; None if nothing.
+    """
+
+    loss: Any
+    penalty: Any
+    kernel: Any
+    weights: Any
+    aux: Any
+
+
+def regularized(
+    loss_fn: Callable[..., Any],
+    penalty: Penalty | None = None,
+    *,
+    output: Output = "loss",
+    outputs: Callable[..., Any] | None = None,
+    targets: Callable[[Any], Any] | None = None,
+    weighting: Literal["agreement"] | None = None,
+    every: int = 1,
+    samples: int | None = None,
+    **kernel_options: Any,
+) -> Callable[..., tuple[Any, Parts]]:
+    """Add a penalty on the kernel of per-sample gradients to a loss function, or weight its samples by agreement.
+
+    The loss of sample a is `loss_fn(params, batch)` on the batch of a alone, so the loss must be a mean over the samples, and no
+    sample may depend on another; otherwise the first call is refused. Loss and kernel then share their passes: the penalised step
+    takes one forward and one differentiated backward pass, the step weighted by agreement a single backward pass in all.
+
+    Args:
+        loss_fn: `(params, batch, *rest) → loss` or `(loss, aux)`. `params` is a pytree or an `nnx.Module`, `batch` a pytree of
+            arrays with samples first, `rest` whatever is the same for all samples.
+        penalty: the penalty, or None.
+        output: the head, as for `mgs_core.kernel`; every head but "loss" needs `outputs`.
+        outputs: `(params, batch, *rest) → (n, c)`, the model's outputs.
+        targets: `batch → targets`, for heads that need them.
+        weighting: "agreement": the loss is `mean(w · losses)`, `w` from the kernel of the losses, constant for the gradient.
+        every: penalise each `every`-th step only, `every` times as much; the function then takes the step's
+            number as its third argument.
+        samples: number of samples, the first of each batch, that are penalised; None for all.
+        **kernel_options: passed to `mgs_core.kernel`: `transform`, `probes`, `seed`, `parameters`.
+
+    Returns:
+        `(params, batch, *rest) → (loss, Parts)`, for `jax.value_and_grad(..., has_aux=True)` or `nnx.value_and_grad`.
+
+    Raises:
+        ArgumentError: when arguments do not fit each other.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from mgs_core import Penalty
+        >>> from mgs_core.adapters.flax import regularized
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+        >>> batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
+        >>> step = jax.jit(jax.value_and_grad(regularized(loss_fn, Penalty("trace", 0.5)), has_aux=True))
+        >>> (loss, parts), gradient = step({"w": jnp.zeros(2)}, batch)
+        >>> float(loss), float(parts.loss), float(parts.penalty)
+        (3.0, 1.0, 2.0)
+    """
+    _refuse(penalty, output, outputs, weighting, every, samples)
+    return _Regularized(loss_fn, penalty, output, outputs, targets, weighting, every, samples, kernel_options)
+
+
+@dataclass(frozen=True, eq=False)
+class _Regularized:
+    """Hold the arguments of `regularized`, and be the function that it returns."""
+
+    loss_fn: Callable[..., Any]
+    penalty: Any
+    output: Any
+    outputs: Any
+    targets: Any
+    weighting: Any
+    every: int
+    samples: int | None
+    options: dict[str, Any]
+
+    def __call__(self, params: Any, batch: Any, *rest: Any) -> tuple[Any, Parts]:
+        if self.every == 1:
+            return self._penalised(params, batch, rest)
+        if not rest:
+            raise ArgumentError("`step` must be given when `every` is above 1; got none. Call it with (params, batch, step).")
+        step, *others = rest
+        branches = (self._penalised, self._skipped)
+        value, parts = jax.lax.cond(step % self.every == 0, *(partial(b, params, batch, tuple(others)) for b in branches))
+        return value, parts
+
+    def _loss(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = self.loss_fn(params, batch, *rest)
+        return result if isinstance(result, tuple) else (result, None)
+
+    def _losses(self, params: Any, rest: tuple[Any, ...]) -> FunctionalModel:
+        """Return the losses (n, 1) of a batch, as the model whose samples are batches of one."""
+        loss = _backend.pure(lambda params, batch: self._loss(params, batch, rest)[0], params)
+
+        def losses(values: Any, batch: Any) -> Any:
+            if _count(batch) == 1:
+                return jnp.reshape(loss.function(values, batch), (1, 1))
+            alone = jax.vmap(lambda sample: loss.function(values, jax.tree.map(lambda leaf: leaf[None], sample)))(batch)
+            # only the test of whether samples interact sees this: it differs from `alone` where the loss is no mean over them
+            return (alone + loss.function(values, batch) - jnp.mean(alone))[:, None]
+
+        return FunctionalModel(losses, loss.parameters)
+
+    def _penalised(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
+        if self.weighting is not None and self.penalty is None:
+            return self._weighted(params, batch, rest)
+        if self.output == "loss" and self.samples is None:
+            losses, found = _one_pass(self._losses(params, rest), batch, self.options.get("parameters"), differentiable=True)
+            matrix = contract(found, found)
+            weights = None if self.weighting is None else _weights(matrix, losses)
+            value, aux = jnp.mean(losses if weights is None else weights * losses), self._loss(params, batch, rest)[1]
+        else:
+            (value, aux), weights = self._loss(params, batch, rest), None
+            matrix = self._kernel(params, jax.tree.map(lambda leaf: leaf[: self.samples], batch), rest)
+        added = self.every * self.penalty(matrix).astype(value.dtype)
+        return value + added, Parts(value, added, matrix, weights, aux)
+
+    def _kernel(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> Any:
+        if self.output == "loss":
+            return kernel(self._losses(params, rest), batch, output="sum", differentiable=True, **self.options)
+        model = _backend.pure(lambda params, batch: self.outputs(params, batch, *rest), params)
+        targets = None if self.targets is None else self.targets(batch)
+        return kernel(model, batch, targets, output=self.output, differentiable=True, **self.options)
+
+    def _weighted(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
+        """Take losses, kernel and gradient from one backward pass."""
+        model = self._losses(params, rest)
+        losses, found = _one_pass(model, batch, None, differentiable=False)
+        parameters = _backend.parameters(model)
+        chosen = select(parameters, self.options.get("parameters"))
+        seen = [use for use in found if use.parameter in chosen]
+        matrix = contract(seen, seen)
+        weights = _weights(matrix, losses)
+        gradient = weighted_gradient(found, weights[:, None] / len(losses))
+        value = _attach(jnp.mean(weights * losses), parameters, gradient)
+        return value, Parts(value, jnp.zeros_like(value), matrix, weights, self._loss(params, batch, rest)[1])
+
+    def _skipped(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
+        value, aux = self._loss(params, batch, rest)
+        m = min(_count(batch), self.samples or _count(batch))
+        matrix = jnp.zeros((m, m), jnp.promote_types(value.dtype, jnp.float32))
+        return value, Parts(value, jnp.zeros_like(value), matrix, None, aux)
+
+
+class MGSMonitor:
+    """Summarise the kernel of a probe batch every so many steps.
+
+    Attributes:
+        history: the records so far, as of `mgs_core.Recorder`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mgs_core.adapters.flax import MGSMonitor
+        >>> monitor = MGSMonitor(lambda params, x: x @ params["w"], jnp.eye(2), every=2)
+        >>> for _ in range(3):
+        ...     summary = monitor.step({"w": jnp.zeros((2, 1))})
+        >>> [(record["step"], record["mgs_trace"]) for record in monitor.history]
+        [(0, 2.0), (2, 2.0)]
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        every: int | Schedule = 100,
+        sinks: Iterable[Sink] = (),
+        labels: Any = None,
+        **kernel_options: Any,
+    ) -> None:
+        """Hold model and probe batch.
+
+        Args:
+            model: an `nnx.Module`; a linen module, applied to the variables given at each step; or `(params, inputs) → (n, c)`.
+            inputs: probe batch.
+            targets: its targets, if the head needs them.
+            every: steps between measurements, or a `Schedule`.
+            sinks: where records go besides `history`.
+            labels: integers (n,) for the class-wise summaries.
+            **kernel_options: passed to `mgs_core.kernel`.
+        """
+        self._model = model
+        self._recorder = Recorder(inputs, targets, labels=labels, schedule=every, sinks=sinks, **kernel_options)
+        self._step = -1
+        self.history = self._recorder.history
+
+    def step(self, variables: Any = None, **extra: Any) -> Summary | None:
+        """Count a step, and measure when it is due.
+
+        Args:
+            variables: parameters, or a linen module's variables; None for an nnx module, which holds its own.
+            **extra: further entries of the record, for instance the loss.
+
+        Returns:
+            The summary, or None when it is not due.
+        """
+        self._step += 1
+        if isinstance(self._model, nnx.Module):
+            model = self._model
+        elif isinstance(self._model, linen.Module):
+            model = linen_model(self._model, variables)
+        else:
+            model = FunctionalModel(self._model, variables)
+        return self._recorder(model, self._step, **extra)
+
+
+def linen_model(module: linen.Module, variables: Any, **apply_options: Any) -> FunctionalModel:
+    """Return a linen module with its variables as a functional model.
+
+    Args:
+        module: the module.
+        variables: as `module.init` returns them; "params" is differentiated, other collections (batch statistics) are held fixed.
+        **apply_options: passed to `module.apply`, for instance `train=False`.
+
+    Returns:
+        The model, for `mgs_core.kernel`.
+
+    Raises:
+        ArgumentError: when there are no "params".
+
+    Example:
+        >>> import flax.linen, jax, jax.numpy as jnp
+        >>> import mgs_core as mgs
+        >>> from mgs_core.adapters.flax import linen_model
+        >>> module = flax.linen.Dense(1, use_bias=False)
+        >>> mgs.kernel(linen_model(module, module.init(jax.random.key(0), jnp.eye(2))), jnp.eye(2)).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    if "params" not in variables:
+        raise ArgumentError(f'`variables` must hold "params"; got {sorted(variables)}. Pass what module.init returned.')
+    fixed = {name: value for name, value in variables.items() if name != "params"}
+    return FunctionalModel(lambda p, x: module.apply({"params": p, **fixed}, x, **apply_options), variables["params"])
+
+
+def _refuse(penalty: Any, output: Any, outputs: Any, weighting: Any, every: Any, samples: Any) -> None:
+    if weighting not in (None, "agreement"):
+        raise ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
+    if penalty is None and weighting is None:
+        raise ArgumentError('`penalty` must be given without `weighting`; got None. Pass a Penalty, or weighting="agreement".')
+    for name, value in (("every", every), ("samples", 1 if samples is None else samples)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+    if output == "full":
+        raise ArgumentError('`output` must give one scalar a pair of samples; got "full". Use "trace".')
+    if output != "loss" and outputs is None:
+        raise ArgumentError(f"`outputs` must be given for output={output!r}; got None. Pass (params, batch) → (n, c).")
+    if weighting is not None and (output != "loss" or every > 1 or samples is not None):
+        raise ArgumentError(
+            "`weighting` must go with the losses of all samples at each step; got another `output`, `every` or `samples`. "
+            "Leave them out."
+        )
+
+
+def _count(batch: Any) -> int:
+    return len(jax.tree.leaves(batch)[0])
+
+
+def _one_pass(model: FunctionalModel, batch: Any, parameters: Any, *, differentiable: bool) -> tuple[Any, list[Any]]:
+    """Return the losses (n,) and the merged statistics of one forward and backward pass."""
+    head = make_head("sum", "identity", None, 1, 0, None).function
+    losses, found = _backend.heads_and_statistics(model, batch, None, head, parameters, differentiable=differentiable)
+    return losses[:, 0], merge(found)
+
+
+def _weights(matrix: Any, losses: Any) -> Any:
+    return jax.lax.stop_gradient(agreement_weights(matrix).astype(losses.dtype))
+
+
+def _attach(value: Any, parameters: dict[str, Any], gradient: dict[str, Any]) -> Any:
+    """Return the value, with the given gradient in the parameters."""
+    names = [name for name in parameters if name in gradient]
+    known = [jnp.reshape(gradient[name], parameters[name].shape).astype(parameters[name].dtype) for name in names]
+    return _value_with_gradient(value, [parameters[name] for name in names], known)
+
+
+@jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed
+def _value_with_gradient(value: Any, parameters: list[Any], gradient: list[Any]) -> Any:
+    return value
+
+
+@_value_with_gradient.defjvp  # type: ignore[untyped-decorator]  # jax is not followed
+def _value_with_gradient_tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    (value, _, gradient), (_, moves, _) = primals, tangents
+    return value, sum((jnp.vdot(g, move) for g, move in zip(gradient, moves, strict=True)), jnp.zeros_like(value))

@@ -1,0 +1,240 @@
+"""The JAX backend besides its numbers: precision, sharding, caching, refusals, and what the user owns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from mgs_core.backends.jax import program
+
+import mgs_core as mgs
+
+
+def close(actual, expected, tolerance: float = 1e-12) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05), ("float16", 0.01)])
+def test_lower_precision_is_close_and_summed_in_single_precision(build, dtype, tolerance):
+    function, parameters, x = build("mlp")
+    low = mgs.kernel(mgs.FunctionalModel(function, cast(parameters, dtype)), x.astype(dtype))
+    assert low.dtype == jnp.float32
+    close(low, mgs.kernel(mgs.FunctionalModel(function, parameters), x), tolerance)
+
+
+def test_kinds_are_those_that_the_other_backends_name(build):
+    function, parameters, x = build("tied")
+    report = mgs.check(mgs.FunctionalModel(function, parameters), x)
+    assert {layer.parameter: (layer.kind, layer.route) for layer in report.layers} == {
+        "table": ("lookup+outer", "statistics"),
+        "w": ("outer", "statistics"),
+        "gain": ("scale", "statistics"),
+        "position": ("sum", "statistics"),
+        "temperature": ("scale", "statistics"),
+    }
+    function, parameters, x = build("derived")
+    routes = {layer.parameter: layer.route for layer in mgs.check(mgs.FunctionalModel(function, parameters), x).layers}
+    assert {name for name, route in routes.items() if route == "rows"} == {"v", "g", "a", "c", "left", "right"}
+
+
+def test_the_same_computation_is_planned_and_compiled_once(build):
+    function, parameters, x = build("rules_of_their_own")
+    program._programs.clear()
+    for _ in range(3):  # each time another function object
+        mgs.kernel(mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, x)), parameters), x, output="sum")
+    (only,) = program._programs.values()
+    assert only.run._cache_size() == 1
+    mgs.kernel(mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, 2.0 * x)), parameters), x, output="sum")
+    assert len(program._programs) == 2
+
+
+def test_constants_of_a_cached_program_are_not_baked_in():
+    def kernel(scale):
+        constant = jnp.full(3, scale)
+        return mgs.kernel(mgs.FunctionalModel(lambda p, x: (x * constant) @ p, jnp.ones((3, 1))), jnp.eye(3))
+
+    close(kernel(1.0), np.eye(3))
+    close(kernel(2.0), 4.0 * np.eye(3))
+
+
+def test_kernel_maps_over_parameters(build):
+    function, parameters, x = build("mlp")
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2.0 * leaf]), parameters)
+    kernels = jax.vmap(lambda p: mgs.kernel(mgs.FunctionalModel(function, p), x))(several)
+    close(kernels[1], mgs.kernel(mgs.FunctionalModel(function, jax.tree.map(lambda leaf: 2.0 * leaf, parameters)), x))
+
+
+def test_forward_mode_agrees_with_reverse_mode(build):
+    function, parameters, x = build("cnn")
+
+    def trace(p):
+        return jnp.trace(mgs.kernel(mgs.FunctionalModel(function, p), x, output="sum", differentiable=True))
+
+    _, change = jax.jit(lambda p: jax.jvp(trace, (p,), (p,)))(parameters)
+    gradient = jax.jit(jax.grad(trace))(parameters)
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(parameters), strict=True)
+    close(change, sum(jnp.vdot(g, p) for g, p in pairs), 1e-10)
+
+
+def test_without_differentiable_no_gradient_flows(build):
+    function, parameters, x = build("mlp")
+    gradient = jax.grad(lambda p: jnp.trace(mgs.kernel(mgs.FunctionalModel(function, p), x)))(parameters)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_outputs_may_be_any_tree_that_the_transform_picks_from():
+    model = mgs.FunctionalModel(lambda p, x: {"logits": x @ p, "other": x}, jnp.ones((3, 2)))
+    close(mgs.kernel(model, jnp.eye(3), transform=lambda outputs: outputs["logits"]), 2.0 * np.eye(3))
+    with pytest.raises(mgs.ArgumentError, match="`transform` must pick outputs of shape"):
+        mgs.kernel(model, jnp.eye(3))
+    with pytest.raises(mgs.ArgumentError, match="`transform` must pick outputs of shape"):
+        mgs.kernel(model, jnp.eye(3), output="sum")
+
+
+def test_any_pytree_may_hold_the_parameters():
+    jax.tree_util.register_pytree_with_keys(
+        Pair,
+        lambda p: (((jax.tree_util.GetAttrKey("w"), p.w), (jax.tree_util.GetAttrKey("b"), p.b)), None),
+        lambda _, c: Pair(*c),
+    )
+    model = mgs.FunctionalModel(lambda p, x: x @ p.w + p.b, Pair(jnp.ones((3, 1)), jnp.zeros(1)))
+    close(mgs.kernel(model, jnp.eye(3)), np.eye(3) + 1.0)
+    assert list(mgs.get_backend("jax").parameters(model)) == ["w", "b"]
+    close(mgs.kernel(model, jnp.eye(3), parameters="b"), np.ones((3, 3)))
+
+
+class Pair:
+    def __init__(self, w, b):
+        self.w, self.b = w, b
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Conv(2, 3, (2, 2), rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(jnp.mean(jnp.tanh(self.norm(self.first(x))), (1, 2))))
+
+
+def test_nnx_module():
+    network, x = Network(nnx.Rngs(0)), jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 4, 2)), jnp.float32)
+    network.eval()
+    before = arrays(network)
+    graph, parameters, rest = nnx.split(network, nnx.Param, ...)
+    jacobian = jax.jacrev(lambda p: nnx.merge(graph, p, rest)(x))(parameters)
+    rows = np.concatenate([np.reshape(leaf, (5, 2, -1)) for leaf in jax.tree.leaves(jacobian)], -1)
+    close(mgs.kernel(network, x), np.einsum("acp,bcp->ab", rows, rows), 1e-5)  # flax normalises in single precision
+    assert {layer.parameter for layer in mgs.check(network, x).layers} >= {"first.kernel", "norm.scale", "last.bias"}
+    network.train()
+    with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+        mgs.kernel(network, x)
+    assert not mgs.check(network, x).ok
+    np.testing.assert_equal(arrays(network), before)
+
+
+def arrays(network):
+    """The state as arrays, random state included."""
+    leaves = jax.tree.leaves(nnx.split(network)[1])
+    return [np.array(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf) for leaf in leaves]
+
+
+def batch_normalised(p, x):
+    h = x @ p["w1"]
+    return jnp.tanh((h - jnp.mean(h, 0)) / jnp.sqrt(jnp.var(h, 0) + 1e-5)) @ p["w2"]
+
+
+def test_interacting_samples_are_refused_with_values_and_without():
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(6, 5)))
+    for last in (0.0, 1.0):  # a last layer of zeros hides what is in front of it
+        p = {"w1": jnp.asarray(draw.normal(size=(5, 7))), "w2": last * jnp.asarray(draw.normal(size=(7, 3)))}
+        with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+            mgs.kernel(mgs.FunctionalModel(batch_normalised, p), x)
+    for transform in (jax.jit, jax.grad, lambda f: jax.jit(jax.grad(f))):
+        with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+            transform(lambda p: jnp.trace(mgs.kernel(mgs.FunctionalModel(batch_normalised, p), x, differentiable=True)))(p)
+
+
+def test_what_the_user_owns_is_untouched(build):
+    function, parameters, x = build("mlp")
+    before = jax.tree.map(np.array, (parameters, x))
+    state = np.random.get_state()[1].copy()
+    mgs.kernel(mgs.FunctionalModel(function, parameters), x, output="random")
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, (parameters, x)))
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+def test_sharded_inputs_give_the_kernel_of_one_device():
+    code = """
+    import jax, jax.numpy as jnp, numpy as np, mgs_core as mgs
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    draw = np.random.default_rng(0)
+    def f(p, x):
+        h = jax.lax.conv_general_dilated(x, p["k"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.mean(jnp.tanh(h), (1, 2)) @ p["w"]
+    p = {"k": jnp.asarray(draw.normal(size=(3, 3, 2, 4))), "w": jnp.asarray(draw.normal(size=(4, 3)))}
+    x = jnp.asarray(draw.normal(size=(8, 6, 6, 2)))
+    def value(p, x):
+        K = mgs.kernel(mgs.FunctionalModel(f, p), x, differentiable=True)
+        return mgs.Penalty("log_determinant")(K), K
+    step = jax.jit(jax.value_and_grad(value, has_aux=True))
+    mesh = Mesh(np.array(jax.devices()), "d")
+    spread = jax.device_put(x, NamedSharding(mesh, P("d")))
+    assert len(spread.sharding.device_set) == 4
+    everywhere = jax.device_put(p, NamedSharding(mesh, P()))
+    for a, b in zip(jax.tree.leaves(step(p, x)), jax.tree.leaves(step(everywhere, spread)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mgs.kernel(mgs.FunctionalModel(f, everywhere), spread), step(p, x)[0][1], rtol=1e-4)
+    """
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=flags)
+    assert done.returncode == 0, done.stderr
+
+
+def test_value_and_gradient_and_compile_nest():
+    backend = mgs.get_backend("jax")
+    both = backend.value_and_gradient(lambda p, x: jnp.sum(backend.value_and_gradient(lambda q: q["w"] ** 3 * x)(p)[1]["w"]))
+    value, gradient = backend.compile(both)({"w": jnp.asarray(2.0)}, 5.0)
+    assert (float(value), float(gradient["w"])) == (60.0, 60.0)
+
+
+def while_loop(p, x):
+    return jax.lax.while_loop(lambda h: jnp.max(h) < 10.0, lambda h: 2.0 * h, jnp.abs(x @ p))
+
+
+GOOD = mgs.FunctionalModel(lambda p, x: x @ p, jnp.ones((3, 2), jnp.float32))
+EYE = jnp.eye(3, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: mgs.kernel(GOOD, EYE.at[0].set(jnp.nan)), mgs.ArgumentError, "`inputs` and `targets` must be finite"),
+        (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, jnp.arange(3)), EYE), mgs.ArgumentError, "floating-point arrays"),
+        (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x[:, 0], EYE), EYE), mgs.ArgumentError, r"shape \(n, c\) with n = "),
+        (lambda: mgs.kernel(EYE, EYE), mgs.ArgumentError, "must be a FunctionalModel or a flax.nnx.Module"),
+        (lambda: mgs.kernel(mgs.FunctionalModel(while_loop, EYE), EYE), mgs.UnsupportedModelError, "got a while loop"),
+        (
+            lambda: jax.jit(mgs.get_backend("jax").to_numpy)(EYE),
+            mgs.ArgumentError,
+            "`array` must have values; got a traced array",
+        ),
+        (lambda: jax.jit(lambda p: mgs.summarize(GOOD(p)))(EYE), mgs.ArgumentError, "`kernel` must be square|must have values"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
