@@ -192,14 +192,18 @@ class Training:
         model = backend.functional(self._model, trainable, fixed)
         x = keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf[:_CHECKED]), x)
 
+        def head(outputs: Any, _: Any = None) -> Any:
+            c = outputs.shape[-1]  # unequal weights, for the outputs of a softmax have a constant sum
+            return keras.ops.sum(outputs * keras.ops.cast(keras.ops.arange(1, c + 1) / c, outputs.dtype), axis=-1)
+
         def both(parameters: dict[str, Any]) -> tuple[Any, Any]:
-            kernel = mgs.kernel(mgs.FunctionalModel(model.function, parameters), x, output="sum")
-            _, gradient = backend.value_and_gradient(lambda given: keras.ops.sum(model.function(given, x)))(parameters)
+            kernel = mgs.kernel(mgs.FunctionalModel(model.function, parameters), x, output=head)
+            _, gradient = backend.value_and_gradient(lambda given: keras.ops.sum(head(model.function(given, x))))(parameters)
             return kernel, [keras.ops.sum(keras.ops.square(part)) for part in gradient.values()]
 
         kernel, squares = backend.compile(both)(model.parameters)
         kernel, expected = backend.to_numpy(kernel), sum(float(part) for part in squares)
-        if not abs(float(kernel.sum()) - expected) <= 0.02 * max(expected, len(kernel) * float(kernel.trace())):
+        if not abs(float(kernel.sum()) - expected) <= 0.02 * max(expected, len(kernel) * float(kernel.trace())) + 1e-8:
             raise mgs.UnsupportedModelError(
                 f"`model` must be a function of its variables; its kernel sums to {float(kernel.sum()):.6g}, its gradient says "
                 f"{expected:.6g}. A layer's gradient is not that of its value; report it with the model."
