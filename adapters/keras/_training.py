@@ -90,13 +90,7 @@ class Training:
         self._in_training = training
         if not training:
             return original(x, y, y_pred, sample_weight)
-        backend = keras.backend.backend()
-        if backend == "torch":
-            if self._model.jit_compile is True:
-                raise mgs.UnsupportedModelError(
-                    "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
-                    "Compile the model with jit_compile=False."
-                )
+        if keras.backend.backend() == "torch":
             self._check(x)
         if self.regularizer.weighting is not None:
             # the losses are built by their first use; its value is not needed
@@ -125,18 +119,26 @@ class Training:
         Args:
             original: the model's own `make_train_function`.
             force: make it again.
+
+        Raises:
+            UnsupportedModelError: when the model is to be compiled by PyTorch.
         """
-        model = self._model
+        model, backend = self._model, keras.backend.backend()
         if model.train_function is not None and not force:
             return
         self._checked = False
-        if keras.backend.backend() == "tensorflow":
+        if backend == "torch" and model.jit_compile:
+            raise mgs.UnsupportedModelError(
+                "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
+                "Compile the model with jit_compile=False."
+            )
+        if backend == "tensorflow":
             from ._tensorflow import make_train_function
 
             model.train_function = make_train_function(model, self._check_batch)
             return
         original(force)
-        if keras.backend.backend() == "jax":
+        if backend == "jax":
             step = model.train_function
 
             def checked(state: Any, iterator: Iterator[Any]) -> Any:

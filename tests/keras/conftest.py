@@ -1,4 +1,4 @@
-"""One Keras backend a process, by KERAS_BACKEND; without it, the first of those that are installed. Skip the folder without Keras."""
+"""One Keras backend a process, by KERAS_BACKEND, else the first that is installed. Skip the folder without Keras."""
 
 from __future__ import annotations
 

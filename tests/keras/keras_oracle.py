@@ -15,7 +15,9 @@ BACKEND = keras.backend.backend()
 def draw_weights(model: Any, seed: int = 0) -> Any:
     """Give the model weights that do not depend on the backend; variances stay positive."""
     random = np.random.default_rng(seed)
-    model.set_weights([0.5 + np.abs(w) if w.ndim < 2 else w for w in (random.normal(size=w.shape) * 0.6 for w in model.get_weights())])
+    model.set_weights(
+        [0.5 + np.abs(w) if w.ndim < 2 else w for w in (random.normal(size=w.shape) * 0.6 for w in model.get_weights())]
+    )
     return model
 
 

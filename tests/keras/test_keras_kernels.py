@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-
 from keras_oracle import close, draw_weights, kernel, rows
 
 RANDOM = np.random.default_rng(0)
