@@ -76,12 +76,12 @@ class MGSMixin:
         return model if regularizer is None else regularize(model, regularizer)
 
 
-@keras.saving.register_keras_serializable(package="mgs_core")  # type: ignore[untyped-decorator]
+@keras.saving.register_keras_serializable(package="mgs_core")
 class MGSFunctional(MGSMixin, Functional):  # type: ignore[misc]
     """Be a functional model with a regulariser; its `.keras` file brings both back where this module is imported."""
 
 
-@keras.saving.register_keras_serializable(package="mgs_core")  # type: ignore[untyped-decorator]
+@keras.saving.register_keras_serializable(package="mgs_core")
 class MGSSequential(MGSMixin, keras.Sequential):  # type: ignore[misc]
     """Be a sequential model with a regulariser; its `.keras` file brings both back where this module is imported."""
 

@@ -33,13 +33,13 @@ def gradient(model: Any, x: Any, scalar: Any) -> np.ndarray:
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
-            value = scalar(flat(model(x, training=False)))
+            value = scalar(flat(model(x)))
         found = tape.gradient(value, [v.value for v in variables], unconnected_gradients="zero")
         found = [tf.convert_to_tensor(g) for g in found]
     elif BACKEND == "torch":
         import torch
 
-        value = scalar(flat(model(x, training=False)))
+        value = scalar(flat(model(x)))
         found = torch.autograd.grad(value, [v.value for v in variables], allow_unused=True, materialize_grads=True)
     else:
         import jax
@@ -47,7 +47,7 @@ def gradient(model: Any, x: Any, scalar: Any) -> np.ndarray:
         fixed = [v.value for v in model.non_trainable_variables]
 
         def of(values):
-            return scalar(flat(model.stateless_call(values, fixed, x, training=False)[0]))
+            return scalar(flat(model.stateless_call(values, fixed, x)[0]))
 
         found = jax.jit(jax.grad(of))([v.value for v in variables])
     return np.concatenate([np.ravel(keras.ops.convert_to_numpy(g)) for g in found])
@@ -61,10 +61,10 @@ def rows(model: Any, x: Any) -> np.ndarray:
         import jax
 
         fixed = [v.value for v in model.non_trainable_variables]
-        jacobian = jax.jit(jax.jacrev(lambda values, x: flat(model.stateless_call(values, fixed, x, training=False)[0])[0]))
+        jacobian = jax.jit(jax.jacrev(lambda values, x: flat(model.stateless_call(values, fixed, x)[0])[0]))
         found = [jacobian([v.value for v in model.trainable_variables], sample) for sample in samples]
         return np.array([np.concatenate([np.reshape(g, (len(g), -1)) for g in each], axis=1) for each in found])
-    c = flat(model(samples[0], training=False)).shape[1]
+    c = flat(model(samples[0])).shape[1]
     return np.array([[gradient(model, sample, lambda outputs, k=k: outputs[0, k]) for k in range(c)] for sample in samples])
 
 
