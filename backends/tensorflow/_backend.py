@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -91,8 +91,9 @@ class TensorFlowBackend:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function as a `tf.function`."""
-        compiled: Callable[..., Any] = tf.function(function, autograph=False)
-        return compiled
+        compiled: Any = tf.function(function, autograph=False)
+        compiled._omit_frequent_tracing_warning = True  # it is meant to be called for several functions and sizes
+        return cast(Callable[..., Any], compiled)
 
 
 def _functional(model: Any) -> FunctionalModel:
