@@ -76,12 +76,12 @@ class MGSMixin:
         return model if regularizer is None else regularize(model, regularizer)
 
 
-@keras.saving.register_keras_serializable(package="mgs_core")  # type: ignore[untyped-decorator]
+@keras.saving.register_keras_serializable(package="mgs_core")
 class MGSFunctional(MGSMixin, Functional):  # type: ignore[misc]
     """Be a functional model with a regulariser; its `.keras` file brings both back where this module is imported."""
 
 
-@keras.saving.register_keras_serializable(package="mgs_core")  # type: ignore[untyped-decorator]
+@keras.saving.register_keras_serializable(package="mgs_core")
 class MGSSequential(MGSMixin, keras.Sequential):  # type: ignore[misc]
     """Be a sequential model with a regulariser; its `.keras` file brings both back where this module is imported."""
 
@@ -146,10 +146,11 @@ def attach(model: Any, regularizer: MGSRegularizer | None) -> Any:
     if isinstance(model, MGSMixin):
         _install(model, regularizer)
         return model
-    for name in ("compute_loss", "get_metrics_result", "make_train_function", "_compute_loss_has_training_arg"):
+    for name in ("compute_loss", "get_metrics_result", "make_train_function"):
         model.__dict__.pop(name, None)
     _install(model, regularizer)
     training = model._mgs
+    object.__setattr__(model, "_compute_loss_has_training_arg", training is not None or _has_training(model.compute_loss))
     if training is None:
         return model
     original = model.compute_loss, model.get_metrics_result, model.make_train_function
@@ -162,7 +163,6 @@ def attach(model: Any, regularizer: MGSRegularizer | None) -> Any:
     object.__setattr__(model, "compute_loss", compute_loss)
     object.__setattr__(model, "get_metrics_result", lambda: training.results(original[1]))
     object.__setattr__(model, "make_train_function", lambda force=False: training.make_train_function(original[2], force))
-    object.__setattr__(model, "_compute_loss_has_training_arg", True)
     return model
 
 
@@ -190,6 +190,10 @@ def _install(model: Any, regularizer: MGSRegularizer | None) -> None:
 
 def _taking_training(original: Any, training: bool) -> Any:
     """Return `compute_loss` without the argument `training`, which the user's own may not have."""
-    if "training" not in inspect.signature(original).parameters:
+    if not _has_training(original):
         return original
     return lambda x, y, y_pred, sample_weight: original(x, y, y_pred, sample_weight, training)
+
+
+def _has_training(compute_loss: Any) -> bool:
+    return "training" in inspect.signature(compute_loss).parameters

@@ -13,7 +13,7 @@ OutputName = Literal["loss", "trace", "sum", "target", "random"]
 TransformName = Literal["identity", "softmax", "log_softmax", "sigmoid"]
 
 
-@keras.saving.register_keras_serializable(package="mgs_core")  # type: ignore[untyped-decorator]  # keras has no types
+@keras.saving.register_keras_serializable(package="mgs_core")
 class MGSRegularizer:
     """Hold how a model is regularised: `loss + strength · R(K)`, or each sample's loss weighted by its agreement.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from ._keras import keras
+
 
 def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[Iterator[Any]], Any]:
     """Return the function that the model's `fit` calls with an iterator.
@@ -21,7 +23,10 @@ def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[I
         check: called with each batch before its step.
     """
     eager = model.run_eagerly
-    step = model.train_step if eager else tf.function(model.train_step, jit_compile=model.jit_compile)
+    step = model.train_step
+    if not eager:
+        step = tf.function(step, jit_compile=model.jit_compile)
+        step._omit_frequent_tracing_warning = True  # a trace for each size of batch is meant
     try:
         model.run_eagerly = True  # Keras shall not trace around this step
         function = model._make_function(step)
@@ -30,7 +35,11 @@ def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[I
 
     def train(iterator: Iterator[Any]) -> Any:
         first = next(iterator)
-        check(model.distribute_strategy.experimental_local_results(first)[0])
+        one = model.distribute_strategy.experimental_local_results(first)[0]
+        if not model.built:  # a subclassed model; within the step its variables would have no values yet
+            with model.distribute_strategy.scope():
+                model(keras.utils.unpack_x_y_sample_weight(one)[0])
+        check(one)
         return function(chain([first], iterator))
 
     return train

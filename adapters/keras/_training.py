@@ -90,13 +90,7 @@ class Training:
         self._in_training = training
         if not training:
             return original(x, y, y_pred, sample_weight)
-        backend = keras.backend.backend()
-        if backend == "torch":
-            if self._model.jit_compile is True:
-                raise mgs.UnsupportedModelError(
-                    "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
-                    "Compile the model with jit_compile=False."
-                )
+        if keras.backend.backend() == "torch":
             self._check(x)
         if self.regularizer.weighting is not None:
             # the losses are built by their first use; its value is not needed
@@ -125,18 +119,26 @@ class Training:
         Args:
             original: the model's own `make_train_function`.
             force: make it again.
+
+        Raises:
+            UnsupportedModelError: when the model is to be compiled by PyTorch.
         """
-        model = self._model
+        model, backend = self._model, keras.backend.backend()
         if model.train_function is not None and not force:
             return
         self._checked = False
-        if keras.backend.backend() == "tensorflow":
+        if backend == "torch" and model.jit_compile:
+            raise mgs.UnsupportedModelError(
+                "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
+                "Compile the model with jit_compile=False."
+            )
+        if backend == "tensorflow":
             from ._tensorflow import make_train_function
 
             model.train_function = make_train_function(model, self._check_batch)
             return
         original(force)
-        if keras.backend.backend() == "jax":
+        if backend == "jax":
             step = model.train_function
 
             def checked(state: Any, iterator: Iterator[Any]) -> Any:
@@ -192,14 +194,18 @@ class Training:
         model = backend.functional(self._model, trainable, fixed)
         x = keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf[:_CHECKED]), x)
 
+        def head(outputs: Any, _: Any = None) -> Any:
+            c = outputs.shape[-1]  # unequal weights, for the outputs of a softmax have a constant sum
+            return keras.ops.sum(outputs * keras.ops.cast(keras.ops.arange(1, c + 1) / c, outputs.dtype), axis=-1)
+
         def both(parameters: dict[str, Any]) -> tuple[Any, Any]:
-            kernel = mgs.kernel(mgs.FunctionalModel(model.function, parameters), x, output="sum")
-            _, gradient = backend.value_and_gradient(lambda given: keras.ops.sum(model.function(given, x)))(parameters)
+            kernel = mgs.kernel(mgs.FunctionalModel(model.function, parameters), x, output=head)
+            _, gradient = backend.value_and_gradient(lambda given: keras.ops.sum(head(model.function(given, x))))(parameters)
             return kernel, [keras.ops.sum(keras.ops.square(part)) for part in gradient.values()]
 
         kernel, squares = backend.compile(both)(model.parameters)
         kernel, expected = backend.to_numpy(kernel), sum(float(part) for part in squares)
-        if not abs(float(kernel.sum()) - expected) <= 0.02 * max(expected, len(kernel) * float(kernel.trace())):
+        if not abs(float(kernel.sum()) - expected) <= 0.02 * max(expected, len(kernel) * float(kernel.trace())) + 1e-8:
             raise mgs.UnsupportedModelError(
                 f"`model` must be a function of its variables; its kernel sums to {float(kernel.sum()):.6g}, its gradient says "
                 f"{expected:.6g}. A layer's gradient is not that of its value; report it with the model."

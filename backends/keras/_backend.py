@@ -59,9 +59,9 @@ class KerasBackend:
             ArgumentError: when the model is not built.
         """
         variables = _names(model)
-        values = [variable.value for variable in variables.values()] if trainable is None else list(trainable)
+        values = [self.asarray(variable) for variable in variables.values()] if trainable is None else list(trainable)
         others = model.non_trainable_variables
-        held = [variable.value for variable in others] if fixed is None else list(fixed)
+        held = [self.asarray(variable) for variable in others] if fixed is None else list(fixed)
 
         def function(parameters: dict[str, Array], inputs: Any) -> Array:
             state = [(variable, parameters[name]) for name, variable in variables.items()]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +19,7 @@ from mgs_core._tree import flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
+from .inline import call
 from .layout import Layout
 from .namespace import namespace
 from .probe import find_layouts
@@ -44,7 +45,7 @@ class TensorFlowBackend:
 
     def parameters(self, model: Any) -> dict[str, Array]:
         """Return the parameters by name."""
-        leaves = flatten(_functional(model).parameters)
+        leaves: dict[str, Array] = flatten(_functional(model).parameters)
         for name, value in leaves.items():
             dtype: Any = getattr(value, "dtype", None)
             if not isinstance(value, (tf.Tensor, tf.Variable)) or not dtype.is_floating:
@@ -56,19 +57,19 @@ class TensorFlowBackend:
         self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
     ) -> list[LayerStatistics]:
         """Return the layer statistics, as `Backend.statistics` says."""
+        model = _functional(model)
         leaves = self.parameters(model)
         chosen = select(leaves, parameters)
         values = leaves if differentiable else {name: tf.stop_gradient(value) for name, value in leaves.items()}
         inputs, targets = each(tf.convert_to_tensor, (inputs, targets))
         scalars = partial(_scalars, model, head)
         n = _batch.count(inputs, targets)
-        here = partial(_statistics, scalars, chosen, (leaves, inputs, targets), n)
-        if not tf.executing_eagerly():
-            return here(values, inputs, targets)
+        _refuse_infinite(inputs)
         found: list[LayerStatistics] = []
 
+        # a function of its own also within another: its gradient is right whatever the tape outside has seen
         def traced(*arguments: Any) -> list[dict[str, Array]]:
-            found[:] = here(*arguments)
+            found[:] = _statistics(scalars, chosen, (leaves, inputs, targets), n, *arguments)
             return [_arrays(use) for use in found]
 
         arguments = ({name: tf.convert_to_tensor(value) for name, value in values.items()}, inputs, targets)
@@ -90,25 +91,49 @@ class TensorFlowBackend:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function as a `tf.function`."""
-        compiled: Callable[..., Any] = tf.function(function, autograph=False)
-        return compiled
+        compiled: Any = tf.function(function, autograph=False)
+        compiled._omit_frequent_tracing_warning = True  # it is meant to be called for several functions and sizes
+        return cast(Callable[..., Any], compiled)
 
 
 def _functional(model: Any) -> FunctionalModel:
-    if not isinstance(model, FunctionalModel):
-        raise ArgumentError(f"`model` must be a FunctionalModel for the TensorFlow backend; got {type(model).__name__}.")
-    return model
+    if isinstance(model, FunctionalModel):
+        return model
+    if isinstance(model, tf.Module) and callable(model):
+        names: dict[str, Array] = {}
+        for variable in model.trainable_variables:
+            name, number = variable.name.partition(":")[0], 1
+            while name in names:  # names of variables need not be unique
+                number += 1
+                name = f"{variable.name.partition(':')[0]}#{number}"
+            names[name] = variable
+        return FunctionalModel(lambda _, inputs: model(inputs), names)
+    raise ArgumentError(
+        f"`model` must be a FunctionalModel or a tf.Module that can be called; got {type(model).__name__}. Wrap a tf.function: "
+        "mgs_core.FunctionalModel(lambda _, inputs: function(inputs), {name: variable}), with the variables that it reads."
+    )
 
 
 def _scalars(model: FunctionalModel, head: HeadFunction, leaves: Mapping[str, Array], inputs: Any, targets: Any) -> Array:
     n = _batch.count(inputs)
-    outputs = model.function(unflatten(model.parameters, leaves), inputs)
+
+    def function(leaves: dict[str, Array], inputs: Any) -> Array:
+        return model.function(unflatten(model.parameters, leaves), inputs)
+
+    outputs = call(function, leaves, flatten(model.parameters), inputs)
     if outputs.shape.rank != 2 or outputs.shape[0] != n:
         raise ArgumentError(
             f"`model` must return outputs of shape (n, c) with n = {n}; got {tuple(outputs.shape)}. "
             "Keep the samples first and flatten the outputs of each."
         )
     return head(outputs, targets)
+
+
+def _refuse_infinite(inputs: Any) -> None:
+    """Look at the values, where there are some."""
+    for leaf in tf.nest.flatten(inputs):
+        if leaf.dtype.is_floating and not tf.is_symbolic_tensor(leaf) and not bool(tf.reduce_all(tf.math.is_finite(leaf))):
+            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
 
 
 def _statistics(

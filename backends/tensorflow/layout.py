@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from mgs_core._types import Array
 
+from .namespace import namespace
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -65,7 +67,7 @@ def find_layout(gradient: Any, weighted: Any, weights: Any) -> tuple[Layout | No
 
 def epsilon(array: Any) -> float:
     """Return the relative spacing of numbers of the array's dtype."""
-    return float(tf.experimental.numpy.finfo(array.dtype).eps)
+    return float(namespace.finfo(array.dtype).eps)
 
 
 def _fits(layout: Layout, gradient: Any, weighted: Any, weights: Any, tolerance: float) -> bool:

@@ -39,7 +39,7 @@ def find_layouts(
         A list along `traced.uses`.
 
     Raises:
-        ArgumentError: when the inputs are not finite.
+        ArgumentError: when the model does not do the same each time.
         SamplesInteractError: when a sample's output depends on another sample.
     """
     if traced.key in _known:
@@ -69,9 +69,6 @@ def _values(graph_values: Any) -> Iterator[Any]:
     """Yield values for the tensors: their own as far as they have one, the others drawn; then all drawn."""
     leaves = tf.nest.flatten(graph_values)
     known = [None if leaf is None or tf.is_symbolic_tensor(leaf) else tf.convert_to_tensor(leaf) for leaf in leaves]
-    for leaf in known[len(graph_values[0]) :]:
-        if leaf is not None and leaf.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(leaf))):
-            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     for attempt in range(_DRAWS + 1):
         random = np.random.default_rng(attempt)
         values = [

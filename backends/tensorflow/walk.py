@@ -66,11 +66,22 @@ def record(scalars: Scalars, parameters: Mapping[str, Array], chosen: list[str],
     inputs, targets = each(tf.identity, (inputs, targets))
     start = len(graph.get_operations())
     value = scalars(marked, inputs, targets)
-    ops = graph.get_operations()[start:]
+    ops = _needed(value, graph.get_operations()[start:])
     known = [marked[name] for name in marked] + tf.nest.flatten((inputs, targets))
     key = _key(ops, [tensor.name for tensor in known if tensor is not None], chosen)
     terms = {marked[name].name: [Term(name, tuple(marked[name].shape))] for name in chosen}
     return Record(value, _uses(ops, terms), key)
+
+
+def _needed(value: Array, ops: list[Any]) -> list[Any]:
+    """Return those of the operations that the value depends on, in order."""
+    names, pending = set(), [value.op]
+    while pending:
+        op = pending.pop()
+        if op.name not in names:
+            names.add(op.name)
+            pending += [tensor.op for tensor in op.inputs]
+    return [op for op in ops if op.name in names]
 
 
 def _uses(ops: list[Any], terms: dict[str, list[Term]]) -> list[Use]:

@@ -26,7 +26,7 @@ class Recipe:
         output: the head of the kernel that is penalised.
         transform: applied to the outputs before that head.
         agreement: weight the losses by `agreement_weights`.
-        relabel: train on the labels that `audit` suggests: kernel regression, after a short training, predicts each from all others.
+        relabel: train on the labels that `audit` suggests, which kernel regression predicts for each sample from all others.
 
     Example:
         >>> from mgs_core.experiments import RECIPES

@@ -1,0 +1,154 @@
+"""Cost of the regulariser and of the monitor in Keras' `fit`, as ratios to the plain step.
+
+    KERAS_BACKEND=torch python -P benchmarks/keras.py [--quick]
+
+Milliseconds of a training step: the fastest epoch of several, after one that compiles. "vmap" takes the kernel from per-sample
+gradients of the whole model, mapped over the batch, as one would write it by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from keras import layers
+from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize
+
+import mgs_core as mgs
+
+BACKEND = keras.backend.backend()
+
+
+def mlp() -> keras.Model:
+    """Return a network of 64-256-128-10 units."""
+    widths = [layers.Dense(256, activation="relu"), layers.Dense(128, activation="relu"), layers.Dense(10)]
+    return keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), *widths])
+
+
+def cnn() -> keras.Model:
+    """Return a network of three convolutions, 16-32-32 filters."""
+    filters = [
+        layers.Conv2D(size, 3, padding="same", activation="relu", strides=stride) for size, stride in ((16, 1), (32, 2), (32, 2))
+    ]
+    return keras.Sequential([keras.Input((8, 8, 1)), *filters, layers.Flatten(), layers.Dense(10)])
+
+
+def step_time(model: keras.Model, batch: int, steps: int, epochs: int, callbacks: list[Any] | None = None) -> float:
+    """Return seconds of a step in the fastest epoch."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(steps * batch, 8, 8, 1)).astype("float32")
+    y = random.integers(0, 10, steps * batch)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(1e-3), loss, jit_compile=BACKEND == "jax")
+
+    class Clock(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            times.append(time.perf_counter() - self.start)
+
+    times: list[float] = []
+    model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[*(callbacks or []), Clock()])
+    return min(times[1:]) / steps
+
+
+def vmap_kernel(model: keras.Model) -> Callable[[list[Any], Any, Any], Any]:
+    """Return the kernel of the losses by per-sample gradients of the whole model."""
+    variables = model.trainable_variables
+
+    def loss(values: list[Any], x: Any, y: Any) -> Any:
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return mgs.cross_entropy(model(x[None]), y[None])[0]
+
+    if BACKEND == "jax":
+        import jax
+
+        per_sample = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
+    elif BACKEND == "torch":
+        import torch
+        from keras.src.backend.torch import nn
+
+        nn._maybe_convert_to_channels_last = lambda x, *rest: x  # vmap lacks memory formats
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    else:
+        import tensorflow as tf
+
+        def gradient(values: list[Any], x: Any, y: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch(values)
+                value = loss(values, x, y)
+            return tape.gradient(value, values)
+
+        def per_sample(values: list[Any], x: Any, y: Any) -> Any:
+            return tf.vectorized_map(lambda sample: gradient(values, *sample), (x, y))
+
+    def kernel(values: list[Any], x: Any, y: Any) -> Any:
+        rows = [keras.ops.reshape(g, (x.shape[0], -1)) for g in per_sample(values, x, y)]
+        return sum(keras.ops.matmul(row, keras.ops.transpose(row)) for row in rows)
+
+    return kernel
+
+
+def by_vmap(model: keras.Model, regularizer: MGSRegularizer) -> keras.Model:
+    """Regularise with that kernel: the same `fit`, the kernel exchanged."""
+    model = regularize(model, regularizer)
+    kernel = vmap_kernel(model)
+    model._mgs._kernel = lambda x, y, y_pred, differentiable: kernel(
+        [keras.ops.convert_to_tensor(v) for v in model.trainable_variables], x, y
+    )
+    model._mgs._checked = True
+    return model
+
+
+def main() -> None:
+    """Print a row for each model and size of batch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer steps, without vmap")
+    quick = parser.parse_args().quick
+    regularizer = MGSRegularizer("log_determinant", strength=0.1)
+    print(
+        f"{BACKEND:10s} {'model':5s} {'batch':>5s} {'plain ms':>9s} {'regularised':>11s} {'first 32':>9s} {'vmap':>7s}",
+        flush=True,
+    )
+    for name, build in (("mlp", mlp), ("cnn", cnn)):
+        for batch in (64, 256):
+            steps, epochs = (10, 4) if quick else (20, 8)
+            plain = step_time(build(), batch, steps, epochs)
+            ratio = step_time(regularize(build(), regularizer), batch, steps, epochs) / plain
+            first = (
+                step_time(regularize(build(), MGSRegularizer("log_determinant", max_samples=32)), batch, steps, epochs) / plain
+            )
+            vmap = float("nan") if quick or batch > 64 else step_time(by_vmap(build(), regularizer), batch, 5, 3) / plain
+            print(f"{BACKEND:10s} {name:5s} {batch:5d} {1e3 * plain:9.2f} {ratio:10.2f}× {first:8.2f}× {vmap:6.1f}×", flush=True)
+    probe = np.random.default_rng(1).normal(size=(256, 8, 8, 1)).astype("float32")
+    for name, build in (("mlp", mlp), ("cnn", cnn)):
+        steps = 60_000 // 64 // (10 if quick else 1)
+        plain = step_time(build(), 64, steps, 3) * (60_000 // 64)
+        monitor = MGSMonitor(probe)
+        model = build()
+        step_time(model, 64, 2, 2, [monitor])
+        monitor.set_model(model)
+        monitor.on_train_begin()
+        monitor.on_epoch_end(0)
+        times = []
+        for epoch in range(1, 6):
+            start = time.perf_counter()
+            monitor.on_epoch_end(epoch)
+            times.append(time.perf_counter() - start)
+        cost = min(times)
+        print(
+            f"{BACKEND:10s} {name:5s} monitor of 256 samples {1e3 * cost:.0f} ms, {100 * cost / plain:.1f} % of an epoch of {plain:.1f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Regularised `fit` on whichever backend Keras runs: its gradient, and all that users combine it with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras_oracle import BACKEND, draw_weights, kernel, numpy
+from mgs_core.adapters.keras import (
+    MGSFunctional,
+    MGSMixin,
+    MGSRegularizer,
+    MGSSequential,
+    StrengthSchedule,
+    attach,
+    regularize,
+    sample_loss,
+)
+
+import mgs_core as mgs
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(20, 5)).astype("float32")
+Y = RANDOM.integers(0, 3, 20)
+
+
+def network(*, softmax: bool = True) -> keras.Model:
+    hidden = [layers.Dense(6, activation="tanh"), layers.Dense(3, activation="softmax" if softmax else None)]
+    return draw_weights(keras.Sequential([keras.Input((5,)), *hidden]))
+
+
+def compiled(model: keras.Model, **options):
+    options = {"optimizer": keras.optimizers.SGD(0.1), "loss": "sparse_categorical_crossentropy", "jit_compile": False, **options}
+    model.compile(**options)
+    return model
+
+
+def fit(model: keras.Model, x=X, y=Y, **options):
+    return model.fit(x, y, **{"batch_size": 10, "verbose": 0, "shuffle": False, **options}).history
+
+
+def changed(model: keras.Model, before: list[np.ndarray]) -> float:
+    return max(float(np.max(np.abs(now - then))) for now, then in zip(model.get_weights(), before, strict=True))
+
+
+REGULARIZERS = {
+    "loss": MGSRegularizer("log_determinant", strength=0.7, scale=0.5),
+    "trace": MGSRegularizer("trace", strength=0.01, output="trace", transform="log_softmax", max_samples=6),
+    "random": MGSRegularizer("cosine", strength=0.5, output="random", seed=3),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_one_step_descends_the_gradient_of_loss_and_penalty(name):
+    regularizer = REGULARIZERS[name]
+    x, y = X[:8].astype("float64"), Y[:8]
+    model = compiled(regularize(network(), regularizer), optimizer=keras.optimizers.SGD(1.0))
+    plain = compiled(network())
+    options = {"output": regularizer.output, "transform": regularizer.transform, "seed": regularizer.seed}
+    if regularizer.output == "loss":
+        options["loss"] = sample_loss("sparse_categorical_crossentropy")
+
+    def objective(weights):
+        plain.set_weights(weights)
+        loss = float(np.mean(-np.log(numpy(plain(x)))[np.arange(8), y]))
+        m = regularizer.max_samples
+        return loss + regularizer.strength * float(
+            numpy(regularizer(keras.ops.convert_to_tensor(kernel(plain, x[:m], y[:m], **options))))
+        )
+
+    before = model.get_weights()
+    history = fit(model, x, y, batch_size=8)
+    descent = [then - now for now, then in zip(model.get_weights(), before, strict=True)]
+    direction = [np.random.default_rng(5).normal(size=w.shape) for w in before]
+    step = 1e-3  # central differences of fourth order
+    at = {i: objective([w + i * step * d for w, d in zip(before, direction, strict=True)]) for i in (-2, -1, 1, 2)}
+    expected = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
+    assert sum(np.sum(g * d) for g, d in zip(descent, direction, strict=True)) == pytest.approx(expected, rel=1e-6)
+    assert history["loss"][0] == pytest.approx(objective(before), rel=1e-6)
+
+
+def test_logs_show_the_penalty_and_validation_does_not():
+    for route in (regularize, attach):
+        model = compiled(route(network(), REGULARIZERS["loss"]), metrics=["accuracy"])
+        weights = dict.fromkeys(range(3), 1.0)
+        history = fit(model, validation_data=(X, Y), class_weight=weights, batch_size=16)  # the last batch is partial
+        assert {"loss", "mgs_penalty", "accuracy", "val_loss", "val_accuracy"} == set(history)
+        assert history["mgs_penalty"][0] > 0
+        assert "mgs_penalty" not in model.evaluate(X, Y, verbose=0, return_dict=True)
+
+
+def test_both_routes_and_zero_strength():
+    before = network().get_weights()
+    plain, routes = compiled(network()), []
+    fit(plain)
+    for route in (regularize, attach):
+        model = compiled(route(network(), REGULARIZERS["loss"]))
+        fit(model)
+        routes.append(model.get_weights())
+    for one, other in zip(*routes, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    nothing = compiled(regularize(network(), MGSRegularizer("trace", strength=0.0)))
+    fit(nothing)
+    assert changed(nothing, plain.get_weights()) < 1e-6 < 1e-3 < changed(plain, routes[0])
+    assert changed(plain, before) > 1e-3
+
+
+def test_strength_is_scheduled_without_a_new_trace():
+    model = compiled(regularize(network(), MGSRegularizer("trace", strength=1.0)), optimizer=keras.optimizers.SGD(0.0))
+    history = fit(model, epochs=3, callbacks=[StrengthSchedule(lambda epoch: float(epoch))])
+    first, second, third = history["mgs_penalty"]
+    assert first == 0.0
+    assert third == pytest.approx(2 * second, rel=1e-5)
+    assert model.mgs_regularizer.strength == 2.0
+    by_batch = fit(model, epochs=2, callbacks=[StrengthSchedule(lambda batch: float(batch == 0), by="batch")])["mgs_penalty"]
+    assert by_batch[0] > 0.0 == by_batch[1]
+
+
+def test_every_other_step_counts_twice():
+    model = compiled(regularize(network(), MGSRegularizer("trace", strength=1.0, every=2)), optimizer=keras.optimizers.SGD(0.0))
+    always = compiled(regularize(network(), MGSRegularizer("trace", strength=1.0)), optimizer=keras.optimizers.SGD(0.0))
+    lazy, usual = fit(model, X[:10], Y[:10], batch_size=5), fit(always, X[:5], Y[:5], batch_size=5)
+    assert lazy["mgs_penalty"] == pytest.approx(usual["mgs_penalty"], rel=1e-5)
+    plain = compiled(network(), optimizer=keras.optimizers.SGD(0.0))
+    added = lazy["loss"][0] - fit(plain, X[:10], Y[:10], batch_size=5)["loss"][0]
+    assert added == pytest.approx(usual["mgs_penalty"][0], rel=1e-4)  # twice, in one of two steps
+
+
+def test_agreement_weights_the_losses():
+    model = compiled(regularize(network(), MGSRegularizer(None, weighting="agreement")), optimizer=keras.optimizers.SGD(0.0))
+    given = np.linspace(0.5, 1.5, 20)
+    history = fit(model, batch_size=20, sample_weight=given)
+    plain = network()
+    weights = mgs.agreement_weights(kernel(plain, X, Y, output="loss", loss=sample_loss("sparse_categorical_crossentropy")))
+    losses = -np.log(numpy(plain(X)))[np.arange(20), Y]
+    assert history["loss"][0] == pytest.approx(np.mean(given * weights * losses), rel=1e-4)
+    assert "mgs_penalty" not in history
+
+
+def several() -> keras.Model:
+    a, b = keras.Input((5,), name="a"), keras.Input((2,), name="b")
+    h = layers.Dense(6, activation="tanh")(layers.Concatenate()([a, b]))
+    outputs = {"first": layers.Dense(3, activation="softmax", name="first")(h), "second": layers.Dense(2, name="second")(h)}
+    return draw_weights(keras.Model({"a": a, "b": b}, outputs))
+
+
+def test_dict_inputs_and_outputs_with_several_losses():
+    model = regularize(several(), MGSRegularizer("trace", strength=0.1))
+    assert type(model) is MGSFunctional
+    x, y = {"a": X, "b": X[:, :2]}, {"first": Y, "second": X[:, :2]}
+    losses = {"first": "sparse_categorical_crossentropy", "second": "mse"}
+    compiled(model, loss=losses, loss_weights={"first": 1.0, "second": 0.3}, optimizer=keras.optimizers.SGD(0.0))
+    history = fit(model, x, y, sample_weight={"first": np.ones(20), "second": np.ones(20)}, batch_size=20)
+    outputs = {name: numpy(value) for name, value in model(x).items()}
+    total = -np.log(outputs["first"])[np.arange(20), Y] + 0.3 * np.mean((outputs["second"] - X[:, :2]) ** 2, axis=1)
+    assert history["loss"][0] == pytest.approx(np.mean(total) + history["mgs_penalty"][0], rel=1e-4)
+    found = kernel(model, x, y, output="loss", loss=sample_loss(model))
+    assert 0.1 * np.trace(found) / 20 == pytest.approx(history["mgs_penalty"][0], rel=1e-4)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has neither on PyTorch")
+def test_compiled_steps_and_several_steps_at_once():
+    curves = []
+    for options in ({}, {"jit_compile": True}, {"steps_per_execution": 3}, {"run_eagerly": True}):
+        if BACKEND == "jax" and "run_eagerly" in options:
+            continue  # takes a minute
+        model = compiled(regularize(network(), REGULARIZERS["loss"]), **options)
+        curves.append(fit(model, batch_size=6, epochs=2)["loss"])
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's compiler alone lacks second derivatives")
+def test_the_compiler_of_torch_is_refused():
+    model = compiled(regularize(network(), REGULARIZERS["loss"]), jit_compile=True)
+    with pytest.raises(mgs.UnsupportedModelError, match="`jit_compile` must be off on PyTorch"):
+        fit(model)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = compiled(regularize(network(), MGSRegularizer("log_determinant", strength=0.7)))
+        mixed = fit(model, X[:10], Y[:10])
+    finally:
+        keras.config.set_dtype_policy(before)
+    exact = fit(compiled(regularize(network(), MGSRegularizer("log_determinant", strength=0.7))), X[:10], Y[:10])
+    tolerance = 0.1 if policy == "mixed_bfloat16" else 0.02
+    assert mixed["mgs_penalty"][0] == pytest.approx(exact["mgs_penalty"][0], rel=tolerance)
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
+class Net(MGSMixin, keras.Model):
+    """A subclass that saves its regulariser."""
+
+    def __init__(self, width=4, **options):
+        super().__init__(**options)
+        self.width = width
+        self.hidden, self.norm, self.out = layers.Dense(width, activation="tanh"), layers.BatchNormalization(), layers.Dense(3)
+
+    def call(self, x, training=None):
+        return self.out(self.norm(self.hidden(x), training=training))
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width}
+
+
+class Plain(keras.Model):
+    """A subclass that knows nothing of regularisers, with an old `compute_loss`."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(3, activation="softmax")
+
+    def call(self, x):
+        return self.out(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return 2.0 * super().compute_loss(x, y, y_pred, sample_weight)
+
+
+def test_subclassed_models():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    net = compiled(regularize(Net(), REGULARIZERS["loss"]), loss=loss)
+    statistics = fit(net)["mgs_penalty"]
+    assert statistics[0] > 0
+    assert np.max(np.abs(numpy(net.norm.moving_mean))) > 0  # the batch statistics are those of the training pass
+    plain = compiled(regularize(Plain(), REGULARIZERS["loss"]))
+    assert type(plain) is Plain
+    assert fit(plain)["mgs_penalty"][0] > 0
+    regularize(plain, None)
+    assert "mgs_penalty" not in fit(plain)
+
+
+def test_batch_statistics_move_once_a_step():
+    """The second pass leaves the model's state alone."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    moved = []
+    for regularizer in (None, REGULARIZERS["loss"]):
+        net = Net()
+        net(X)
+        draw_weights(net)
+        compiled(regularize(net, regularizer), loss=loss, optimizer=keras.optimizers.SGD(0.0))
+        fit(net)
+        moved.append(numpy(net.norm.moving_mean))
+    np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5)
+
+
+CONTINUE = """
+import json, sys
+import keras, numpy as np
+if sys.argv[2] == "yes":
+    import mgs_core.adapters.keras
+model = keras.models.load_model(sys.argv[1])
+x = np.load(sys.argv[3])
+before = [w.tolist() for w in model.get_weights()]
+history = model.fit(x["x"], x["y"], batch_size=10, verbose=0, shuffle=False).history
+print(json.dumps([type(model).__name__, history, int(model.optimizer.iterations)]))
+"""
+
+
+def in_new_process(path: Path, data: Path, imported: str):
+    command = [sys.executable, "-P", "-W", "ignore", "-c", CONTINUE, str(path), imported, str(data)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_saved_model_goes_on_in_a_new_process(tmp_path):
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    options = {"optimizer": keras.optimizers.SGD(0.1, momentum=0.9)}
+    for route, name, imported in ((regularize, "MGSSequential", "yes"), (attach, "Sequential", "no")):
+        model = compiled(route(network(), REGULARIZERS["loss"]), **options)
+        options = {"optimizer": keras.optimizers.SGD(0.1, momentum=0.9)}
+        fit(model)
+        model.save(tmp_path / "model.keras")
+        here = fit(model)
+        found, history, iterations = in_new_process(tmp_path / "model.keras", tmp_path / "data.npz", imported)
+        assert (found, iterations) == (name, 4)
+        if route is regularize:
+            assert history["mgs_penalty"] == pytest.approx(here["mgs_penalty"], rel=1e-4)
+            assert history["loss"] == pytest.approx(here["loss"], rel=1e-4)
+        else:
+            assert "mgs_penalty" not in history
+
+
+def test_configurations_come_back(tmp_path):
+    for regularizer in REGULARIZERS.values():
+        again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(regularizer))
+        assert again.get_config() == regularizer.get_config()
+    net = regularize(Net(5), REGULARIZERS["trace"])
+    again = Net.from_config(net.get_config())
+    assert (again.width, again.mgs_regularizer.get_config()) == (5, REGULARIZERS["trace"].get_config())
+    functional = regularize(several(), REGULARIZERS["trace"])
+    assert type(keras.models.model_from_json(functional.to_json())) is MGSFunctional
+    assert MGSSequential.from_config(regularize(network(), REGULARIZERS["trace"]).get_config()).mgs_regularizer is not None
+
+
+def test_clones_have_no_regularizer():
+    model = regularize(network(), REGULARIZERS["loss"])
+    assert getattr(keras.models.clone_model(model), "mgs_regularizer", None) is None
+    assert "MGSRegularizer(penalty='log_determinant'" in repr(model.mgs_regularizer)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MGSRegularizer("nonsense"), "`name` must be one of trace"),
+        (lambda: MGSRegularizer(strength=-1.0), "`strength` must be a finite number at least 0; got -1.0"),
+        (lambda: MGSRegularizer(scale=0.0), "`scale` must be a finite number above 0"),
+        (lambda: MGSRegularizer(None), "`penalty` must be the name of a penalty unless"),
+        (lambda: MGSRegularizer(output="full"), "`output` must be one of loss"),
+        (lambda: MGSRegularizer(transform="exp"), "`transform` must be one of identity"),
+        (lambda: MGSRegularizer(weighting="some"), "`weighting` must be one of None, agreement"),
+        (lambda: MGSRegularizer(every=0), "`every` must be an integer of at least 1"),
+        (lambda: MGSRegularizer(max_samples=True), "`max_samples` must be an integer"),
+        (lambda: MGSRegularizer(weighting="agreement", max_samples=3), "`max_samples` must be None with weighting"),
+        (lambda: setattr(MGSRegularizer(), "every", 3), "`every` must stay as it was made"),
+        (lambda: setattr(MGSRegularizer(), "strength", "much"), "`strength` must be a finite number"),
+        (lambda: regularize(layers.Dense(2), MGSRegularizer()), "`model` must be a keras.Model; got Dense"),
+        (lambda: regularize(network(), "l2"), "`regularizer` must be an MGSRegularizer or None; got str"),
+        (lambda: sample_loss(network()), "`model` must be compiled with a loss and have seen a batch"),
+        (lambda: StrengthSchedule(lambda n: 1.0, by="day"), "`by` must be epoch or batch"),
+        (lambda: fit(compiled(network()), callbacks=[StrengthSchedule(float)]), "`model` must have a regularizer for"),
+        (lambda: mgs.kernel(keras.Sequential([layers.Dense(2)]), X), "`model` must be built"),
+        (lambda: mgs.kernel(keras.Sequential([keras.Input((5,)), layers.Flatten()]), X), "`model` must have trainable variables"),
+    ],
+)
+@pytest.mark.wrong_types
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        call()

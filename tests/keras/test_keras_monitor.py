@@ -1,0 +1,92 @@
+"""The monitor in `fit`: its figures, and that every other callback sees them."""
+
+from __future__ import annotations
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras_oracle import draw_weights, kernel
+from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize
+
+import mgs_core as mgs
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(20, 5)).astype("float32")
+Y = RANDOM.integers(0, 3, 20)
+
+
+def network():
+    model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(4, activation="tanh"), layers.Dense(3)]))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)
+    return model
+
+
+def fit(model, callbacks, **options):
+    return model.fit(X, Y, **{"batch_size": 10, "verbose": 0, "shuffle": False, "callbacks": callbacks, **options}).history
+
+
+def test_figures_are_the_summary_of_the_kernel():
+    model, monitor = network(), MGSMonitor(X[:6], labels=Y[:6])
+    history = fit(model, [monitor], epochs=2)
+    expected = mgs.summarize(kernel(model, X[:6]), Y[:6])
+    for name, value in expected.to_dict().items():
+        assert history[f"mgs_{name}"][1] == pytest.approx(value, rel=1e-3, abs=1e-4)
+    assert monitor.history[1]["mgs_trace"] == history["mgs_trace"][1]
+    assert monitor.history[0]["mgs_trace"] != monitor.history[1]["mgs_trace"]
+
+
+class Spy(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen = dict(logs)
+
+
+def test_callbacks_see_the_figures_in_any_order(tmp_path):
+    best = tmp_path / "best.weights.h5"
+
+    def others():
+        return [
+            Spy(),
+            keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+            keras.callbacks.ModelCheckpoint(
+                tmp_path / "best.weights.h5", "mgs_trace", save_best_only=True, save_weights_only=True
+            ),
+            keras.callbacks.EarlyStopping("mgs_trace", mode="max", min_delta=1e9, patience=1),
+        ]
+
+    for last in (False, True):
+        callbacks = others()
+        given = [*callbacks, MGSMonitor(X[:4])] if last else [MGSMonitor(X[:4]), *callbacks]
+        history = fit(network(), given, epochs=5)
+        assert "mgs_trace" in callbacks[0].seen
+        assert len(history["mgs_trace"]) == 2  # stopped early
+        with (tmp_path / "log.csv").open() as file:
+            row = next(iter(csv.DictReader(file)))
+        assert float(row["mgs_trace"]) == pytest.approx(history["mgs_trace"][0])
+        assert best.exists()
+        assert given[-1] is callbacks[-1] or last  # the user's own list stays as it was
+
+
+def test_schedule_repeats_the_last_figures_and_batches_go_to_the_history():
+    records = []
+    sink = mgs.CallbackSink(lambda numbers, step: records.append((step, numbers)))
+    monitor = MGSMonitor(X[:4], Y[:4], every=2, batches=2, output="loss", sinks=[sink])
+    history = fit(network(), [monitor], epochs=3, batch_size=5)
+    assert history["mgs_trace"][0] == history["mgs_trace"][1] != history["mgs_trace"][2]
+    assert [record.get("epoch") for record in monitor.history if "epoch" in record] == [0, 2]
+    assert [record["batch"] for record in monitor.history if "batch" in record] == [0, 2, 4, 6, 8, 10]
+    assert len(records) == len(monitor.history)
+    assert fit(network(), [MGSMonitor(X[:4])])["mgs_trace"]  # a model after another
+
+
+def test_monitor_of_a_regularised_model_leaves_training_alone():
+    curves = []
+    for callbacks in ([], [MGSMonitor(X[:4], batches=1)]):
+        model = regularize(network(), MGSRegularizer("trace", strength=0.01))
+        curves.append(fit(model, callbacks, epochs=2))
+    assert curves[0]["loss"] == pytest.approx(curves[1]["loss"], rel=1e-6)
+    assert curves[0]["mgs_penalty"] == pytest.approx(curves[1]["mgs_penalty"], rel=1e-6)
+    assert {"mgs_penalty", "mgs_trace", "mgs_log_determinant"} < set(curves[1])

@@ -1,0 +1,193 @@
+"""Models as TensorFlow users hold them: modules, traced functions, replicas, XLA, half precision; and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import mgs_core as mgs
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(6, 4))
+IDS = RANDOM.integers(0, 5, (6, 3))
+
+
+def variable(*shape: int, name: str = "w") -> tf.Variable:
+    return tf.Variable(RANDOM.normal(size=shape), name=name)
+
+
+def close(actual, expected, tolerance: float = 1e-12) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
+
+
+def expected(function, variables, x) -> np.ndarray:
+    """A loop of ordinary gradients."""
+    rows = []
+    for a in range(len(x)):
+        with tf.GradientTape(persistent=True) as tape:
+            outputs = tf.unstack(function(tf.constant(x[a : a + 1]))[0])
+        each = [tape.gradient(output, variables, unconnected_gradients="zero") for output in outputs]
+        rows.append([np.concatenate([np.ravel(tf.convert_to_tensor(g)) for g in found]) for found in each])
+    return np.einsum("acp,bcp->ab", rows, rows)
+
+
+class Inner(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.calls = variable(3, 3), tf.Variable(0, trainable=False)
+
+    @tf.function
+    def __call__(self, h):
+        self.calls.assign_add(1)
+        if tf.reduce_sum(h) > 1e9:  # a branch of the graph
+            h = h * 0.0
+        return tf.tanh(h @ self.w)
+
+
+class Module(tf.Module):
+    """Reads variables by itself, twice, within a tf.function within another, and by lookup."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.w, self.b, self.inner = variable(5, 4), variable(4, 3), variable(3), Inner()
+
+    @tf.function
+    def __call__(self, ids):
+        h = tf.reduce_mean(tf.nn.embedding_lookup(self.table, ids), axis=1) if ids.dtype.is_integer else ids
+        return self.inner(self.inner(h @ self.w + self.b)) + h @ self.w
+
+
+@pytest.mark.parametrize("x", [X, IDS], ids=["dense", "lookup"])
+def test_module_that_reads_its_variables(x):
+    module = Module()
+    module(tf.constant(x))
+    before, calls = [v.numpy() for v in module.trainable_variables], int(module.inner.calls)
+    kernel = mgs.kernel(module, x)
+    assert int(module.inner.calls) == calls  # assignments are not repeated
+    for now, then in zip(module.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    close(kernel, expected(module, module.trainable_variables, x))
+    report = mgs.check(module, x)
+    assert {layer.route for layer in report.layers if layer.kind != "unused"} == {"statistics"}
+    assert [layer.parameter for layer in report.layers] == ["w", "w#2", "w#3", "w#4"]
+
+
+def test_traced_function_and_its_variables():
+    w, b = variable(4, 3), variable(3)
+    function = tf.function(lambda x: tf.tanh(x @ w + b))
+    model = mgs.FunctionalModel(lambda _, x: function(x), {"w": w, "b": b})
+    close(mgs.kernel(model, X), expected(function, [w, b], X))
+    given = mgs.FunctionalModel(
+        tf.function(lambda p, x: tf.tanh(x @ p["w"] + p["b"])), {"w": w.read_value(), "b": b.read_value()}
+    )
+    close(mgs.kernel(given, X), expected(function, [w, b], X))
+    assert mgs.check(given, X).layers[0].route == "statistics"
+
+
+def penalised(module, x):
+    return mgs.Penalty("log_determinant", strength=1.0)(mgs.kernel(module, x, differentiable=True))
+
+
+@pytest.mark.parametrize("mode", ["eager", "traced", "xla"])
+def test_penalty_of_a_module_on_a_tape(mode):
+    module, x = Module(), tf.constant(X)
+    variables = module.trainable_variables
+
+    def step():
+        with tf.GradientTape() as tape:
+            value = penalised(module, x)
+        return value, tape.gradient(value, variables, unconnected_gradients="zero")
+
+    _, found = (step if mode == "eager" else tf.function(step, jit_compile=mode == "xla"))()
+    directions = [RANDOM.normal(size=v.shape) for v in variables]
+    start, at, size = [v.numpy() for v in variables], {}, 1e-4
+    for i in (-2, -1, 1, 2):
+        for v, s, d in zip(variables, start, directions, strict=True):
+            v.assign(s + i * size * d)
+        at[i] = float(penalised(module, x))
+    slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * size)
+    along = sum(np.sum(tf.convert_to_tensor(g) * d) for g, d in zip(found, directions, strict=True))
+    assert along == pytest.approx(slope, rel=1e-6)
+
+
+def test_half_precision_contracts_in_single():
+    w = tf.constant(RANDOM.normal(size=(4, 3)), tf.float32)
+
+    def function(p, x):
+        return tf.cast(tf.cast(x, tf.bfloat16) @ tf.cast(p["w"], tf.bfloat16), tf.float32)
+
+    kernel = mgs.kernel(mgs.FunctionalModel(function, {"w": w}), X.astype(np.float32))
+    assert kernel.dtype == tf.float32
+    close(kernel, 3 * X @ X.T, 0.02)
+
+
+def test_replicas_get_a_kernel_each():
+    if len(tf.config.list_logical_devices("CPU")) < 2:
+        pytest.skip("TensorFlow was started with one device")
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        w = variable(4, 3)
+    model = mgs.FunctionalModel(lambda _, x: tf.tanh(x @ w), {"w": w})
+    kernels = tf.function(lambda: strategy.run(lambda: mgs.kernel(model, tf.constant(X))))()
+    for kernel in strategy.experimental_local_results(kernels):
+        close(kernel, expected(lambda x: tf.tanh(x @ w), [w], X))
+
+
+def test_batch_statistics_are_refused():
+    w = tf.constant(RANDOM.normal(size=(4, 3)))
+
+    def function(p, x):
+        h = x @ p["w"]
+        return tf.tanh((h - tf.reduce_mean(h, 0)) / tf.math.reduce_std(h, 0)) @ p["v"]
+
+    model = mgs.FunctionalModel(function, {"w": w, "v": tf.transpose(w)})
+    for call in (mgs.kernel, mgs.get_backend("tensorflow").compile(lambda m, x: mgs.kernel(model, x))):
+        with pytest.raises(mgs.SamplesInteractError, match="samples that interact in front of parameter 'w'"):
+            call(model, tf.constant(X)) if call is mgs.kernel else call(0, tf.constant(X))
+    assert mgs.kernel(model, X, parameters="v").shape == (6, 6)
+    assert not mgs.check(model, X).ok
+
+
+def test_random_state_and_arguments_stay():
+    tf.random.set_seed(3)
+    first = tf.random.uniform(())
+    tf.random.set_seed(3)
+    w = tf.constant(RANDOM.normal(size=(4, 3)))
+    mgs.kernel(mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": w}), X)
+    assert float(tf.random.uniform(())) == float(first)
+
+
+def loop_reading(w):
+    return lambda _, x: tf.while_loop(lambda i, h: i < 2, lambda i, h: (i + 1, tf.tanh(h @ w)), (0, x), maximum_iterations=2)[1]
+
+
+SQUARE = variable(4, 4)
+GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": tf.ones((4, 3), tf.float64)})
+LOOP = mgs.FunctionalModel(loop_reading(SQUARE), {"w": SQUARE})
+SWISH = mgs.FunctionalModel(lambda _, x: tf.nn.silu(x @ SQUARE), {"w": SQUARE})
+
+
+def kernel_of_function(function, parameters):
+    return lambda: mgs.kernel(mgs.FunctionalModel(function, parameters), X)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: mgs.kernel(GOOD, np.full((6, 4), np.nan)), mgs.ArgumentError, "`inputs` must be finite"),
+        (kernel_of_function(lambda p, x: x, {"w": tf.range(3)}), mgs.ArgumentError, "`parameters` must be floating"),
+        (kernel_of_function(lambda p, x: x[0] * p["w"], {"w": SQUARE}), mgs.ArgumentError, "outputs of shape"),
+        (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
+        (lambda: mgs.kernel(LOOP, X), mgs.UnsupportedModelError, "must read its variables outside of control flow"),
+        (lambda: mgs.kernel(SWISH, X), mgs.UnsupportedModelError, "must have no custom gradient where it reads variables"),
+        (
+            lambda: tf.function(lambda x: mgs.kernel(GOOD, x)).get_concrete_function(tf.TensorSpec((None, 4), tf.float64)),
+            mgs.ArgumentError,
+            "`inputs` must have a known number of samples; got None",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
