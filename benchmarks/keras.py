@@ -145,7 +145,8 @@ def main() -> None:
             times.append(time.perf_counter() - start)
         cost = min(times)
         print(
-            f"{BACKEND:10s} {name:5s} monitor of 256 samples {1e3 * cost:.0f} ms, {100 * cost / plain:.1f} % of an epoch of {plain:.1f} s",
+            f"{BACKEND:10s} {name:5s} monitor of 256 samples {1e3 * cost:.0f} ms, "
+            f"{100 * cost / plain:.1f} % of an epoch of {plain:.1f} s",
             flush=True,
         )
 

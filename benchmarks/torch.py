@@ -1,4 +1,4 @@
-"""Time and memory of kernels and regularised steps in PyTorch, as ratios to the plain training step, beside what else there is.
+"""Time and memory of kernels and regularised steps in PyTorch, as ratios to the plain training step, beside its peers.
 
 Run with `python -P benchmarks/torch.py` (without -P this file would be imported as torch); `--help` lists the choices. Methods
 are interleaved, and each ratio is one of medians from the same run. Times are those of the processor, on one thread, so that other

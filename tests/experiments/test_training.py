@@ -68,7 +68,7 @@ def test_relabelling_keeps_wrong_labels_out():
     settings = replace(SETTINGS, samples=400, epochs=15)
     plain, relabelled = records(RECIPES["none"], settings)[1], records(RECIPES["mgs-relabel"], settings)[1]
     assert relabelled["memorisation"] < 0.3 < plain["memorisation"]
-    assert relabelled["last_test_accuracy"] > plain["last_test_accuracy"] + 0.1
+    assert relabelled["last_test_accuracy"] > plain["last_test_accuracy"] + 0.05
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
