@@ -1,9 +1,10 @@
 """Time and memory of kernels and regularised steps in PyTorch, as ratios to the plain training step, beside its peers.
 
 Run with `python -P benchmarks/torch.py` (without -P this file would be imported as torch); `--help` lists the choices. Methods
-are interleaved, and each ratio is one of medians from the same run. Times are those of the processor, on one thread, so that other
-work on the machine disturbs them little; on a GPU they are those of the clock. Memory is the peak above what was held before, as
-PyTorch's allocator saw it. BackPACK (`pip install backpack-for-pytorch`) is measured where it is installed and knows the model.
+are interleaved, and each ratio is one of medians from the same run. Times are those of the processor, on one thread, so that
+other work on the machine disturbs them little; on a GPU they are those of the clock. Memory is the peak above what was held
+before, as PyTorch's allocator saw it. BackPACK (`pip install backpack-for-pytorch`) is measured where it is installed and knows
+the model.
 """
 
 from __future__ import annotations
