@@ -1,4 +1,4 @@
-"""Run ONNX's own node tests on a backend, and write the table of coverage, docs/onnx.md.
+"""Run ONNX's own node tests on a backend, and write the page with the table of coverage, docs/onnx.md.
 
     python docs/onnx_coverage.py            # writes the table
     python docs/onnx_coverage.py --check    # fails when the table is not up to date
@@ -236,13 +236,33 @@ def table() -> str:
     return "\n".join(lines)
 
 
-_HEAD = """# ONNX operators
+_HEAD = """# ONNX models
 
-`mgs_core.onnx.load` evaluates these operators on every backend. The table is written by `docs/onnx_coverage.py`, which runs the
-node tests that come with ONNX; `tests/onnx/test_conformance.py` runs them on each backend that is installed.
+`mgs_core.onnx.load(path, backend=…)` gives any exported network as a functional model, on every backend;
+`mgs_core.onnx.save` writes it back with other parameters. Files are not trusted: sizes are checked before memory is taken,
+external data must lie in the model's folder, and whatever is damaged is refused with the name of the node or tensor.
 
-Strings, sequences and optional values as inputs, sparse tensors, and numbers of 8 and fewer bits in floating point are refused.
-A model may be of any opset up to 28; operators older than "from opset" are refused, and onnx.version_converter brings them up."""
+## Which initialisers are parameters
+
+An ONNX file does not say which of its tensors are trained. A floating-point initialiser counts as trained when it reaches,
+through views (Transpose, Reshape, Cast, …), an input where networks keep weights, or is added to or multiplied with data
+behind the first weights. Single numbers, values that are not finite (attention masks), running statistics, means that are
+subtracted and scalers on the raw inputs do not. `load(…, parameters=…)` chooses by names or a predicate instead, among all
+floating-point initialisers.
+
+What an exporter has changed cannot always be undone. Undone are: transposed copies of tied embeddings, weights that a loop
+hands on as state, the zero half of Keras' recurrent biases, and the coefficients that scikit-learn's linear models keep in
+attributes. Not undone are batch normalisation that was folded into a convolution (export without constant folding), equal
+weights that were merged (a freshly initialised model), and a fixed table that is added to data, which looks like a learnt
+one.
+
+## Operators
+
+The table is written by `docs/onnx_coverage.py`, which runs the node tests that come with ONNX;
+`tests/onnx/test_conformance.py` runs them on each backend that is installed. Strings, sequences and optional values as
+inputs, sparse tensors, and floating-point numbers of 8 and fewer bits are refused. A model may be of any opset up to 28;
+operators older than "from opset" are refused, and onnx.version_converter brings them up. If, Loop and Scan need conditions
+and lengths that are known when the model is traced."""
 
 
 if __name__ == "__main__":
