@@ -26,7 +26,6 @@ Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | 
 
 # of their inputs only the first can be data
 _DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
-_PRODUCTS = {"Mm", "Addmm", "Bmm", "Baddbmm", "Linear", "Mv", "Convolution", "Embedding", "EmbeddingBag"}
 # the data are among what the node keeps, not among its inputs
 _DATA_INSIDE = {"Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Expand", "Repeat"}
 
@@ -85,9 +84,6 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
             break
         known |= _test(graph, fresh, sites, weights, gradients)
         mixed = [number for number in fresh if not known[number].separate]
-        for number in mixed:
-            if _data_may_enter(graph, number) and _holds_samples(graph.name(number), known[number].leads, n):
-                raise _interaction(graph, sites[number])
         up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
         if mixed and not up:  # activations meet the parameter here, and samples mix later
             raise _interaction(graph, sites[mixed[0]])
@@ -98,6 +94,10 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         alone = not _data_enter(graph, number, slots) and not _data_may_enter(graph, number)
         if alone and not known[number].silent:  # samples separate where no data enter: they entered before, and were mixed
             raise _interaction(graph, slots)
+    data = set().union(*(_constants(graph, number) for number in sites))
+    for number in failed:  # a constant that is data elsewhere is data here
+        if not data.isdisjoint(_constants(graph, number)):
+            raise _interaction(graph, {0: (number, 0)})
     uses = [
         Use(number, slot, edge, known[number].layouts[slot]) for number, slots in sites.items() for slot, edge in slots.items()
     ]
@@ -106,13 +106,12 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
 
 @dataclass(frozen=True)
 class _Found:
-    """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero; lead axes."""
+    """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
 
     layouts: dict[int, tuple[Layout | None, ...]]
     separate: bool
     sure: bool
     silent: bool
-    leads: list[tuple[int, ...]]
 
 
 def _data_enter(graph: Graph, number: int, slots: dict[int, Edge]) -> bool:
@@ -127,13 +126,12 @@ def _data_may_enter(graph: Graph, number: int) -> bool:
     return name in _DATA_INSIDE or any(edge is None for edge in (inputs[:1] if name in _DATA_FIRST else inputs))
 
 
-def _holds_samples(name: str, leads: list[tuple[int, ...]], n: int) -> bool:
-    """Guess whether the constants that a rule's node takes are data, from the lengths of the lead axes.
-
-    Products and convolutions of parameters with constants are rare, elementwise operations (masks) are not.
-    """
-    merged = name in _PRODUCTS
-    return n > 1 and any(length == n or (merged and length % n == 0) for lead in leads for length in lead)
+def _constants(graph: Graph, number: int) -> set[int]:
+    """Return where the constants are kept that the node holds."""
+    node = graph.nodes[number]
+    held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+    tensors = [value for value in held if isinstance(value, torch.Tensor) and not value.requires_grad and value.numel() > 1]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _classify(graph: Graph, failed: set[int]) -> dict[int, dict[int, Edge]]:
@@ -167,22 +165,17 @@ def _test(
     for number in fresh:
         layouts: dict[int, tuple[Layout | None, ...]] = {}
         states: list[str] = []
-        leads: list[tuple[int, ...]] = []
         for slot in sites[number]:
             site = site_of(Place(graph, number, slot))
             outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
             found = [_of_output(arrangement(site), *at[edge], weights) for edge in outputs]
             layouts[slot] = tuple(layout for layout, _ in found)
             states += [state for _, state in found]
-            gradient = at[number, 0][0]
-            if site is not None and gradient is not None:
-                leads.append(tuple(site.arrange(gradient).shape[1:-1]))
         results[number] = _Found(
             layouts,
             separate="mixed" not in states,
             sure="open" not in states and "silent" not in states,
             silent=all(state in ("silent", "absent") for state in states),
-            leads=leads,
         )
     return results
 
