@@ -213,9 +213,9 @@ def loops():
         h = lax.fori_loop(0, 3, lambda i, h: h + jnp.tanh(h * p["rows"][i]), h + image[:, 0, :, 0])
         return h + jnp.mean(seen, 0)
 
-    stacked = {"a": draw(2, 3, 4, 4), "b": draw(2, 3, 4)}
-    p = {"w": draw(4, 4), "start": draw(4), "stacked": stacked, "shared": draw(4, 4), "rows": draw(3, 4)}
-    return function, {**p, "kernel": 0.2 * draw(1, 3, 16, 16)}, draw(5, 3, 4)
+    stacked = {"a": 0.4 * draw(2, 3, 4, 4), "b": draw(2, 3, 4)}
+    p = {"w": 0.4 * draw(4, 4), "start": draw(4), "stacked": stacked, "shared": 0.4 * draw(4, 4), "rows": 0.4 * draw(3, 4)}
+    return function, {**p, "kernel": 0.1 * draw(1, 3, 16, 16)}, draw(5, 3, 4)
 
 
 @model

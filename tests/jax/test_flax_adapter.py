@@ -1,0 +1,225 @@
+"""The Flax adapter: penalised and weighted losses against their definitions, in a training loop, and the monitor."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from mgs_core.adapters.flax import MGSMonitor, Parts, linen_model, regularized
+
+import mgs_core as mgs
+
+PENALTY = mgs.Penalty("log_determinant", strength=0.5)
+
+
+def close(actual, expected, tolerance: float = 1e-12) -> None:
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-30))
+
+    jax.tree.map(compare, actual, expected)
+
+
+def outputs(p, batch):
+    return jnp.tanh(batch["x"] @ p["w"] + p["b"]) @ p["v"]
+
+
+def losses(p, batch):
+    return jnp.sum((outputs(p, batch) - batch["y"]) ** 2, axis=1)
+
+
+def loss_fn(p, batch):
+    return jnp.mean(losses(p, batch)), {"size": jnp.sum(outputs(p, batch) ** 2)}
+
+
+@pytest.fixture
+def p():
+    draw = np.random.default_rng(0)
+    return {k: jnp.asarray(draw.normal(size=s)) for k, s in {"w": (3, 4), "b": (4,), "v": (4, 2)}.items()}
+
+
+@pytest.fixture
+def batch():
+    draw = np.random.default_rng(1)
+    return {"x": jnp.asarray(draw.normal(size=(6, 3))), "y": jnp.asarray(draw.normal(size=(6, 2)))}
+
+
+def kernel(p, batch, differentiable=True):
+    model = mgs.FunctionalModel(lambda p, b: losses(p, b)[:, None], p)
+    return mgs.kernel(model, batch, differentiable=differentiable)
+
+
+def evaluate(function, *arguments):
+    (value, parts), gradient = jax.jit(jax.value_and_grad(function, has_aux=True))(*arguments)
+    return value, parts, gradient
+
+
+def test_penalised_loss(p, batch):
+    value, parts, gradient = evaluate(regularized(loss_fn, PENALTY), p, batch)
+    expected = jax.value_and_grad(lambda p: loss_fn(p, batch)[0] + PENALTY(kernel(p, batch)))(p)
+    close((value, gradient), expected)
+    close(parts, Parts(loss_fn(p, batch)[0], PENALTY(kernel(p, batch)), kernel(p, batch), None, loss_fn(p, batch)[1]))
+
+
+def test_agreement_weighted_loss(p, batch):
+    value, parts, gradient = evaluate(regularized(loss_fn, weighting="agreement"), p, batch)
+    weights = mgs.agreement_weights(kernel(p, batch))
+    close((value, gradient), jax.value_and_grad(lambda p: jnp.mean(weights * losses(p, batch)))(p))
+    close(parts.weights, weights)
+    close(parts.kernel, kernel(p, batch))
+    some = evaluate(regularized(loss_fn, weighting="agreement", parameters=["w"]), p, batch)
+    model = mgs.FunctionalModel(lambda p, b: losses(p, b)[:, None], p)
+    weights = mgs.agreement_weights(mgs.kernel(model, batch, parameters=["w"]))
+    close(some[2], jax.grad(lambda p: jnp.mean(weights * losses(p, batch)))(p))
+
+
+def test_agreement_weighted_gradient_of_every_kind_of_statistics(case):
+    function, parameters, x = case
+
+    def loss(p, x):
+        return jnp.mean(jnp.sum(jnp.sin(function(p, x)), axis=1))
+
+    _, parts, gradient = evaluate(regularized(loss, weighting="agreement"), parameters, x)
+    expected = jax.jit(jax.grad(lambda p: jnp.mean(parts.weights * jnp.sum(jnp.sin(function(p, x)), axis=1))))(parameters)
+    close(gradient, expected, 1e-10)
+
+
+def test_penalty_and_weights_together(p, batch):
+    value, _, gradient = evaluate(regularized(loss_fn, PENALTY, weighting="agreement"), p, batch)
+    weights = mgs.agreement_weights(kernel(p, batch))
+    expected = jax.value_and_grad(lambda p: jnp.mean(weights * losses(p, batch)) + PENALTY(kernel(p, batch)))(p)
+    close((value, gradient), expected)
+
+
+def test_other_outputs_and_fewer_samples(p, batch):
+    few = jax.tree.map(lambda leaf: leaf[:4], batch)
+    function = regularized(loss_fn, PENALTY, output="trace", outputs=outputs, samples=4, transform="softmax")
+    model = lambda p: mgs.FunctionalModel(outputs, p)  # noqa: E731  # shorter than a function
+    expected = PENALTY(mgs.kernel(model(p), few, transform="softmax"))
+    close(evaluate(function, p, batch)[1].penalty, expected)
+    function = regularized(loss_fn, PENALTY, samples=4)
+    close(evaluate(function, p, batch)[1].penalty, PENALTY(kernel(p, few)))
+    function = regularized(loss_fn, PENALTY, output="target", outputs=outputs, targets=lambda b: jnp.argmax(b["y"], 1))
+    expected = PENALTY(mgs.kernel(model(p), batch, jnp.argmax(batch["y"], 1), output="target"))
+    close(evaluate(function, p, batch)[1].penalty, expected)
+
+
+def test_lazy_penalty_counts_for_the_steps_between(p, batch):
+    function = regularized(loss_fn, PENALTY, every=3)
+    for step in range(4):
+        value, parts, gradient = evaluate(function, p, batch, jnp.asarray(step))
+        factor = 3.0 if step % 3 == 0 else 0.0
+        expected = jax.value_and_grad(lambda p, f=factor: loss_fn(p, batch)[0] + f * PENALTY(kernel(p, batch)))(p)
+        close((value, gradient), expected)
+        close(parts.penalty, factor * PENALTY(kernel(p, batch)))
+    with pytest.raises(mgs.ArgumentError, match="`step` must be given when `every` is above 1"):
+        function(p, batch)
+
+
+def test_rest_is_the_same_for_all_samples(p, batch):
+    function = regularized(lambda p, batch, factor: factor * loss_fn(p, batch)[0], PENALTY)
+    close(evaluate(function, p, batch, 2.0)[1].kernel, 4.0 * kernel(p, batch))
+
+
+def test_training_with_optax_and_train_state(p, batch):
+    step = jax.jit(jax.value_and_grad(regularized(loss_fn, PENALTY), has_aux=True))
+    state = TrainState.create(apply_fn=outputs, params=p, tx=optax.adam(0.03))
+    values = []
+    for _ in range(60):
+        (value, _), gradient = step(state.params, batch)
+        state, values = state.apply_gradients(grads=gradient), [*values, float(value)]
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_loss_that_is_no_mean_or_mixes_samples_is_refused(p, batch):
+    def total(p, batch):
+        return jnp.sum(losses(p, batch))
+
+    def standardised(p, batch):
+        z = outputs(p, batch)
+        return jnp.mean(((z - jnp.mean(z, 0)) ** 2) * batch["y"])
+
+    for function in (total, standardised):
+        with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+            jax.jit(regularized(function, PENALTY))(p, batch)
+
+
+def test_nnx_model_is_trained_and_not_changed_by_the_kernel(batch):
+    batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), batch)
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+
+    def loss(model, batch):
+        return jnp.mean(jnp.sum((model(batch["x"]) - batch["y"]) ** 2, axis=1))
+
+    step = nnx.jit(nnx.value_and_grad(regularized(loss, PENALTY), has_aux=True))
+    optimizer = nnx.Optimizer(model, optax.adam(0.03), wrt=nnx.Param)
+    (first, parts), gradient = step(model, batch)
+    graph, state = nnx.split(model)
+    one = mgs.FunctionalModel(lambda p, b: jnp.sum((nnx.merge(graph, p)(b["x"]) - b["y"]) ** 2, axis=1)[:, None], state)
+    expected = mgs.kernel(one, batch)
+    close(parts.kernel, expected, 1e-5)
+    for _ in range(60):
+        (value, _), gradient = step(model, batch)
+        optimizer.update(model, gradient)
+    assert float(value) < 0.6 * float(first)
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x = nn.BatchNorm(use_running_average=not train, param_dtype=float)(nn.Dense(4, param_dtype=float)(x))
+        return nn.Dense(2, param_dtype=float)(jnp.tanh(x))
+
+
+def test_linen_model_holds_batch_statistics_fixed(batch):
+    module = Normalised()
+    variables = module.init(jax.random.key(0), batch["x"], train=False)
+    trained = mgs.kernel(linen_model(module, variables, train=False), batch["x"])
+    fixed = {"batch_stats": variables["batch_stats"]}
+    model = mgs.FunctionalModel(lambda p, x: module.apply({"params": p, **fixed}, x, train=False), variables["params"])
+    close(trained, mgs.kernel(model, batch["x"]))
+
+    def training(p, x):
+        return module.apply({"params": p, **fixed}, x, train=True, mutable=["batch_stats"])[0]
+
+    with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+        mgs.kernel(mgs.FunctionalModel(training, variables["params"]), batch["x"])
+    with pytest.raises(mgs.ArgumentError, match=r'`variables` must hold "params"; got \[\'batch_stats\'\]'):
+        linen_model(module, fixed)
+
+
+def test_monitor_measures_linen_nnx_and_functions(p, batch):
+    records = []
+    sink = mgs.CallbackSink(lambda numbers, step: records.append((step, numbers["mgs_trace"])))
+    monitor = MGSMonitor(lambda p, x: x @ p["w"], batch["x"], every=2, sinks=[sink])
+    assert [monitor.step(p) is None for _ in range(4)] == [False, True, False, True]
+    assert [step for step, _ in records] == [0, 2]
+    close(records[0][1], float(4 * jnp.sum(batch["x"] ** 2)))
+    module = nn.Dense(2, use_bias=False, param_dtype=float)
+    monitor = MGSMonitor(module, batch["x"], every=mgs.Schedule(1))
+    close(monitor.step(module.init(jax.random.key(0), batch["x"]), loss=1.0).trace, float(2 * jnp.sum(batch["x"] ** 2)))
+    assert monitor.history[0]["loss"] == 1.0
+    monitor = MGSMonitor(nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0)), batch["x"].astype(jnp.float32))
+    close(monitor.step().trace, float(2 * jnp.sum(batch["x"] ** 2)), 1e-6)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "`penalty` must be given without `weighting`"),
+        ({"weighting": "loss"}, '`weighting` must be "agreement" or None'),
+        ({"penalty": PENALTY, "every": 0}, "`every` must be an integer of at least 1; got 0"),
+        ({"penalty": PENALTY, "samples": 1.5}, "`samples` must be an integer of at least 1; got 1.5"),
+        ({"penalty": PENALTY, "output": "full", "outputs": outputs}, "`output` must give one scalar a pair"),
+        ({"penalty": PENALTY, "output": "sum"}, "`outputs` must be given for output='sum'"),
+        ({"weighting": "agreement", "every": 2}, "`weighting` must go with the losses of all samples"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        regularized(loss_fn, **options)
