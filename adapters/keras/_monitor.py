@@ -110,10 +110,8 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
 
     def _measure(self, unit: Literal["epoch", "batch"], number: int) -> dict[str, float]:
         model = self.model  # on JAX this brings the variables up to date
-        state = [
-            [keras.ops.convert_to_tensor(variable) for variable in variables]
-            for variables in (model.trainable_variables, model.non_trainable_variables)
-        ]
+        backend: Any = mgs.get_backend(model)
+        state = backend.values(model.trainable_variables), backend.values(model.non_trainable_variables)
         summary = mgs.summarize(self._kernel(*state, *self._probe), self._labels)
         figures = {self._prefix + name: value for name, value in summary.to_dict().items()}
         self.history.append({unit: number, **figures})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -59,16 +59,25 @@ class KerasBackend:
             ArgumentError: when the model is not built.
         """
         variables = _names(model)
-        values = [self.asarray(variable) for variable in variables.values()] if trainable is None else list(trainable)
         others = model.non_trainable_variables
-        held = [self.asarray(variable) for variable in others] if fixed is None else list(fixed)
+        values = self.values(variables.values()) if trainable is None else list(trainable)
 
         def function(parameters: dict[str, Array], inputs: Any) -> Array:
+            # read only here, in the graph that needs them
+            held = [variable.value for variable in others] if fixed is None else fixed
             state = [(variable, parameters[name]) for name, variable in variables.items()]
             with keras.StatelessScope(state_mapping=[*state, *zip(others, held, strict=True)]), _differentiable_twice():
                 return flat_outputs(call(model, inputs, training=False))
 
         return FunctionalModel(function, dict(zip(variables, values, strict=True)))
+
+    def values(self, variables: Iterable[Any]) -> list[Array]:
+        """Return the values that Keras variables have now, differentiable in them.
+
+        Args:
+            variables: of any layers.
+        """
+        return [self.framework.asarray(variable.value) for variable in variables]
 
     def parameters(self, model: Any) -> dict[str, Array]:
         """Return the values of the trainable variables by path."""

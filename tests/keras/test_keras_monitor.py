@@ -51,9 +51,7 @@ def test_callbacks_see_the_figures_in_any_order(tmp_path):
         return [
             Spy(),
             keras.callbacks.CSVLogger(tmp_path / "log.csv"),
-            keras.callbacks.ModelCheckpoint(
-                tmp_path / "best.weights.h5", "mgs_trace", save_best_only=True, save_weights_only=True
-            ),
+            keras.callbacks.ModelCheckpoint(best, "mgs_trace", mode="min", save_best_only=True, save_weights_only=True),
             keras.callbacks.EarlyStopping("mgs_trace", mode="max", min_delta=1e9, patience=1),
         ]
 
