@@ -29,7 +29,10 @@ _GROUPED = 1 << 16
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Let products have the precision of their arguments, whatever automatic mixed precision says."""
-    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    else:
         yield
 
 

@@ -63,7 +63,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     leaves = {name: torch.as_tensor(leaf) for name, leaf in flatten(inputs, "inputs").items()}
     for name, leaf in leaves.items():
         # on the host only, for elsewhere a look at the values would wait for the device
-        if leaf.device.type == "cpu" and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        if leaf.device.type == "cpu" and leaf.is_floating_point() and not _finite(leaf):
             raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Clean the data first.")
     inputs = unflatten(inputs, leaves, "inputs")
     buffers = {name: value.clone() for name, value in module.named_buffers()}
@@ -72,6 +72,12 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     devices = {value.device for value in module.parameters() if value.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         return torch.func.functional_call(module, buffers, arguments, keywords)
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Return whether all values are finite: their sum is, unless it overflows."""
+    values = values.detach()
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
