@@ -4,8 +4,8 @@
     nt/bin/python -P benchmarks/jax_neural_tangents.py
 
 neural-tangents no longer imports on current JAX. Even here two names that JAX 0.4.26 has moved must be put back, and its
-TensorFlow part, which this does not use, is left out. Times are of the processor, so that other work on the machine counts little.
-Ratios, not times, compare with those of benchmarks/jax.py.
+TensorFlow part, which this does not use, is left out. Times are of the processor, so that other work on the machine counts
+little. Ratios, not times, compare with those of benchmarks/jax.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def methods(case: Case) -> dict[str, Any]:
 
         def kernel(p: Any, x: Any, y: Any, which: Any = which) -> Any:
             of_losses = nt.empirical_ntk_fn(
-                lambda p, batch: losses(p, *batch)[:, None], trace_axes=(-1,), vmap_axes=(0, 0), implementation=which
+                lambda p, batch: losses(p, *batch)[:, None], trace_axes=(-1,), vmap_axes=((0, 0), 0, {}), implementation=which
             )
             return of_losses((x, y), None, p)
 
