@@ -71,12 +71,15 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
     def set_model(self, model: Any) -> None:
         """Take the model, and the first place among the callbacks."""
         super().set_model(model)
+        # a callback is not told its list; the caller is that list
         frame = inspect.currentframe()
-        container = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-        callbacks = getattr(container, "callbacks", None)
-        if isinstance(callbacks, list) and self in callbacks:
-            callbacks.remove(self)
-            callbacks.insert(0, self)
+        while frame is not None:
+            container = frame.f_locals.get("self")
+            if isinstance(container, keras.callbacks.CallbackList) and self in container.callbacks:
+                container.callbacks.remove(self)
+                container.callbacks.insert(0, self)
+                return
+            frame = frame.f_back
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Compile the measurement anew, for layers may have been frozen since."""

@@ -93,8 +93,8 @@ class Training:
         if keras.backend.backend() == "torch":
             self._check(x)
         if self.regularizer.weighting is not None:
-            # the losses are built by their first use; its value is not needed
-            original(x, y, y_pred, sample_weight)
+            if self._model._compile_loss is not None and not self._model._compile_loss.built:
+                original(x, y, y_pred, sample_weight)  # builds them; the value is not needed
             weights = keras.ops.stop_gradient(mgs.agreement_weights(self._kernel(x, y, y_pred, differentiable=False)))
             sample_weight = _weighted(sample_weight, weights)
         loss = original(x, y, y_pred, sample_weight)

@@ -200,6 +200,13 @@ def test_mixed_precision(policy):
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
 
+def test_a_kernel_that_the_gradient_contradicts_is_refused(monkeypatch):
+    right = mgs.kernel
+    monkeypatch.setattr(mgs, "kernel", lambda *arguments, **options: 2.0 * right(*arguments, **options))
+    with pytest.raises(mgs.UnsupportedModelError, match="its kernel sums to"):
+        fit(compiled(regularize(network(), REGULARIZERS["loss"])))
+
+
 class Net(MGSMixin, keras.Model):
     """A subclass that saves its regulariser."""
 
