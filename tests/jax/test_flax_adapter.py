@@ -19,7 +19,7 @@ PENALTY = mgs.Penalty("log_determinant", strength=0.5)
 
 def close(actual, expected, tolerance: float = 1e-12) -> None:
     def compare(a, b):
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-30))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-6))  # what is nought is rounding
 
     jax.tree.map(compare, actual, expected)
 
