@@ -316,7 +316,7 @@ def test_older_files_are_replaced_in_one_step(make_records, settings, tmp_path, 
     def fail(*_):
         raise OSError("full")
 
-    monkeypatch.setattr("mgs_core.report.page.os.replace", fail)
+    monkeypatch.setattr("mgs_core.report.files.os.replace", fail)
     with pytest.raises(ArgumentError, match="full"):
         write_report(make_records(2, 1, 1), settings, tmp_path)
     assert path.read_bytes() == before
