@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import array_api_compat
 
@@ -57,3 +58,14 @@ def array_namespace(*arrays: Array) -> Namespace:
         raise ArgumentError(
             f"`arrays` must be arrays of one framework; got {', '.join(kinds) or 'none'}. Convert them first."
         ) from error
+
+
+class _Host:
+    """Be the namespace of NumPy, imported at its first use: array-api-compat's takes longer than all of this package."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("array_api_compat.numpy"), name)
+
+
+#: NumPy with array-API names, for what is computed on the host.
+host: Namespace = _Host()

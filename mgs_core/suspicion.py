@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from array_api_compat import numpy as np
-
 from mgs_core._errors import ArgumentError
+from mgs_core._namespace import host as np
 from mgs_core._types import Array, Shaped
 from mgs_core.penalty import _square
 from mgs_core.summary import _cosine, _to_numpy
