@@ -20,7 +20,7 @@ import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.compare import load_records, load_settings
-from mgs_core.experiments.data import load_digits_arrays, read_arrays
+from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
 from mgs_core.experiments.recipes import RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.heads import Output
@@ -135,7 +135,8 @@ def audit(
     else:
         arrays = read_arrays(data, ())
         pair = ("x", "y") if "x" in arrays else ("x_train", "y_train")
-        images, labels = (read_arrays(data, pair)[name] for name in pair)
+        require(arrays, pair, data)
+        images, labels = (arrays[name] for name in pair)
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:

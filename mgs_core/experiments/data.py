@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,27 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
             f"`data` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. "
             "Pickled objects are refused, for reading them can run code; save the arrays with a numeric dtype."
         ) from error
+    require(arrays, names, path)
+    return arrays
+
+
+def require(arrays: Mapping[str, Array], names: Iterable[str], path: str | Path) -> None:
+    """Refuse arrays that lack a name.
+
+    Args:
+        arrays: what a file holds, by name.
+        names: what it must hold.
+        path: the file, for the message.
+
+    Raises:
+        ArgumentError: when an array is missing.
+    """
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ArgumentError(
             f"`data` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} "
             f"and has {', '.join(arrays) or 'nothing'}."
         )
-    return arrays
 
 
 def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:
