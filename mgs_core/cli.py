@@ -21,7 +21,7 @@ from mgs_core._errors import ArgumentError, MgsError
 from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.compare import load_records, load_settings
 from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
-from mgs_core.experiments.recipes import RECIPES, choose
+from mgs_core.experiments.recipes import DEFAULT, RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.heads import Output
 from mgs_core.report import table, write_audit, write_report
@@ -39,7 +39,7 @@ def compare(
     noise: Annotated[float, typer.Option(help="Probability of a training label to be redrawn.")] = 0.4,
     noise_kind: Annotated[str, typer.Option(help="symmetric or pair.")] = "symmetric",
     samples: Annotated[int | None, typer.Option(help="Training samples; all by default.")] = None,
-    regularizers: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(RECIPES)}.")] = ",".join(RECIPES),
+    regularizers: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(RECIPES)}.")] = ",".join(DEFAULT),
     model: Annotated[str, typer.Option(help="mlp or cnn.")] = "mlp",
     backend: _BackendOption = "numpy",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples.")] = Settings.epochs,
@@ -47,6 +47,7 @@ def compare(
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at the start.")] = Settings.learning_rate,
     seeds: Annotated[int, typer.Option(help="Runs of each regulariser.")] = Settings.seeds,
     probe_samples: Annotated[int, typer.Option(help="Samples on which the kernel is measured.")] = Settings.probe_samples,
+    tuning: Annotated[int, typer.Option(help="Strengths to try for each regulariser first, on noisy validation; 0 to 4.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes at a time; 0 for one a core.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the records, the table and the page.")] = Path("mgs-run"),
 ) -> None:
@@ -54,6 +55,7 @@ def compare(
     settings = Settings(
         data=data, noise=noise, noise_kind=noise_kind, samples=samples, model=model, backend=backend, epochs=epochs,
         batch_size=batch_size, learning_rate=learning_rate, seeds=seeds, probe_samples=probe_samples,
+        tuning=tuning,
     )  # fmt: skip
     recipes = choose(name.strip() for name in regularizers.split(",") if name.strip())
     mgs.get_backend(backend)
@@ -123,7 +125,10 @@ def audit(
     data: Annotated[str, typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train; or digits.")],
     model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file that takes x and returns a score a class.")] = "mlp",
     backend: _BackendOption = "numpy",
-    epochs: Annotated[int, typer.Option(help="Passes over the samples; few, so that wrong labels are not learnt by heart.")] = 8,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over the samples; 8 by default, more where samples are few: wrong labels stay unlearnt."),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="The first so many samples are audited; all by default.")] = None,
     shown: Annotated[int, typer.Option(help="Samples in the gallery.")] = 200,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
@@ -140,12 +145,12 @@ def audit(
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=epochs)
+        task = bar.add_task("", total=epochs or 8)
         found = mgs.audit(
             images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
         )
     page = write_audit(found, images, out, shown=shown)
-    title = f"{int((found.scores > 0).sum())} of {len(labels)} labels are contradicted; the ten most suspicious"
+    title = f"{int(found.contradicted.sum())} of {len(labels)} labels are contradicted; the ten most suspicious"
     listed = Table("sample", "given", "suggested", "score", title=title, box=box.SIMPLE_HEAD)
     for a in found.order[:10]:
         listed.add_row(str(a), str(found.given[a]), str(found.suggested[a]), f"{found.scores[a]:+.2f}")
@@ -197,6 +202,13 @@ class _Display:
 
     def _take(self, record: dict[str, Any]) -> None:
         name = record["regularizer"]
+        if record["event"] == "tuning":
+            tried = f"strength {record['strength']:g}: {record['validation_accuracy']:.3f} of the noisy validation labels"
+            if console.is_terminal:
+                self._bars.update(self._tasks[name], state=tried)
+            else:
+                console.print(f"{name}, {tried}, {record['seconds']:.1f} s")
+            return
         if record["event"] == "run":
             if not console.is_terminal:
                 console.print(

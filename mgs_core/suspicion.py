@@ -23,6 +23,7 @@ class Suspicion:
     Attributes:
         scores: (n,), by how much another class is predicted ahead of the given one; above 0 another fits better.
         suggested: (n,), the class that is predicted.
+        contradicted: (n,) of bool: another class is predicted as surely as it is on average for samples that bear its label.
         neighbours: (n,), share of the ten most similar samples that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)`, and labels that the others contradict count for little.
 
@@ -35,6 +36,7 @@ class Suspicion:
 
     scores: Array
     suggested: Array
+    contradicted: Array
     neighbours: Array
     weights: Array
 
@@ -48,6 +50,9 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
 
     where λ is, of a grid, the one with the least leave-one-out error. The score is `max_{k ≠ y_a} q_ak − q_{a y_a}`. Then
     `w_a ∝ σ(−3 · score_a / std(score))`, and again: a wrong label should not testify against others.
+
+    A label is contradicted when some class k has `q_ak > q_{a y_a}` and `q_ak ≥ mean of q_bk over the b with y_b = k`: where
+    samples are few and hard to predict but clean, hardly any is.
 
     Args:
         kernel: (n, n), of samples whose outputs tell the classes apart; `output="trace"` of a network after a few epochs is good.
@@ -66,8 +71,9 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         differentiable.
 
     References:
-        Wahba, Spline Models for Observational Data, 1990 (the closed form of leave-one-out); the use of the model's own kernel
-        and of the weights is this library's.
+        Wahba, Spline Models for Observational Data, 1990 (the closed form of leave-one-out); Northcutt, Jiang and Chuang,
+        Confident Learning, 2021 (the threshold of each class); the use of the model's own kernel and of the weights is this
+        library's.
 
     Example:
         >>> import numpy as np
@@ -99,7 +105,8 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         residual = (inverse @ (one_hot - centre)) / np.linalg.diagonal(inverse)[:, None]
         scores = _scores(one_hot - residual, one_hot)
         weights = _trust(scores)
-    return Suspicion(scores, np.argmax(one_hot - residual, axis=1), _neighbours(cosine, given), weights)
+    predicted = one_hot - residual
+    return Suspicion(scores, np.argmax(predicted, axis=1), _contradicted(predicted, one_hot), _neighbours(cosine, given), weights)
 
 
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
@@ -134,6 +141,13 @@ def _best_ridge(cosine: Array, centred: Array) -> tuple[float, Array]:
 def _scores(predicted: Array, one_hot: Array) -> Array:
     others = np.max(np.where(one_hot > 0, -np.inf, predicted), axis=1)
     return others - np.sum(np.where(one_hot > 0, predicted, 0.0), axis=1)
+
+
+def _contradicted(predicted: Array, one_hot: Array) -> Array:
+    members = np.sum(one_hot, axis=0)
+    usual = np.sum(predicted * one_hot, axis=0) / np.maximum(members, 1.0)
+    sure = (predicted >= usual) & (members > 0) & (predicted > np.sum(predicted * one_hot, axis=1, keepdims=True))
+    return np.any(sure, axis=1)
 
 
 def _trust(scores: Array) -> Array:

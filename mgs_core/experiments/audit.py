@@ -19,6 +19,8 @@ from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
 from mgs_core.suspicion import Suspicion, suspicion
 
+_LEAST_STEPS = 60
+
 
 @dataclass(frozen=True, eq=False)
 class Audit:
@@ -28,6 +30,7 @@ class Audit:
         scores: (n,), how far another class is predicted ahead of the given one, from all other samples; high is suspicious.
         given: (n,), the labels as they came.
         suggested: (n,), the labels that the other samples predict.
+        contradicted: (n,) of bool, labels that the others surely contradict; their number estimates how many are wrong.
         agreement: (n,), mean cosine of a sample's gradient of the loss with those of the same label in its batch, over training.
         neighbours: (n,), share of the ten nearest samples that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)` to make little of suspicious labels.
@@ -44,6 +47,7 @@ class Audit:
     scores: Array
     given: Array
     suggested: Array
+    contradicted: Array
     agreement: Array
     neighbours: Array
     weights: Array
@@ -60,7 +64,7 @@ def audit(
     *,
     model: Any = "mlp",
     backend: str = "numpy",
-    epochs: int = 8,
+    epochs: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     block: int = 2048,
@@ -76,7 +80,7 @@ def audit(
         labels: integers (n,), from 0.
         model: "mlp", "cnn", or a model in ONNX (path or proto) that takes a batch of the inputs, scaled, and returns (n, c).
         backend: name of the backend that trains.
-        epochs: passes over the samples.
+        epochs: passes over the samples; None for 8, or as many as make 60 steps where samples are few.
         batch_size: samples a step.
         learning_rate: of Adam, at the start.
         block: samples that are judged together, at least 2: more samples are split at random into blocks of at most this many.
@@ -101,9 +105,15 @@ def audit(
         (360,)
     """
     x, given = _checked(inputs, labels)
-    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 2), ("block", block, 2)):
+    for name, value, least in (
+        ("epochs", 1 if epochs is None else epochs, 1),
+        ("batch_size", batch_size, 2),
+        ("block", block, 2),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    if epochs is None:
+        epochs = max(8, -(-_LEAST_STEPS // max(1, len(given) // batch_size)))
     classes = int(given.max()) + 1
     proto = build(model, x.shape[1:], classes, seed=seed).plain if model in ("mlp", "cnn") else model
     found = _Training(onnx.load(proto, backend=backend), backend, x, given, classes)
@@ -116,7 +126,7 @@ def audit(
     back = np.argsort(np.concatenate([np.sort(part) for part in parts]))
     fields = {
         name: np.concatenate([getattr(one, name) for one in judged])[back]
-        for name in ("scores", "suggested", "neighbours", "weights")
+        for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
     return Audit(given=given, agreement=found.agreement, **fields)
 

@@ -9,16 +9,18 @@ import queue
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core.experiments.recipes import RECIPES, Recipe
 from mgs_core.experiments.settings import Settings
 from mgs_core.experiments.training import train
+from mgs_core.experiments.tuning import best_strength, strengths, try_strength
 from mgs_core.monitor import JSONLinesSink
 
 Record: TypeAlias = dict[str, Any]
-Task: TypeAlias = tuple[str, int]
+#: Name of a recipe, a strength or None for that of `RECIPES`, and the number of the run; None to try the strength.
+Task: TypeAlias = tuple[str, float | None, int | None]
 
 
 def compare(
@@ -32,7 +34,8 @@ def compare(
     """Train under each recipe from each seed and return the records.
 
     `folder/records.jsonl` grows by one line for each epoch and each finished run; `folder/settings.json` holds the settings.
-    Called again with the same settings, runs that are finished are not run again.
+    Called again with the same settings, runs that are finished are not run again. With `settings.tuning` each recipe's strength
+    is first chosen by noisy validation, and each trial leaves a line too.
 
     Args:
         settings: what all runs share.
@@ -62,14 +65,39 @@ def compare(
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ArgumentError(f"`jobs` must be an integer of at least 1; got {jobs!r}.")
     path = _open_folder(Path(folder), settings)
-    done = {(record["regularizer"], record["seed"]) for record in load_records(path) if record["event"] == "run"}
-    tasks = [(recipe.name, seed) for seed in range(settings.seeds) for recipe in chosen if (recipe.name, seed) not in done]
-    fresh = _in_processes(tasks, settings, jobs) if jobs > 1 and len(tasks) > 1 else _here(tasks, settings)
     with JSONLinesSink(path) as sink:
-        for record in fresh:
-            sink.write(record)
-            on_record(record)
+        for tasks in (_trials, _runs):
+            waiting = tasks(chosen, settings, load_records(path))
+            several = jobs > 1 and len(waiting) > 1
+            for record in _in_processes(waiting, settings, jobs) if several else _here(waiting, settings):
+                sink.write(record)
+                on_record(record)
     return load_records(path)
+
+
+def _trials(recipes: list[Recipe], settings: Settings, records: list[Record]) -> list[Task]:
+    """Return the strengths that are still to be tried."""
+    done = {(record["regularizer"], record["strength"]) for record in records if record["event"] == "tuning"}
+    wanted = [(recipe.name, strength) for recipe in recipes for strength in strengths(recipe, settings.tuning)]
+    return [(name, strength, None) for name, strength in wanted if (name, strength) not in done]
+
+
+def _runs(recipes: list[Recipe], settings: Settings, records: list[Record]) -> list[Task]:
+    """Return the runs that are still to be made, each with the strength that the trials chose."""
+    done = {(record["regularizer"], record["seed"]) for record in records if record["event"] == "run"}
+    chosen = {
+        recipe.name: best_strength(records, recipe.name) if strengths(recipe, settings.tuning) else None for recipe in recipes
+    }
+    wanted = [(recipe.name, chosen[recipe.name], seed) for seed in range(settings.seeds) for recipe in recipes]
+    return [task for task in wanted if (task[0], task[2]) not in done]
+
+
+def _perform(task: Task, settings: Settings) -> Iterator[Record]:
+    name, strength, seed = task
+    if seed is None:
+        yield try_strength(name, cast(float, strength), settings)
+    else:
+        yield from train(RECIPES[name] if strength is None else RECIPES[name].with_strength(strength), seed, settings)
 
 
 def load_records(path: Path) -> list[Record]:
@@ -98,7 +126,8 @@ def load_records(path: Path) -> list[Record]:
             raise ArgumentError(
                 f"`run` must hold records of a comparison; line {number} of {str(path)!r} is none. Choose another folder."
             )
-        kept[record["regularizer"], record["seed"], record["event"], record.get("epoch")] = record
+        strength = record.get("strength") if record["event"] == "tuning" else None
+        kept[record["regularizer"], record["seed"], record["event"], record.get("epoch"), strength] = record
     return list(kept.values())
 
 
@@ -147,8 +176,8 @@ def _open_folder(folder: Path, settings: Settings) -> Path:
 
 
 def _here(tasks: list[Task], settings: Settings) -> Iterator[Record]:
-    for name, seed in tasks:
-        yield from train(RECIPES[name], seed, settings)
+    for task in tasks:
+        yield from _perform(task, settings)
 
 
 def _in_processes(tasks: list[Task], settings: Settings, jobs: int) -> Iterator[Record]:
@@ -178,7 +207,7 @@ def _in_processes(tasks: list[Task], settings: Settings, jobs: int) -> Iterator[
                 continue
             if isinstance(record, MgsError):
                 raise record
-            finished += record["event"] == "run"
+            finished += record["event"] != "epoch"
             yield record
     finally:
         for worker in workers:
@@ -196,15 +225,15 @@ def _work(waiting: Any, records: Any, settings: Settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     while True:
         try:
-            name, seed = waiting.get(timeout=1.0)
+            task = waiting.get(timeout=1.0)
         except queue.Empty:
             return
         try:
-            for record in train(RECIPES[name], seed, settings):
+            for record in _perform(task, settings):
                 records.put(record)
         except MgsError as error:
             records.put(error)
             return
         except Exception as error:  # tell the parent of anything else too
-            records.put(MgsError(f"The run of {name!r} from seed {seed} failed: {type(error).__name__}: {error}"))
+            records.put(MgsError(f"The run {task} failed: {type(error).__name__}: {error}"))
             return

@@ -32,7 +32,7 @@ class Network:
     masks: dict[str, int]
 
 
-def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int) -> Network:
+def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[int]) -> Network:
     """Build a network.
 
     Args:

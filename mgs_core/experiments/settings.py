@@ -24,6 +24,7 @@ class Settings:
         learning_rate: of Adam at the start; it falls to 0 along half a cosine.
         seeds: number of seeds: each draws data, noise, weights and order anew.
         probe_samples: training samples on which the kernel is measured after each epoch.
+        tuning: strengths that are tried for each recipe before its runs; 0 takes those of `RECIPES`.
 
     Raises:
         ArgumentError: when a number is out of range.
@@ -45,9 +46,10 @@ class Settings:
     learning_rate: float = 2e-3
     seeds: int = 3
     probe_samples: int = 128
+    tuning: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1), ("probe_samples", 2)):
+        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1), ("probe_samples", 2), ("tuning", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")

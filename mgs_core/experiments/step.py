@@ -9,11 +9,15 @@ from mgs_core._namespace import array_namespace
 from mgs_core._protocol import Backend
 from mgs_core._types import Array
 from mgs_core.agreement import agreement_weights
+from mgs_core.experiments.losses import generalised_cross_entropy, spectral_gradient
 from mgs_core.experiments.optimizer import Moments, Parameters, adam
 from mgs_core.experiments.recipes import Recipe
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
+
+#: Prefix of the parameters of the second network of co-teaching, and name of the input that holds the Jacobian's projection.
+PEER, PROBE = "peer:", "probe"
 
 
 def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], Array]) -> Callable[..., Any]:
@@ -25,16 +29,24 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         function: the network, `function(parameters, inputs) → (n, c)`; its inputs are a dict with "x" and masks.
 
     Returns:
-        `step(parameters, moments, inputs, targets (n, c), now) → (loss, parameters, moments)`, where `now` is what
-        `optimizer.schedule` says.
+        `step(parameters, moments, inputs, targets (n, c), now, kept=None) → (loss, parameters, moments)`. `now` is what
+        `optimizer.schedule` says. A recipe with a Jacobian penalty takes unit vectors (n, c) as `inputs["probe"]`; one of two
+        networks takes the second's parameters too, their names after "peer:", and `kept`, how many samples each learns from.
     """
 
+    def losses(parameters: Parameters, inputs: Any, targets: Array) -> Array:
+        outputs = function(parameters, inputs)
+        if recipe.truncation:
+            return generalised_cross_entropy(outputs, targets, recipe.truncation)
+        return cross_entropy(outputs, targets)
+
     def objective(parameters: Parameters, inputs: Any, targets: Array, weights: Array) -> Array:
-        losses = cross_entropy(function(parameters, inputs), targets)
-        xp = array_namespace(losses)
-        value = xp.mean(losses if weights is None else weights * losses)
+        found = losses(parameters, inputs, targets)
+        xp = array_namespace(found)
+        value = xp.mean(found if weights is None else weights * found)
         if recipe.gradient_penalty:
-            value = value + recipe.gradient_penalty * _input_gradient(parameters, inputs, targets)
+            slope = input_slope(lambda x: losses(parameters, x, targets), inputs)
+            value = value + recipe.gradient_penalty * slope
         if recipe.penalty is not None:
             value = value + recipe.penalty(
                 kernel(
@@ -44,25 +56,69 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
             )  # fmt: skip
         return value
 
-    def _input_gradient(parameters: Parameters, inputs: Any, targets: Array) -> Array:
+    def with_jacobian(parameters: Parameters, inputs: Any, targets: Array, weights: Array) -> Array:
+        probe, inputs = inputs[PROBE], {name: array for name, array in inputs.items() if name != PROBE}
+        xp = array_namespace(probe)
+        slope = input_slope(lambda x: xp.sum(probe * function(parameters, x), axis=1), inputs)
+        return objective(parameters, inputs, targets, weights) + recipe.jacobian_penalty * probe.shape[1] * slope
+
+    def input_slope(scalars: Callable[[Any], Array], inputs: Any) -> Array:
+        """Return the mean squared norm of the gradient of each sample's scalar in its input."""
         masks = {name: array for name, array in inputs.items() if name != "x"}
 
         def total(given: Any) -> Array:
-            losses = cross_entropy(function(parameters, {**given, **masks}), targets)
-            return array_namespace(losses).sum(losses)
+            found = scalars({**given, **masks})
+            return array_namespace(found).sum(found)
 
         gradient = backend.value_and_gradient(total)({"x": inputs["x"]})[1]["x"]
-        return array_namespace(gradient).sum(gradient * gradient) / targets.shape[0]
+        return array_namespace(gradient).sum(gradient * gradient) / gradient.shape[0]
 
-    value_and_gradient = backend.value_and_gradient(objective)
+    def of_two(parameters: Parameters, inputs: Any, targets: Array, weights: Any) -> Array:
+        own, peer = _networks(parameters)
+        return objective(own, inputs, targets, weights[0]) + objective(peer, inputs, targets, weights[1])
+
+    chosen = of_two if recipe.forgotten else with_jacobian if recipe.jacobian_penalty else objective
+    value_and_gradient = backend.value_and_gradient(chosen)
 
     def step(
-        parameters: Parameters, moments: Moments, inputs: Any, targets: Array, now: Array
+        parameters: Parameters, moments: Moments, inputs: Any, targets: Array, now: Array, kept: Array = None
     ) -> tuple[Array, Parameters, Moments]:
-        weights = None
+        weights: Any = None
         if recipe.agreement:
             weights = agreement_weights(kernel(FunctionalModel(function, parameters), inputs, targets, output="loss"))
+        if recipe.forgotten:
+            own, peer = (_least(losses(network, inputs, targets), kept) for network in _networks(parameters))
+            weights = peer, own
         loss, gradient = value_and_gradient(parameters, inputs, targets, weights)
+        if recipe.sharpness:
+            gradient = value_and_gradient(_ascended(parameters, gradient, recipe.sharpness), inputs, targets, weights)[1]
+        if recipe.spectral_penalty:
+            gradient = {
+                name: g + recipe.spectral_penalty * spectral_gradient(parameters[name]) if g.ndim > 1 else g
+                for name, g in gradient.items()
+            }
         return (loss, *adam(parameters, gradient, moments, now, weight_decay=recipe.weight_decay))
 
     return backend.compile(step)
+
+
+def _networks(parameters: Parameters) -> tuple[Parameters, Parameters]:
+    """Return the parameters of the two networks of co-teaching, each with the names of one."""
+    own = {name: value for name, value in parameters.items() if not name.startswith(PEER)}
+    return own, {name: parameters[PEER + name] for name in own}
+
+
+def _least(losses: Array, kept: Array) -> Array:
+    """Return weights of mean about 1 that keep the `kept` samples of least loss; equal losses are kept together."""
+    xp = array_namespace(losses)
+    before = xp.sum(xp.astype(xp.expand_dims(losses, axis=0) < xp.expand_dims(losses, axis=1), losses.dtype), axis=1)
+    return xp.astype(before < kept, losses.dtype) * (losses.shape[0] / kept)
+
+
+def _ascended(parameters: Parameters, gradient: Parameters, radius: float) -> Parameters:
+    """Return the parameters moved by `radius` along the gradient."""
+    total: Any = 0.0
+    for g in gradient.values():
+        total = total + array_namespace(g).sum(g * g)
+    factor = radius / (total**0.5 + 1e-12)
+    return {name: value + factor * gradient[name] for name, value in parameters.items()}

@@ -17,8 +17,9 @@ from mgs_core.experiments.models import build
 from mgs_core.experiments.optimizer import schedule, start
 from mgs_core.experiments.recipes import Recipe
 from mgs_core.experiments.settings import Settings
-from mgs_core.experiments.step import make_step
+from mgs_core.experiments.step import PEER, PROBE, make_step
 from mgs_core.functional import FunctionalModel
+from mgs_core.kernel import kernel
 from mgs_core.monitor import Recorder
 
 _PIECE = 2048  # samples that are predicted at a time
@@ -39,11 +40,9 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
     Yields:
         Records with "event" ("epoch" or "run"), "regularizer", "seed" and figures by name; accuracies are shares.
     """
-    data = corrupt(
-        load_dataset(settings.data, samples=settings.samples, seed=seed), settings.noise, settings.noise_kind, seed=seed
-    )
+    data = draw(settings, seed)
     begun, best = time.perf_counter(), 0.0
-    run = _Run(recipe, data, settings, seed)
+    run = Run(recipe, data, settings, seed)
     figures: dict[str, Any] = {}
     for epoch in range(1, settings.epochs + 1):
         trained, figures = run.epoch(epoch), run.measure(epoch)
@@ -53,6 +52,7 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
         "event": "run",
         "regularizer": recipe.name,
         "seed": seed,
+        "strength": recipe.strength,
         "last_test_accuracy": figures["test_accuracy"],
         "best_test_accuracy": best,
         **{name: figures[name] for name in _FINAL},
@@ -61,8 +61,21 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
     }
 
 
-class _Run:
-    """Hold the state of one run."""
+def draw(settings: Settings, seed: int) -> Dataset:
+    """Return the data of a run: what the seed draws, with its wrong labels."""
+    data = load_dataset(settings.data, samples=settings.samples, seed=seed)
+    return corrupt(data, settings.noise, settings.noise_kind, seed=seed)
+
+
+class Run:
+    """Hold the state of one run: the data, the network so far and what its recipe needs.
+
+    Args:
+        recipe: the regulariser.
+        data: the data set, its training labels corrupted.
+        settings: what all runs share.
+        seed: number of the run.
+    """
 
     def __init__(self, recipe: Recipe, data: Dataset, settings: Settings, seed: int) -> None:
         self._recipe, self._settings, self._data = recipe, settings, data
@@ -72,27 +85,39 @@ class _Run:
         n = len(data.train_labels)
         held = int(recipe.hold_out * n)
         self._fit, self._held = slice(held, n), slice(0, held)
-        self._targets = data.train_labels[self._fit]
-        if recipe.relabel:
-            x, batch = data.train_inputs[self._fit], settings.batch_size
-            found = audit(x, self._targets, model=settings.model, backend=settings.backend, batch_size=batch, seed=seed)
-            self._targets = found.suggested
+        self._inputs, self._targets = data.train_inputs[self._fit], data.train_labels[self._fit]
+        if recipe.relabel or recipe.select:
+            found = audit(
+                self._inputs, self._targets, model=settings.model, backend=settings.backend,
+                batch_size=settings.batch_size, seed=seed,
+            )  # fmt: skip
+            if recipe.relabel:
+                self._targets = found.suggested
+            if recipe.select:
+                trusted = ~found.contradicted
+                self._inputs, self._targets = self._inputs[trusted], self._targets[trusted]
         network = build(settings.model, data.train_inputs.shape[1:], data.classes, seed=seed)
         self._model = onnx.load(network.plain, backend=settings.backend)
         self._masks = network.masks if recipe.dropout else {}
         trained = onnx.load(network.masked, backend=settings.backend) if self._masks else self._model
         self._parameters = self._kept = self._model.parameters
+        if recipe.forgotten:
+            peer = build(settings.model, data.train_inputs.shape[1:], data.classes, seed=[seed, 4]).plain
+            others = onnx.load(peer, backend=settings.backend).parameters
+            self._parameters = {**self._parameters, **{PEER + name: value for name, value in others.items()}}
         self._best = -1.0
         self._moments = start(self._parameters)
         self._step = make_step(recipe, self._backend, trained.function)
         self._forward = self._backend.compile(self._model.function)
         probe = slice(held, held + settings.probe_samples)
-        self._recorder = Recorder(self._backend.asarray(data.train_inputs[probe]), labels=data.train_labels[probe])
+        self._probe = self._backend.asarray(data.train_inputs[probe])
+        self._probe_labels = data.train_labels[probe]
+        self._recorder = Recorder(self._probe, labels=self._probe_labels)
 
     def epoch(self, number: int) -> dict[str, float]:
         """Pass once over the training samples; return means over the steps."""
         settings = self._settings
-        x, y = self._data.train_inputs[self._fit], self._targets
+        x, y = self._inputs, self._targets
         size = min(settings.batch_size, len(y))
         steps = len(y) // size
         order = self._order.permutation(len(y))
@@ -101,8 +126,9 @@ class _Run:
             batch = order[step * size : (step + 1) * size]
             inputs, targets = self._batch(x[batch], y[batch])
             now = schedule((number - 1) * steps + step, settings.epochs * steps, settings.learning_rate)
+            more = (self._backend.asarray(self._learnt(number, size)),) if self._recipe.forgotten else ()
             loss, self._parameters, self._moments = self._step(
-                self._parameters, self._moments, inputs, targets, self._backend.asarray(now)
+                self._parameters, self._moments, inputs, targets, self._backend.asarray(now), *more
             )
             losses.append(loss)
         mean = float(np.mean([self._backend.to_numpy(loss) for loss in losses]))
@@ -114,10 +140,10 @@ class _Run:
         data = self._data
         validation = {}
         if self._recipe.hold_out:
-            held = data.train_inputs[self._held], data.train_labels[self._held]
-            validation["validation_accuracy"] = float(np.mean(self._predict(self._parameters, held[0]) == held[1]))
+            validation["validation_accuracy"] = self.validate()
         if not validation or validation["validation_accuracy"] > self._best:
-            self._kept, self._best = self._parameters, validation.get("validation_accuracy", self._best)
+            self._kept = {name: value for name, value in self._parameters.items() if not name.startswith(PEER)}
+            self._best = validation.get("validation_accuracy", self._best)
         given, wrong = data.train_labels[self._fit], data.wrong[self._fit]
         fitted = self._predict(self._kept, data.train_inputs[self._fit]) == given
         right = self._predict(self._kept, data.test_inputs) == data.test_labels
@@ -128,8 +154,32 @@ class _Run:
             "memorisation": float(np.mean(fitted[wrong])) if wrong.any() else None,
             **validation,
             **({f"mgs_{name}": value for name, value in summary.to_dict().items()} if summary else {}),
+            "gradient_disparity": self._disparity(),
             "seconds": time.perf_counter() - begun,
         }
+
+    def validate(self) -> float:
+        """Return the share of the held-out noisy training samples that the network as it is now predicts as labelled."""
+        predicted = self._predict(self._parameters, self._data.train_inputs[self._held])
+        return float(np.mean(predicted == self._data.train_labels[self._held]))
+
+    def _disparity(self) -> float:
+        """Return the distance between the mean loss gradients of the probe's two halves.
+
+        It is the gradient disparity of Chavoshi et al. 2021 (arXiv 2107.06665). With u = ±1 over the size of each half,
+        `‖g₁ − g₂‖² = uᵀ K u` for the kernel K of the losses.
+        """
+        model = FunctionalModel(self._model.function, self._kept)
+        targets = self._backend.asarray(self._probe_labels)
+        matrix = np.asarray(self._backend.to_numpy(kernel(model, self._probe, targets, output="loss")), dtype=np.float64)
+        first = np.arange(len(matrix)) < len(matrix) // 2
+        u = np.where(first, 1.0 / max(1, first.sum()), -1.0 / (~first).sum())
+        return float(np.sqrt(max(0.0, u @ matrix @ u)))
+
+    def _learnt(self, epoch: int, size: int) -> Array:
+        """Return from how many of a batch's samples each network of co-teaching learns in an epoch."""
+        share = self._recipe.forgotten * min(1.0, epoch / max(1.0, 0.25 * self._settings.epochs))
+        return np.asarray(max(1, round((1.0 - share) * size)), dtype=np.float32)
 
     def _batch(self, x: Array, y: Array) -> tuple[Any, Array]:
         """Return inputs and soft targets, mixed and masked as the recipe says."""
@@ -141,6 +191,9 @@ class _Run:
             other = self._random.permutation(len(y))
             x, targets = share * x + (1 - share) * x[other], share * targets + (1 - share) * targets[other]
         inputs: dict[str, Any] = {"x": x.astype(np.float32)}
+        if recipe.jacobian_penalty:
+            drawn = self._random.normal(size=targets.shape)
+            inputs[PROBE] = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
         for name, width in self._masks.items():
             kept = self._random.random((len(y), width)) >= recipe.dropout
             inputs[name] = kept.astype(np.float32) / np.float32(1.0 - recipe.dropout)

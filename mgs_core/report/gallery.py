@@ -46,13 +46,16 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
     called = [str(k) for k in range(int(max(audit.given.max(), audit.suggested.max())) + 1)] if names is None else list(names)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["sample", "given", "suggested", "score", "agreement", "neighbours", "weight"])
+    writer.writerow(["sample", "given", "suggested", "score", "agreement", "neighbours", "weight", "contradicted"])
     for a in order:
         figures = (audit.scores[a], audit.agreement[a], audit.neighbours[a], audit.weights[a])
-        writer.writerow([int(a), called[audit.given[a]], called[audit.suggested[a]], *(f"{value:.6g}" for value in figures)])
+        written = (f"{value:.6g}" for value in figures)
+        writer.writerow(
+            [int(a), called[audit.given[a]], called[audit.suggested[a]], *written, "yes" if audit.contradicted[a] else "no"]
+        )
     weights = io.BytesIO()
     np.save(weights, audit.weights)
-    contradicted = int(np.sum(audit.scores > 0))
+    contradicted = int(np.sum(audit.contradicted))
     page = render(
         "audit.html",
         title=f"{contradicted} of {len(order)} labels are contradicted by the other samples",

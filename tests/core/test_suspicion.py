@@ -26,7 +26,7 @@ def left_out(ridge, weights):
     return np.array(predictions)
 
 
-def expected(rounds):
+def predicted_by_others(rounds):
     centre = ONE_HOT.mean(0)
     predictions = {ridge: left_out(ridge, np.ones(18)) for ridge in _RIDGES}
     ridge = min(_RIDGES, key=lambda ridge: np.mean((ONE_HOT - centre - predictions[ridge]) ** 2))
@@ -35,16 +35,21 @@ def expected(rounds):
         scores = np.where(ONE_HOT > 0, -np.inf, predicted).max(1) - predicted[np.arange(18), LABELS]
         weights = 1 / (1 + np.exp(3 * scores / scores.std()))
         predicted = left_out(ridge, weights / weights.mean()) + centre
-    return np.where(ONE_HOT > 0, -np.inf, predicted).max(1) - predicted[np.arange(18), LABELS], predicted.argmax(1)
+    return predicted
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_scores_are_those_of_leaving_each_sample_out(rounds):
     found = mgs.suspicion(KERNEL, LABELS, rounds=rounds)
-    scores, suggested = expected(rounds)
+    predicted = predicted_by_others(rounds)
+    own = predicted[np.arange(18), LABELS]
+    scores, suggested = np.where(ONE_HOT > 0, -np.inf, predicted).max(1) - own, predicted.argmax(1)
+    usual = np.array([predicted[k == LABELS, k].mean() for k in range(3)])
     assert isinstance(found, mgs.Suspicion)
     np.testing.assert_allclose(found.scores, scores, rtol=1e-8, atol=1e-10)
     np.testing.assert_array_equal(found.suggested, suggested)
+    contradicted = [any(q[k] >= usual[k] and q[k] > q[y] for k in range(3)) for q, y in zip(predicted, LABELS, strict=True)]
+    np.testing.assert_array_equal(found.contradicted, contradicted)
     assert found.weights.mean() == pytest.approx(1)
     assert (np.argsort(found.weights) == np.argsort(-found.scores)).all()
 

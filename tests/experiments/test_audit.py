@@ -31,9 +31,17 @@ def test_wrong_labels_are_found_and_corrected(found):
     assert roc_auc_score(WRONG, found.neighbours) > 0.9
     assert roc_auc_score(WRONG, -found.agreement) > 0.8
     assert np.mean(found.suggested == TRUE) > 0.93  # of the given labels 0.8 are right
+    assert WRONG[found.contradicted].mean() > 0.95
+    assert found.contradicted[WRONG].mean() > 0.8
     assert found.weights[WRONG].mean() < 0.2 < 1.0 < found.weights[~WRONG].mean()
     np.testing.assert_array_equal(found.given, LABELS)
     assert (np.diff(found.scores[found.order]) <= 0).all()
+
+
+def test_few_clean_samples_are_hardly_contradicted():
+    clean = mgs.audit(IMAGES[:200], TRUE[:200])
+    assert clean.contradicted.sum() <= 2
+    assert (clean.scores > 0).sum() > 2  # though others fit better here and there
 
 
 def test_blocks_and_seeds_and_epochs(found):
@@ -71,7 +79,7 @@ def test_files_hold_every_sample(found, tmp_path):
     assert text.count("data:image/png;base64,") == 30
     assert "&lt;3&gt;" in text
     assert "<3>" not in text
-    assert f"{(found.scores > 0).sum()} of 600 labels" in text
+    assert f"{found.contradicted.sum()} of 600 labels" in text
     assert "http" not in text
 
 
@@ -82,7 +90,7 @@ def test_files_hold_every_sample(found, tmp_path):
 def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
     inputs = RANDOM.normal(size=(6, *shape))
     zero = np.zeros(6)
-    audit = mgs.Audit(zero, np.array([0, 1] * 3), np.array([0, 1] * 3), zero, zero, zero + 1)
+    audit = mgs.Audit(zero, np.array([0, 1] * 3), np.array([0, 1] * 3), zero > 0, zero, zero, zero + 1)
     assert write_audit(audit, inputs, tmp_path).read_text().count("<img") == pictures
 
 

@@ -71,6 +71,38 @@ def test_relabelling_keeps_wrong_labels_out():
     assert relabelled["last_test_accuracy"] > plain["last_test_accuracy"] + 0.05
 
 
+@pytest.mark.parametrize("name", ["mgs-select", "co-teaching", "sam", "jacobian-penalty", "generalised-cross-entropy"])
+def test_what_is_known_to_withstand_wrong_labels_does(name):
+    settings = replace(SETTINGS, samples=400, epochs=15)
+    plain, other = records(RECIPES["none"], settings)[1], records(RECIPES[name], settings)[1]
+    assert other["memorisation"] < 0.8 * plain["memorisation"]
+    assert other["last_test_accuracy"] > plain["last_test_accuracy"] + 0.02
+
+
+def test_selection_leaves_out_what_the_audit_contradicts_and_nothing_else():
+    settings = replace(SETTINGS, samples=300)
+    data = experiments.training.draw(settings, 0)
+    run = experiments.training.Run(RECIPES["mgs-select"], data, settings, 0)
+    kept = ~mgs.audit(data.train_inputs, data.train_labels, batch_size=settings.batch_size).contradicted
+    assert 0.4 * data.wrong.sum() < (~kept).sum() < data.wrong.sum()
+    np.testing.assert_array_equal(run._inputs, data.train_inputs[kept])
+    np.testing.assert_array_equal(run._targets, data.train_labels[kept])
+
+
+def test_gradient_disparity_is_the_distance_of_the_mean_gradients():
+    epoch = records(RECIPES["none"], replace(SETTINGS, epochs=1))[0][0]
+    run = experiments.training.Run(RECIPES["none"], experiments.training.draw(SETTINGS, 0), replace(SETTINGS, epochs=1), 0)
+    run.epoch(1)
+    x, y = run._data.train_inputs[: SETTINGS.probe_samples], run._data.train_labels[: SETTINGS.probe_samples]
+    half, gradient = len(y) // 2, mgs.get_backend("numpy").value_and_gradient
+    means = [
+        gradient(lambda p, part=part: mgs.cross_entropy(run._model.function(p, x[part]), y[part]).mean())(run._parameters)[1]
+        for part in (slice(0, half), slice(half, None))
+    ]
+    distance = np.sqrt(sum(np.sum((means[0][name] - means[1][name]) ** 2) for name in means[0]))
+    assert epoch["gradient_disparity"] == pytest.approx(distance, rel=1e-4)
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_models_are_valid_and_have_the_same_parameters_with_and_without_masks(model):
     network = experiments.models.build(model, (8, 8), 10, seed=0)
