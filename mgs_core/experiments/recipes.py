@@ -75,7 +75,8 @@ class Recipe:
         """Return the recipe with another value of the field that `tuning` varies."""
         if self.tuned == "strength" and self.penalty is not None:
             return replace(self, penalty=replace(self.penalty, strength=value))
-        return replace(self, **{self.tuned: value})
+        changed: dict[str, Any] = {self.tuned: value}
+        return replace(self, **changed)
 
 
 #: The strengths of the first eleven are those of five tried, three of mixup, that predict held-out NOISY labels of the digits

@@ -38,9 +38,9 @@ def test_wrong_labels_are_found_and_corrected(found):
     assert (np.diff(found.scores[found.order]) <= 0).all()
 
 
-def test_few_clean_samples_are_hardly_contradicted():
-    clean = mgs.audit(IMAGES[:200], TRUE[:200])
-    assert clean.contradicted.sum() <= 2
+def test_clean_labels_are_hardly_contradicted():
+    clean = mgs.audit(IMAGES, TRUE)
+    assert clean.contradicted.sum() <= 1
     assert (clean.scores > 0).sum() > 2  # though others fit better here and there
 
 
