@@ -109,6 +109,12 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe("mgs-cosine", penalty=Penalty("cosine", strength=1.0), tuned="strength", tried=(1.0, 0.1, 10.0, 0.01)),
         Recipe("jacobian-penalty", jacobian_penalty=0.1, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01)),
+        Recipe(
+            "mgs-select-jacobian", select=True, jacobian_penalty=1.0, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01)
+        ),
+        Recipe(
+            "mgs-relabel-jacobian", relabel=True, jacobian_penalty=1.0, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01)
+        ),
         Recipe("spectral-norm", spectral_penalty=0.03, tuned="spectral_penalty", tried=(0.03, 0.3, 3.0, 0.003)),
         Recipe("sam", sharpness=0.3, tuned="sharpness", tried=(0.3, 0.1, 0.03, 1.0)),
         Recipe("generalised-cross-entropy", truncation=0.7, tuned="truncation", tried=(0.7, 0.5, 0.3, 0.9)),
