@@ -9,7 +9,7 @@ from mgs_core.report.axes import axis, spread
 from mgs_core.report.charts import BOTTOM, LEFT, ROW, TOP, WIDTH, Table, chart_height, names_width, shortened
 from mgs_core.report.looks import Look
 from mgs_core.report.metrics import KERNEL_METRICS, MEMORISATION, OUTCOMES, TEST, Metric
-from mgs_core.report.numbers import MISSING, mean, rank_correlation, written
+from mgs_core.report.numbers import mean, rank_correlation, written, written_correlation
 from mgs_core.report.runs import Comparison
 
 NAMES = 162.0  # width of a column of names left of a drawing
@@ -130,14 +130,21 @@ def correlation_rows(found: Sequence[Correlation]) -> Rows | None:
     across = axis([-1.0, 1.0], box[0], box[2])
     rows = [
         Row(
-            _plain(each.metric), None, TOP + 26 * (number + 0.5),
+            each.metric.name, None, TOP + 26 * (number + 0.5),
             None if each.memorisation is None else across.place(each.memorisation),
             None if each.test is None else across.place(each.test), (),
         )
         for number, each in enumerate(found)
     ]  # fmt: skip
     cells = tuple(
-        (_plain(each.metric), _rho(each.memorisation), str(each.runs[0]), _rho(each.test), str(each.runs[1])) for each in found
+        (
+            each.metric.name,
+            written_correlation(each.memorisation),
+            str(each.runs[0]),
+            written_correlation(each.test),
+            str(each.runs[1]),
+        )
+        for each in found
     )
     return Rows(
         "correlations",
@@ -168,9 +175,7 @@ def scatter(comparison: Comparison, metric: Metric, outcome: Metric, looks: dict
     dots = []
     for run in sorted(runs, key=lambda run: ("other", "mgs", "plain").index(looks[run.regularizer].group)):
         x, y = run.final[metric.field], run.final[outcome.field]
-        text = (
-            f"{run.regularizer}, seed {run.seed}: {_plain(metric)} {written(x, share=metric.share)}, {written(y, share=True)} %"
-        )
+        text = f"{run.regularizer}, seed {run.seed}: {metric.name} {written(x, share=metric.share)}, {written(y, share=True)} %"
         dots.append(Dot(looks[run.regularizer], across.place(x), up.place(y), text))
     heights = {name: mean([dot.y for dot in dots if dot.look.name == name]) for name in names}
     places = spread(list(heights.values()), ROW, box[1] + 3, box[3] - 2)
@@ -186,26 +191,18 @@ def scatter(comparison: Comparison, metric: Metric, outcome: Metric, looks: dict
         for run in runs
     )
     percent = ", %" if metric.share else ""
-    header = ("regulariser", "seed", f"{_plain(metric)}{percent}", f"{outcome.title.lower()}, %")
+    header = ("regulariser", "seed", f"{metric.name}{percent}", f"{outcome.title.lower()}, %")
     return Scatter(
         f"{metric.field}-{outcome.field}".replace("_", "-"),
-        f"{_plain(metric)} against {outcome.title.lower()}",
-        f"One mark for each of {len(runs)} finished runs; rank correlation ρ = {_rho(rho)}." if rho is not None
+        f"{metric.name} against {outcome.title.lower()}",
+        f"One mark for each of {len(runs)} finished runs; rank correlation ρ = {written_correlation(rho)}." if rho is not None
         else f"One mark for each of {len(runs)} finished runs.",
-        height, box, across.ticks(4), up.ticks(5), _plain(metric).lower(), outcome.title.lower(), dots, labels,
-        Table(f"The runs: {_plain(metric).lower()} and {outcome.title.lower()}", header, cells),
-        f"Rank correlation {_rho(rho)} over {len(runs)} runs",
+        height, box, across.ticks(4), up.ticks(5), metric.name.lower(), outcome.title.lower(), dots, labels,
+        Table(f"The runs: {metric.name.lower()} and {outcome.title.lower()}", header, cells),
+        f"Rank correlation {written_correlation(rho)} over {len(runs)} runs",
     )  # fmt: skip
 
 
 def _pairs(comparison: Comparison, metric: Metric, outcome: Metric) -> list[tuple[float, float]]:
     finals = [run.final for run in comparison.runs if run.finished]
     return [(final[metric.field], final[outcome.field]) for final in finals if metric.field in final and outcome.field in final]
-
-
-def _plain(metric: Metric) -> str:
-    return metric.title.removeprefix("… its ").capitalize() if metric.title.startswith("…") else metric.title
-
-
-def _rho(value: float | None) -> str:
-    return MISSING if value is None else f"{value:+.2f}".replace("-", "−")

@@ -17,6 +17,7 @@ class Metric:
         logarithmic: it is drawn on a logarithmic axis.
         from_zero: the axis begins at 0.
         settled: the axis need not hold the first tenth of the epochs, where every network climbs.
+        stop: "least" or "greatest": where early stopping by this metric stops; empty where it does not.
     """
 
     field: str
@@ -26,6 +27,12 @@ class Metric:
     logarithmic: bool = False
     from_zero: bool = False
     settled: bool = False
+    stop: str = ""
+
+    @property
+    def name(self) -> str:
+        """The title as it stands alone."""
+        return self.title.removeprefix("… its ").capitalize() if self.title.startswith("…") else self.title
 
 
 TEST = Metric(
@@ -48,40 +55,50 @@ _TRACE = Metric(
     "Trace",
     "Sum of the squared lengths of the probe samples' gradients: it sees size only, not direction.",
     logarithmic=True,
+    stop="least",
 )
 _LOG_DETERMINANT = Metric(
     "mgs_log_determinant",
     "Log-determinant",
     "Volume that the gradients span, on a logarithmic scale; it is the sum of the magnitude part and the similarity part.",
+    stop="least",
 )
 _MAGNITUDE = Metric(
     "mgs_magnitude",
     "… its magnitude part",
     "What the log-determinant would be if no two gradients had anything in common: size alone.",
+    stop="least",
 )
 _SIMILARITY = Metric(
     "mgs_similarity",
     "… its similarity part",
     "Log-determinant of the cosines between gradients, at most 0: the lower, the more the samples pull the same way.",
+    stop="least",
 )
 _EFFECTIVE_RANK = Metric(
     "mgs_effective_rank",
     "Effective rank",
     "Number of directions in which the gradients point, between 1 and the number of probe samples; low means similar.",
+    stop="least",
 )
 _TOP_SHARE = Metric(
     "mgs_top_share",
     "Share of the first direction",
     "Part of the trace that lies along one direction; high means similar.",
     share=True,
+    stop="greatest",
 )
 _MEAN_COSINE = Metric(
-    "mgs_mean_cosine", "Mean cosine", "Mean cosine between the gradients of two samples; 1 when all point the same way."
+    "mgs_mean_cosine",
+    "Mean cosine",
+    "Mean cosine between the gradients of two samples; 1 when all point the same way.",
+    stop="greatest",
 )
 _SAME_CLASS = Metric(
     "mgs_same_class_cosine",
     "Cosine within a class",
     "Mean cosine between gradients of samples with one given label; high where a class is learned by what its samples share.",
+    stop="greatest",
 )
 _OTHER_CLASS = Metric(
     "mgs_other_class_cosine",
@@ -92,10 +109,16 @@ _ALIGNMENT = Metric(
     "mgs_alignment",
     "Alignment with the labels",
     "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal else.",
+    stop="greatest",
+)
+DISPARITY = Metric(
+    "gradient_disparity",
+    "Gradient disparity",
+    "Distance between the mean loss gradients of the probe samples' two halves; another method's metric, for comparison.",
 )
 KERNEL_METRICS = (
     _TRACE, _LOG_DETERMINANT, _MAGNITUDE, _SIMILARITY, _EFFECTIVE_RANK, _TOP_SHARE,
-    _MEAN_COSINE, _SAME_CLASS, _OTHER_CLASS, _ALIGNMENT,
+    _MEAN_COSINE, _SAME_CLASS, _OTHER_CLASS, _ALIGNMENT, DISPARITY,
 )  # fmt: skip
 TRAINING = Metric(
     "train_accuracy",

@@ -95,6 +95,11 @@ def written_with_error(values: Sequence[float], *, share: bool = False) -> str:
     return f"{_signed(f'{centre:.{digits}f}')} ± {error:.{digits}f}"
 
 
+def written_correlation(value: float | None) -> str:
+    """Write a correlation with its sign and two decimals; a dash where there is none."""
+    return MISSING if value is None else f"{value:+.2f}".replace("-", "−")
+
+
 def _power(value: float, digits: int) -> str:
     number, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     return f"{_signed(number)}e{_signed(str(int(exponent)))}"

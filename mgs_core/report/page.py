@@ -17,6 +17,7 @@ from mgs_core.report.metrics import KERNEL_METRICS, OUTCOMES, SCATTERED, SECTION
 from mgs_core.report.overview import full_row, ranked
 from mgs_core.report.picture import picture
 from mgs_core.report.runs import read
+from mgs_core.report.stopping import stopping, stopping_table
 from mgs_core.report.words import findings, headline
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -76,6 +77,7 @@ def comparison_page(records: Sequence[Mapping[str, Any]], settings: Mapping[str,
         sections=[section for section in sections if section[2]],
         correlations=correlation_rows(correlated),
         scatters=scatters,
+        stopping=stopping_table(stopping(comparison), comparison),
         metrics=[*OUTCOMES, *KERNEL_METRICS],
         settings=settings,
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mgs_core.report.dots import Correlation
 from mgs_core.report.metrics import MEMORISATION, OUTCOMES
-from mgs_core.report.numbers import mean, standard_error, written, written_with_error
+from mgs_core.report.numbers import mean, standard_error, written, written_correlation, written_with_error
 from mgs_core.report.runs import PLAIN, Comparison
 
 _WELL = 0.5  # least |ρ| at which a metric is said to tell runs apart
@@ -79,16 +79,18 @@ def _metrics(found: Sequence[Correlation]) -> list[str]:
     ranked = sorted((each for each in found if each.memorisation is not None), key=lambda each: -abs(each.memorisation or 0.0))
     if ranked:
         first, last = ranked[0], ranked[-1]
-        runs, rho = f"Over {first.runs[0]} finished runs", f"rank correlation {_rho(first.memorisation)}"
+        runs, rho = f"Over {first.runs[0]} finished runs", f"rank correlation {written_correlation(first.memorisation)}"
         if abs(first.memorisation or 0.0) < _WELL:
             text = f"{runs}, no metric ranks memorisation well; {_name(first)} comes closest: {rho}"
         else:
             text = f"{runs}, {_name(first)} tells best which run memorises: {rho}"
-            text += f"; {_name(last)} tells least: {_rho(last.memorisation)}" if last is not first else ""
+            text += f"; {_name(last)} tells least: {written_correlation(last.memorisation)}" if last is not first else ""
         sentences.append(f"{text}.")
     tests = sorted((each for each in found if each.test is not None), key=lambda each: -abs(each.test or 0.0))
     if tests:
-        sentences.append(f"The order of the last test accuracy is met most closely by {_name(tests[0])}: {_rho(tests[0].test)}.")
+        sentences.append(
+            f"The order of the last test accuracy is met most closely by {_name(tests[0])}: {written_correlation(tests[0].test)}."
+        )
     return sentences
 
 
@@ -127,10 +129,6 @@ def _spread(values: Sequence[float]) -> str:
 def _name(each: Correlation) -> str:
     title = each.metric.title
     return f"the {title.removeprefix('… its ')}" if title.startswith("…") else f"the {title[0].lower()}{title[1:]}"
-
-
-def _rho(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -54,6 +54,7 @@ def epoch_record(
         "mgs_trace": trace, "mgs_mean_trace": trace / 128, "mgs_log_determinant": magnitude + similarity,
         "mgs_magnitude": magnitude, "mgs_similarity": similarity, "mgs_effective_rank": rank,
         "mgs_top_share": 1 / math.sqrt(rank), "mgs_mean_cosine": 2 / rank, "mgs_same_class_cosine": 0.75 - 0.6 * fall * end,
+        "gradient_disparity": 4 - 3 * fall * end + random_.gauss(0, 0.1),
         "mgs_other_class_cosine": -0.05 + 0.1 * fall * end, "mgs_alignment": 0.7 - 0.35 * fall * end, "seconds": 0.02,
     }  # fmt: skip
 
