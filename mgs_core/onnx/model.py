@@ -17,7 +17,7 @@ from mgs_core._types import Array
 from mgs_core.functional import FunctionalModel
 from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
-from mgs_core.onnx.files import read_model
+from mgs_core.onnx.files import embed_external, read_model
 from mgs_core.onnx.graph import Graph, Node, Value, needed
 from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.invariants import capture_invariants
@@ -112,6 +112,7 @@ def load(
     found = get_backend(backend)
     proto, folder = read_model(model)
     graph = parse(proto, folder, dtype)
+    embed_external(proto, folder)
     lift(graph)
     capture_invariants(graph)
     ties, cut = tie(graph), halve(graph)
