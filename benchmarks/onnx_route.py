@@ -11,12 +11,15 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import io
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from onnx.reference import ReferenceEvaluator
 from rich.console import Console
@@ -41,9 +44,49 @@ def timed(methods: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str,
     return {name: median(values) for name, values in times.items()}
 
 
-def forward(name: str, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+def networks() -> Iterator[tuple[str, onnx.ModelProto, tuple[int, ...]]]:
+    """Yield names, graphs and shapes of samples: the built-in networks and, where PyTorch is installed, what it exports."""
+    for name, shape in (("mlp", (64,)), ("cnn", (8, 8))):
+        yield name, build(name, shape, 10, seed=0).plain, shape
+    try:
+        import torch
+    except ImportError:
+        return
+    nn = torch.nn
+
+    class Last(nn.Module):
+        def __init__(self, inner: nn.Module, width: int) -> None:
+            super().__init__()
+            self.inner, self.head = inner, nn.Linear(width, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            return self.head((y[0] if isinstance(y, tuple) else y)[:, -1])
+
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    modules = {
+        "transformer": (Last(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), 32), (12, 32)),
+        "lstm": (Last(nn.LSTM(16, 32, batch_first=True), 32), (12, 16)),
+        "depthwise": (
+            nn.Sequential(
+                nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 16, 3, groups=16, stride=2),
+                nn.GELU(), nn.Conv2d(16, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+            ),
+            (3, 16, 16),
+        ),
+    }  # fmt: skip
+    for name, (module, shape) in modules.items():
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module.eval(), (torch.randn(2, *shape),), buffer, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "n"}}
+            )
+        yield name, onnx.load_from_string(buffer.getvalue()), shape
+
+
+def forward(proto: onnx.ModelProto, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     """Return forward passes of one network: this library on NumPy, and the two evaluators."""
-    proto = build(name, shape, 10, seed=0).plain
     x = np.random.default_rng(0).normal(size=(SAMPLES, *shape)).astype(np.float32)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -81,8 +124,8 @@ def main() -> None:
     """Print the tables."""
     console = Console()
     shown = Table("network", "method", "ms", "ratio to mgs_core", title=f"Forward pass, {SAMPLES} samples, one thread")
-    for name, shape in (("mlp", (64,)), ("cnn", (8, 8))):
-        times = timed(forward(name, shape))
+    for name, proto, shape in networks():
+        times = timed(forward(proto, shape))
         for method, value in times.items():
             shown.add_row(name, method, f"{1e3 * value:.3f}", f"{value / times['mgs_core, NumPy']:.2f}")
     console.print(shown)

@@ -29,11 +29,9 @@ from mgs_core.onnx.program import Place, compile_nodes, to_device
 _QUANTISED = "quantised weights have no gradient"
 _RANDOM = "random, so its outputs have no kernel"
 _LOSS = "a loss; the library takes losses apart from the model"
-_SIGNAL = "signal processing, in no exported network met so far"
 _DETECTION = "for detection; selects boxes by data"
 _OPTIMISER = "an optimiser's step, not a part of a model"
 _STRINGS = "strings have no gradient"
-_NOT_YET = "not implemented yet"
 #: Operators without an implementation.
 OPERATORS = {
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"), _QUANTISED),
@@ -42,20 +40,16 @@ OPERATORS = {
         ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"), _RANDOM
     ),
     **dict.fromkeys(("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"), _LOSS),
-    **dict.fromkeys(("DFT", "STFT", "MelWeightMatrix", "HannWindow", "HammingWindow", "BlackmanWindow"), _SIGNAL),
     **dict.fromkeys(("NonMaxSuppression", "RoiAlign", "MaxRoiPool"), _DETECTION),
     **dict.fromkeys(("Adagrad", "Adam", "Gradient", "Momentum"), _OPTIMISER),
     **dict.fromkeys(("StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer"), _STRINGS),
     **dict.fromkeys(("LabelEncoder", "CategoryMapper", "CastMap", "DictVectorizer"), _STRINGS),
-    **dict.fromkeys(
-        ("Optional", "OptionalGetElement", "OptionalHasElement"), "optional values, in no exported network met so far"
-    ),
     **dict.fromkeys(("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor"), "a tree ensemble has no gradient"),
-    **dict.fromkeys(("SVMClassifier", "SVMRegressor", "OneHotEncoder"), _NOT_YET),
-    **dict.fromkeys(
-        ("GridSample", "LinearAttention", "CausalConvWithState", "FlexAttention", "CenterCropPad", "Col2Im"), _NOT_YET
-    ),
-    **dict.fromkeys(("DeformConv", "MaxUnpool", "TensorScatter", "SequenceMap", "BitCast"), _NOT_YET),
+    **dict.fromkeys(("SVMClassifier", "SVMRegressor"), "a support vector machine is not trained by gradients"),
+    **dict.fromkeys(("OneHotEncoder", "MelWeightMatrix"), "prepares data, in no exported network met so far"),
+    "SequenceMap": "maps over sequences, in no exported network met so far",
+    "FlexAttention": "of the domain ai.onnx.preview, whose operators still change",
+    "BitCast": "reads the bits of a number as another type, which has no gradient",
     "ImageDecoder": "decodes image files",
 }
 #: Single cases, by the start of their names.
@@ -63,7 +57,6 @@ CASES = {
     "test_training_dropout": "training mode of Dropout is random",
     "test_batchnorm_epsilon_training_mode": "training mode of BatchNormalization lets samples interact",
     "test_batchnorm_example_training_mode": "training mode of BatchNormalization lets samples interact",
-    "test_maxpool_with_argmax": "places of maxima, which only MaxUnpool takes",
     "test_scan_sum": "Scan of opset 8",
     "test_castlike_no_saturate": "8-bit floats",
 }
@@ -252,7 +245,8 @@ floating-point initialisers.
 
 What an exporter has changed cannot always be undone. Undone are: transposed copies of tied embeddings, weights that a loop
 hands on as state, the zero half of Keras' recurrent biases, and the coefficients that scikit-learn's linear models keep in
-attributes. Not undone are batch normalisation that was folded into a convolution (export without constant folding), equal
+attributes. Not undone are batch normalisation that was folded into a convolution (export without constant folding), that of
+Keras, whose export multiplies gains with statistics (the kernel is that of the products), equal
 weights that were merged (a freshly initialised model), and a fixed table that is added to data, which looks like a learnt
 one.
 

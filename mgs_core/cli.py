@@ -18,8 +18,8 @@ from rich.table import Table
 
 import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError
+from mgs_core.experiments.compare import best_model, load_records, load_settings
 from mgs_core.experiments.compare import compare as run_comparison
-from mgs_core.experiments.compare import load_records, load_settings
 from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
 from mgs_core.experiments.recipes import DEFAULT, RECIPES, choose
 from mgs_core.experiments.settings import Settings
@@ -40,7 +40,7 @@ def compare(
     noise_kind: Annotated[str, typer.Option(help="symmetric or pair.")] = "symmetric",
     samples: Annotated[int | None, typer.Option(help="Training samples; all by default.")] = None,
     regularizers: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(RECIPES)}.")] = ",".join(DEFAULT),
-    model: Annotated[str, typer.Option(help="mlp or cnn.")] = "mlp",
+    model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file of a classifier, which is trained further.")] = "mlp",
     backend: _BackendOption = "numpy",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples.")] = Settings.epochs,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = Settings.batch_size,
@@ -51,7 +51,10 @@ def compare(
     jobs: Annotated[int, typer.Option(help="Processes at a time; 0 for one a core.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the records, the table and the page.")] = Path("mgs-run"),
 ) -> None:
-    """Train one model on real data with wrong labels under each regulariser, and see which run memorises."""
+    """Train one model on real data with wrong labels under each regulariser, and see which run memorises.
+
+    A model of your own starts from the weights of its file, and takes the samples as the data file holds them.
+    """
     settings = Settings(
         data=data, noise=noise, noise_kind=noise_kind, samples=samples, model=model, backend=backend, epochs=epochs,
         batch_size=batch_size, learning_rate=learning_rate, seeds=seeds, probe_samples=probe_samples,
@@ -243,3 +246,6 @@ def _show(folder: Path) -> None:
     console.print(shown)
     page = write_report(records, settings, folder)
     console.print(f"Page: {page}\nPicture: {page.with_name('figure.png')}\nRecords: {folder / 'records.jsonl'}", soft_wrap=True)
+    best = best_model(records, folder)
+    if best is not None:
+        console.print(f"Model of the best test accuracy, trained: {best}", soft_wrap=True)

@@ -107,7 +107,7 @@ def test_audit_lists_and_writes(mgs_command, tmp_path):
         (("compare", "--backend", "theano"), "`backend` must be one of numpy"),
         (("compare", "--data", "none.npz"), "`data` must be a file that exists; got 'none.npz'"),
         (("compare", "--noise", "2"), "`noise` must be a probability"),
-        (("compare", "--model", "oracle"), "`model` must be one of mlp, cnn; got 'oracle'"),
+        (("compare", "--model", "oracle"), "`model` must be one of mlp, cnn, or the path of an .onnx file; got 'oracle'"),
         (("compare", "--epochs", "0"), "`epochs` must be an integer of at least 1; got 0"),
         (("report", "nowhere"), "`run` must be a folder"),
         (("audit", "none.npz"), "`data` must be a file that exists"),

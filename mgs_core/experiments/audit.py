@@ -78,7 +78,8 @@ def audit(
     Args:
         inputs: (n, …), real numbers; scaled here to mean 0 and standard deviation 1.
         labels: integers (n,), from 0.
-        model: "mlp", "cnn", or a model in ONNX (path or proto) that takes a batch of the inputs, scaled, and returns (n, c).
+        model: "mlp", "cnn", or a model in ONNX (path or proto) that takes a batch of the inputs, scaled, and returns (n, c);
+            or a `FunctionalModel` on the backend that does.
         backend: name of the backend that trains.
         epochs: passes over the samples; None for 8, or as many as make 60 steps where samples are few.
         batch_size: samples a step.
@@ -115,8 +116,12 @@ def audit(
     if epochs is None:
         epochs = max(8, -(-_LEAST_STEPS // max(1, len(given) // batch_size)))
     classes = int(given.max()) + 1
-    proto = build(model, x.shape[1:], classes, seed=seed).plain if model in ("mlp", "cnn") else model
-    found = _Training(onnx.load(proto, backend=backend), backend, x, given, classes)
+    if not isinstance(model, FunctionalModel):
+        proto = build(model, x.shape[1:], classes, seed=seed).plain if model in ("mlp", "cnn") else model
+        model = onnx.load(proto, backend=backend)
+    else:
+        classes = max(classes, model(get_backend(backend).asarray(x[:1])).shape[1])
+    found = _Training(model, backend, x, given, classes)
     random = np.random.default_rng([seed, 3])
     for epoch in range(epochs):
         found.epoch(epoch, epochs, batch_size, learning_rate, random.permutation(len(given)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from mgs_core._errors import ArgumentError, MgsError
+from mgs_core.experiments.networks import check_fit, is_file
 from mgs_core.experiments.recipes import RECIPES, Recipe
 from mgs_core.experiments.settings import Settings
 from mgs_core.experiments.training import train
@@ -35,7 +36,8 @@ def compare(
 
     `folder/records.jsonl` grows by one line for each epoch and each finished run; `folder/settings.json` holds the settings.
     Called again with the same settings, runs that are finished are not run again. With `settings.tuning` each recipe's strength
-    is first chosen by noisy validation, and each trial leaves a line too.
+    is first chosen by noisy validation, and each trial leaves a line too. Where the
+    model is a file, `folder/models/` gets one trained model for each recipe, from seed 0.
 
     Args:
         settings: what all runs share.
@@ -48,7 +50,8 @@ def compare(
         The records of all runs in the folder, those of earlier calls first.
 
     Raises:
-        ArgumentError: when the folder cannot be written or holds a comparison with other settings, or a recipe is not registered.
+        ArgumentError: when the folder cannot be written or holds a comparison with other settings, a recipe is not registered, or
+            the model does not fit the data.
 
     Example:
         >>> import tempfile
@@ -64,12 +67,15 @@ def compare(
         raise ArgumentError(f"`recipes` must be registered in RECIPES, where other processes find them; got {strange}.")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ArgumentError(f"`jobs` must be an integer of at least 1; got {jobs!r}.")
+    if is_file(settings.model):
+        check_fit(settings, dropout=any(recipe.dropout for recipe in chosen))
     path = _open_folder(Path(folder), settings)
+    out = path.parent
     with JSONLinesSink(path) as sink:
         for tasks in (_trials, _runs):
             waiting = tasks(chosen, settings, load_records(path))
             several = jobs > 1 and len(waiting) > 1
-            for record in _in_processes(waiting, settings, jobs) if several else _here(waiting, settings):
+            for record in _in_processes(waiting, settings, out, jobs) if several else _here(waiting, settings, out):
                 sink.write(record)
                 on_record(record)
     return load_records(path)
@@ -92,12 +98,32 @@ def _runs(recipes: list[Recipe], settings: Settings, records: list[Record]) -> l
     return [task for task in wanted if (task[0], task[2]) not in done]
 
 
-def _perform(task: Task, settings: Settings) -> Iterator[Record]:
+def _perform(task: Task, settings: Settings, folder: Path) -> Iterator[Record]:
     name, strength, seed = task
     if seed is None:
         yield try_strength(name, cast(float, strength), settings)
     else:
-        yield from train(RECIPES[name] if strength is None else RECIPES[name].with_strength(strength), seed, settings)
+        recipe = RECIPES[name] if strength is None else RECIPES[name].with_strength(strength)
+        yield from train(recipe, seed, settings, folder=folder)
+
+
+def best_model(records: Iterable[Record], folder: Path) -> Path | None:
+    """Return the trained model of the recipe whose last test accuracy is best, the mean over its runs.
+
+    Args:
+        records: of a comparison of the user's own model.
+        folder: where `compare` wrote them.
+
+    Returns:
+        The file; None where the comparison wrote no models.
+    """
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record["event"] == "run":
+            found.setdefault(record["regularizer"], []).append(record["last_test_accuracy"])
+    paths = {folder / "models" / f"{name}.onnx": sum(values) / len(values) for name, values in found.items()}
+    written = {path: value for path, value in paths.items() if path.is_file()}
+    return max(written, key=written.__getitem__, default=None)
 
 
 def load_records(path: Path) -> list[Record]:
@@ -175,12 +201,12 @@ def _open_folder(folder: Path, settings: Settings) -> Path:
     return records
 
 
-def _here(tasks: list[Task], settings: Settings) -> Iterator[Record]:
+def _here(tasks: list[Task], settings: Settings, folder: Path) -> Iterator[Record]:
     for task in tasks:
-        yield from _perform(task, settings)
+        yield from _perform(task, settings, folder)
 
 
-def _in_processes(tasks: list[Task], settings: Settings, jobs: int) -> Iterator[Record]:
+def _in_processes(tasks: list[Task], settings: Settings, folder: Path, jobs: int) -> Iterator[Record]:
     """Yield the records of all tasks as they come from worker processes; leaving the iterator ends them."""
     context = multiprocessing.get_context("spawn")  # fork would copy threads' locks
     records: Any = context.Queue()
@@ -190,7 +216,8 @@ def _in_processes(tasks: list[Task], settings: Settings, jobs: int) -> Iterator[
     threads = {name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
     os.environ.update(dict.fromkeys(threads, "1"))  # one core a process; read when the child loads its libraries
     workers = [
-        context.Process(target=_work, args=(waiting, records, settings), daemon=True) for _ in range(min(jobs, len(tasks)))
+        context.Process(target=_work, args=(waiting, records, settings, folder), daemon=True)
+        for _ in range(min(jobs, len(tasks)))
     ]
     try:
         for worker in workers:
@@ -221,7 +248,7 @@ def _in_processes(tasks: list[Task], settings: Settings, jobs: int) -> Iterator[
                 os.environ[name] = value
 
 
-def _work(waiting: Any, records: Any, settings: Settings) -> None:
+def _work(waiting: Any, records: Any, settings: Settings, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     while True:
         try:
@@ -229,7 +256,7 @@ def _work(waiting: Any, records: Any, settings: Settings) -> None:
         except queue.Empty:
             return
         try:
-            for record in _perform(task, settings):
+            for record in _perform(task, settings, folder):
                 records.put(record)
         except MgsError as error:
             records.put(error)

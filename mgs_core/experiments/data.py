@@ -29,6 +29,8 @@ class Dataset:
         test_inputs: scaled like the training inputs.
         test_labels: clean.
         classes: number of classes c.
+        mean: that was subtracted from the inputs.
+        deviation: by which they were divided then.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Dataset:
     test_inputs: Array
     test_labels: Array
     classes: int
+    mean: float = 0.0
+    deviation: float = 1.0
 
     @property
     def wrong(self) -> Array:
@@ -206,7 +210,7 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
     x, y = arrays["x_train"][chosen].astype(np.float32), arrays["y_train"][chosen].astype(np.int64)
     mean, deviation = float(x.mean()), float(x.std()) or 1.0
     test = (arrays["x_test"].astype(np.float32) - mean) / deviation
-    return Dataset(name, (x - mean) / deviation, y, y, test, arrays["y_test"].astype(np.int64), classes)
+    return Dataset(name, (x - mean) / deviation, y, y, test, arrays["y_test"].astype(np.int64), classes, mean, deviation)
 
 
 def _draw(labels: Array, samples: int | None, random: np.random.Generator) -> Any:

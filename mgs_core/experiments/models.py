@@ -67,7 +67,7 @@ def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[
         first: list[Any] = [("Unsqueeze", {"axes": [1]})] if len(shape) == 2 else []
         steps = [*first, "convolution_0", "convolution_1", ("Flatten", {"axis": 1}), "hidden_0", "output"]
         return _network(steps, weights, shape, classes)
-    raise ArgumentError(f"`model` must be one of {', '.join(MODELS)}; got {model!r}.")
+    raise ArgumentError(f"`model` must be one of {', '.join(MODELS)}, or the path of an .onnx file; got {model!r}.")
 
 
 def _he(random: np.random.Generator, shape: tuple[int, ...], fan_in: int) -> Array:

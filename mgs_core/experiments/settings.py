@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mgs_core._errors import ArgumentError
@@ -17,12 +19,12 @@ class Settings:
         noise: probability of a training label to be redrawn.
         noise_kind: "symmetric" or "pair".
         samples: training samples; None for all.
-        model: "mlp" or "cnn".
+        model: "mlp", "cnn", or the path of an .onnx file of a classifier, which is trained further.
         backend: name of the backend.
         epochs: passes over the training samples.
         batch_size: samples a step.
         learning_rate: of Adam at the start; it falls to 0 along half a cosine.
-        seeds: number of seeds: each draws data, noise, weights and order anew.
+        seeds: number of seeds: each draws data, noise, weights (but those of a file) and order anew.
         probe_samples: training samples on which the kernel is measured after each epoch.
         tuning: strengths that are tried for each recipe before its runs; 0 takes those of `RECIPES`.
 
@@ -58,5 +60,8 @@ class Settings:
             raise ArgumentError(f"`learning_rate` must be a finite number above 0; got {self.learning_rate!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a dict that JSON can hold."""
-        return asdict(self)
+        """Return the settings as a dict that JSON can hold; of a model's file also what identifies its contents."""
+        path = Path(self.model)
+        if path.suffix != ".onnx" or not path.is_file():
+            return asdict(self)
+        return {**asdict(self), "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

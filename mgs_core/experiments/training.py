@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mgs_core import onnx
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
 from mgs_core.experiments.audit import audit
 from mgs_core.experiments.data import Dataset, corrupt, load_dataset
-from mgs_core.experiments.models import build
+from mgs_core.experiments.networks import is_file, make_network, save_own
 from mgs_core.experiments.optimizer import schedule, start
 from mgs_core.experiments.recipes import Recipe
 from mgs_core.experiments.settings import Settings
@@ -26,16 +26,17 @@ _PIECE = 2048  # samples that are predicted at a time
 _FINAL = ("memorisation", "mgs_trace", "mgs_log_determinant", "mgs_similarity", "mgs_effective_rank")
 
 
-def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, Any]]:
+def train(recipe: Recipe, seed: int, settings: Settings, *, folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """Train once and yield records: one after each epoch, and one of the run at the end.
 
-    The seed fixes data split, wrong labels, weights, order of the samples and masks, all drawn in NumPy, so that every recipe and
-    every backend meets the same.
+    The seed fixes data split, wrong labels, weights (but those of a file), order of the samples and masks, all drawn in NumPy, so
+    that every recipe and every backend meets the same.
 
     Args:
         recipe: the regulariser.
         seed: number of the run.
         settings: what all runs share.
+        folder: where the run of seed 0 writes a model of the user's own, trained, as "models/<recipe>.onnx"; None for nowhere.
 
     Yields:
         Records with "event" ("epoch" or "run"), "regularizer", "seed" and figures by name; accuracies are shares.
@@ -48,6 +49,8 @@ def train(recipe: Recipe, seed: int, settings: Settings) -> Iterator[dict[str, A
         trained, figures = run.epoch(epoch), run.measure(epoch)
         best = max(best, figures["test_accuracy"])
         yield {"event": "epoch", "regularizer": recipe.name, "seed": seed, "epoch": epoch, **trained, **figures}
+    if folder is not None and seed == 0 and is_file(settings.model):
+        save_own(settings.model, run.kept, folder / "models" / f"{recipe.name}.onnx")
     yield {
         "event": "run",
         "regularizer": recipe.name,
@@ -86,9 +89,11 @@ class Run:
         held = int(recipe.hold_out * n)
         self._fit, self._held = slice(held, n), slice(0, held)
         self._inputs, self._targets = data.train_inputs[self._fit], data.train_labels[self._fit]
+        network = make_network(settings.model, data, backend=settings.backend, seed=seed)
+        self._model = network.plain
         if recipe.relabel or recipe.select:
             found = audit(
-                self._inputs, self._targets, model=settings.model, backend=settings.backend,
+                self._inputs, self._targets, model=self._model, backend=settings.backend,
                 batch_size=settings.batch_size, seed=seed,
             )  # fmt: skip
             if recipe.relabel:
@@ -96,15 +101,10 @@ class Run:
             if recipe.select:
                 trusted = ~found.contradicted
                 self._inputs, self._targets = self._inputs[trusted], self._targets[trusted]
-        network = build(settings.model, data.train_inputs.shape[1:], data.classes, seed=seed)
-        self._model = onnx.load(network.plain, backend=settings.backend)
-        self._masks = network.masks if recipe.dropout else {}
-        trained = onnx.load(network.masked, backend=settings.backend) if self._masks else self._model
-        self._parameters = self._kept = self._model.parameters
+        trained, self._masks = network.masked() if recipe.dropout else (self._model, {})
+        self._parameters = self.kept = self._model.parameters
         if recipe.forgotten:
-            peer = build(settings.model, data.train_inputs.shape[1:], data.classes, seed=[seed, 4]).plain
-            others = onnx.load(peer, backend=settings.backend).parameters
-            self._parameters = {**self._parameters, **{PEER + name: value for name, value in others.items()}}
+            self._parameters = {**self._parameters, **{PEER + name: value for name, value in network.peer().items()}}
         self._best = -1.0
         self._moments = start(self._parameters)
         self._step = make_step(recipe, self._backend, trained.function)
@@ -142,12 +142,12 @@ class Run:
         if self._recipe.hold_out:
             validation["validation_accuracy"] = self.validate()
         if not validation or validation["validation_accuracy"] > self._best:
-            self._kept = {name: value for name, value in self._parameters.items() if not name.startswith(PEER)}
+            self.kept = {name: value for name, value in self._parameters.items() if not name.startswith(PEER)}
             self._best = validation.get("validation_accuracy", self._best)
         given, wrong = data.train_labels[self._fit], data.wrong[self._fit]
-        fitted = self._predict(self._kept, data.train_inputs[self._fit]) == given
-        right = self._predict(self._kept, data.test_inputs) == data.test_labels
-        summary = self._recorder(FunctionalModel(self._model.function, self._kept), epoch)
+        fitted = self._predict(self.kept, data.train_inputs[self._fit]) == given
+        right = self._predict(self.kept, data.test_inputs) == data.test_labels
+        summary = self._recorder(FunctionalModel(self._model.function, self.kept), epoch)
         return {
             "train_accuracy": float(np.mean(fitted)),
             "test_accuracy": float(np.mean(right)),
@@ -169,7 +169,7 @@ class Run:
         It is the gradient disparity of Chavoshi et al. 2021 (arXiv 2107.06665). With u = ±1 over the size of each half,
         `‖g₁ − g₂‖² = uᵀ K u` for the kernel K of the losses.
         """
-        model = FunctionalModel(self._model.function, self._kept)
+        model = FunctionalModel(self._model.function, self.kept)
         targets = self._backend.asarray(self._probe_labels)
         matrix = np.asarray(self._backend.to_numpy(kernel(model, self._probe, targets, output="loss")), dtype=np.float64)
         first = np.arange(len(matrix)) < len(matrix) // 2

@@ -137,7 +137,7 @@ def _max_pool(
 ) -> Array:
     """Return the greatest of each window of x (n, i, *space); padding counts as −∞."""
     if any(map(any, pads)):
-        x = extension(xp, "pad")(x, ((0, 0), (0, 0), *pads), value=_lowest(xp, x.dtype))
+        x = extension(xp, "pad")(x, ((0, 0), (0, 0), *pads), value=lowest(xp, x.dtype))
     patches = extension(xp, "patches")(x, tuple(window), tuple(strides), tuple(dilations))
     return xp.max(patches, axis=tuple(range(2, 2 + len(window))))
 
@@ -272,7 +272,8 @@ def _log_softmax(xp: Namespace, x: Array, axis: int) -> Array:
     return shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True))
 
 
-def _lowest(xp: Namespace, dtype: Any) -> float:
+def lowest(xp: Namespace, dtype: Any) -> float:
+    """Return the least number of a dtype."""
     return -float("inf") if xp.isdtype(dtype, "real floating") else int(xp.iinfo(dtype).min)
 
 

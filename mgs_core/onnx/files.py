@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.numpy_helper
 
 from mgs_core._errors import ArgumentError
 from mgs_core.onnx.errors import damaged
+from mgs_core.onnx.tensors import to_array
 
 _LIMIT = 1 << 31  # protobuf's own limit of a message
 
@@ -54,6 +56,19 @@ def read_model(source: Any) -> tuple[onnx.ModelProto, Path | None]:
         ) from error
     _check(model, f"the file {path.name!r}")
     return model, path.parent
+
+
+def embed_external(model: onnx.ModelProto, folder: Path | None) -> None:
+    """Put tensors whose data lie in other files into the model, so that it can be written elsewhere.
+
+    Args:
+        model: changed in place; its external data have been checked.
+        folder: of the external data.
+    """
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            array = to_array(tensor, folder, f"initialiser {tensor.name!r}")
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
 
 def _check(model: onnx.ModelProto, where: str) -> None:

@@ -17,7 +17,7 @@ from mgs_core._types import Array
 from mgs_core.functional import FunctionalModel
 from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
-from mgs_core.onnx.files import read_model
+from mgs_core.onnx.files import embed_external, read_model
 from mgs_core.onnx.graph import Graph, Node, Value, needed
 from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.invariants import capture_invariants
@@ -112,6 +112,7 @@ def load(
     found = get_backend(backend)
     proto, folder = read_model(model)
     graph = parse(proto, folder, dtype)
+    embed_external(proto, folder)
     lift(graph)
     capture_invariants(graph)
     ties, cut = tie(graph), halve(graph)
@@ -138,18 +139,24 @@ def load(
 
 
 class OnnxFunction:
-    """Be the function from parameters and inputs to outputs (n, c)."""
+    """Be the function from parameters and inputs to outputs (n, c).
+
+    Attributes:
+        inputs: name, dtype and shape of each input that the output depends on.
+        output: name of the output.
+    """
 
     def __init__(self, graph: Graph, nodes: list[Node], output: str, chosen: list[str], backend: Backend) -> None:
         self._graph, self._nodes, self._names, self._backend = graph, nodes, chosen, backend
+        self.output = output
         used = {name for node in nodes for name in node.inputs} | {output}
-        self._inputs = [value for value in graph.inputs if value.name in used]
-        self._spare = {value.name for value in graph.inputs} - {value.name for value in self._inputs}
+        self.inputs = [value for value in graph.inputs if value.name in used]
+        self._spare = {value.name for value in graph.inputs} - {value.name for value in self.inputs}
         self._dtypes = {
-            value.name: None if value.dtype is None else native_dtype(backend.namespace, value.dtype) for value in self._inputs
+            value.name: None if value.dtype is None else native_dtype(backend.namespace, value.dtype) for value in self.inputs
         }
         constants = {name: value for name, value in graph.initializers.items() if name in used and name not in chosen}
-        places = dict.fromkeys([*chosen, *(value.name for value in self._inputs)], Place.DEVICE)
+        places = dict.fromkeys([*chosen, *(value.name for value in self.inputs)], Place.DEVICE)
         self._program = compile_nodes(nodes, [output], inputs=places, constants=constants, backend=backend)
         if self._program.places[0] is not Place.DEVICE:
             raise damaged(f"output {output!r}", "depends on no parameter and no input")
@@ -170,11 +177,11 @@ class OnnxFunction:
         arguments = [parameters[name] for name in self._names]
         if hasattr(inputs, "keys"):
             self._check_names(inputs)
-            arguments += [self._checked(value, inputs[value.name]) for value in self._inputs]
-        elif len(self._inputs) == 1:
-            arguments.append(self._checked(self._inputs[0], inputs))
+            arguments += [self._checked(value, inputs[value.name]) for value in self.inputs]
+        elif len(self.inputs) == 1:
+            arguments.append(self._checked(self.inputs[0], inputs))
         else:
-            raise ArgumentError(f"`inputs` must be a dict with {[value.name for value in self._inputs]}; got one array.")
+            raise ArgumentError(f"`inputs` must be a dict with {[value.name for value in self.inputs]}; got one array.")
         y = self._program(arguments)[0]
         if y.ndim == 2:
             return y
@@ -188,7 +195,7 @@ class OnnxFunction:
         """Draw inputs, as `OnnxModel.example_inputs` says."""
         random = np.random.default_rng(seed)
         drawn = {}
-        for value in self._inputs:
+        for value in self.inputs:
             _, *rest = value.shape or (n, 4)
             shape = (n, *(size if isinstance(size, int) and size > 0 else 4 for size in rest))
             dtype = np.dtype(np.float32 if value.dtype is None else value.dtype)
@@ -209,7 +216,7 @@ class OnnxFunction:
         return min(sizes, default=2)
 
     def _check_names(self, inputs: Mapping[str, Array]) -> None:
-        known = {value.name for value in self._inputs}
+        known = {value.name for value in self.inputs}
         missing, strange = known - set(inputs), set(inputs) - known - self._spare
         if missing or strange:
             raise ArgumentError(

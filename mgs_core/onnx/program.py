@@ -17,6 +17,7 @@ from typing import Any
 
 import array_api_compat.numpy as host_namespace
 import numpy as np
+from array_api_compat import is_torch_array
 
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core._protocol import Backend
@@ -24,6 +25,8 @@ from mgs_core._types import Array
 from mgs_core.onnx.graph import Node
 from mgs_core.onnx.operators.refused import why_refused
 from mgs_core.onnx.operators.registry import find
+
+_NOTHING = np.zeros(0)
 
 
 class Place(Enum):
@@ -49,8 +52,11 @@ class Program:
         steps: Sequence[tuple[Callable[..., Any], tuple[int, ...], Any, tuple[int, ...], Node]],
         outputs: Sequence[int],
         places: Sequence[Place],
+        backend: Backend,
     ) -> None:
         """Keep what `compile_nodes` made."""
+        self._backend = backend
+        self._elsewhere: dict[Any, list[Any]] = {}  # device → the template with its constants there
         self._template, self._inputs, self._steps, self._outputs = template, list(inputs), list(steps), list(outputs)
         self.places = list(places)
         self.constants = {at: template[slot] for at, slot in enumerate(outputs) if places[at] is Place.CONSTANT}
@@ -67,7 +73,22 @@ class Program:
         Raises:
             ArgumentError: when a node cannot take its inputs; names the node.
         """
-        values = self._template.copy()
+        device = self._device(arguments)
+        if device is None:
+            return self._run(self._template.copy(), arguments)
+        if device not in self._elsewhere:
+            self._elsewhere[device] = [_moved(value, device) for value in self._template]
+        with device:  # what operators make of NumPy arrays goes there too
+            return self._run(self._elsewhere[device].copy(), arguments)
+
+    def _device(self, arguments: Sequence[Any]) -> Any:
+        """Return the torch.device of the arguments, where torch would put new arrays elsewhere; other frameworks move them."""
+        if self._backend.name != "torch":
+            return None
+        found = next((value.device for value in arguments if is_torch_array(value)), None)
+        return None if found is None or found == self._backend.asarray(_NOTHING).device else found
+
+    def _run(self, values: list[Any], arguments: Sequence[Any]) -> list[Any]:
         for slot, value in zip(self._inputs, arguments, strict=True):
             values[slot] = value
         node = None
@@ -179,7 +200,7 @@ class _Compiler:
                 dead.setdefault(at, []).append(slot)
         steps = [(run, taken, result, tuple(dead.get(at, ())), node) for at, (run, taken, result, node) in enumerate(self._steps)]
         places = [self._places[name] for name in outputs]
-        return Program(self._template, inputs, steps, [self._slots[name] for name in outputs], places)
+        return Program(self._template, inputs, steps, [self._slots[name] for name in outputs], places, self.backend)
 
     def _fold(self, node: Node, run: Callable[..., Any], many: bool) -> None:
         """Compute a value that nothing but constants reaches."""
@@ -209,6 +230,12 @@ class _Compiler:
             self._steps.append((partial(to_host, self.backend, node, name), (slot,), copy, node))
             return copy
         return slot
+
+
+def _moved(value: Any, device: Any) -> Any:
+    if isinstance(value, list):
+        return [_moved(entry, device) for entry in value]
+    return value.to(device) if is_torch_array(value) else value
 
 
 def to_device(backend: Backend, value: Any) -> Any:

@@ -68,7 +68,7 @@ def save(model: Any, path: str | PathLike[str], *, parameters: Any = None) -> No
     try:
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, fspath(path))
-    except (OSError, onnx.checker.ValidationError) as error:
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:  # ValueError: larger than protobuf allows
         raise ArgumentError(
             f"`path` must be a place where a valid model can be written; got {fspath(path)!r}: {error}"
         ) from error

@@ -25,7 +25,7 @@ def begun(monkeypatch):
     runs: list[tuple[str, int]] = []
     stop: set[tuple[str, int]] = set()
 
-    def train(recipe, seed, settings):
+    def train(recipe, seed, settings, folder):
         runs.append((recipe.name, seed))
         for epoch in (1, 2):
             yield {"event": "epoch", "regularizer": recipe.name, "seed": seed, "epoch": epoch, "test_accuracy": 0.5}

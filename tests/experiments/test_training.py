@@ -118,7 +118,7 @@ def test_models_are_valid_and_have_the_same_parameters_with_and_without_masks(mo
 
 
 def test_models_that_do_not_fit_are_refused():
-    with pytest.raises(mgs.ArgumentError, match="`model` must be one of mlp, cnn; got 'rnn'"):
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must be one of mlp, cnn, or the path of an .onnx file; got 'rnn'"):
         experiments.models.build("rnn", (8, 8), 10, seed=0)
     with pytest.raises(mgs.ArgumentError, match="`model` must be mlp for samples that are no images"):
         experiments.models.build("cnn", (8,), 10, seed=0)

@@ -124,8 +124,10 @@ def fuzz(files: list[bytes], count: int, seed: int, folder) -> Counter[str]:
     return ends
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_mutated_files_are_evaluated_or_refused(seeds, count, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("count", "seed"), [(300, 0), *(pytest.param(2000, seed, marks=pytest.mark.slow) for seed in range(1, 11))]
+)
+def test_mutated_files_are_evaluated_or_refused(seeds, count, seed, tmp_path, monkeypatch):
     monkeypatch.setattr("mgs_core.onnx.tensors.MAX_ELEMENTS", 1 << 22)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -133,9 +135,10 @@ def test_mutated_files_are_evaluated_or_refused(seeds, count, tmp_path, monkeypa
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numbers overflow where mutations say so
-            ends = fuzz(seeds, count, seed=count, folder=tmp_path)
+            ends = fuzz(seeds, count, seed=seed, folder=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    print(f"seed {seed}: {dict(ends)}")
     assert ends["evaluated"] > count // 50  # the mutations are not all fatal
     assert ends["ArgumentError"] > count // 10
     assert ends["UnsupportedModelError"] > 0

@@ -92,8 +92,8 @@ def test_operators_domains_and_versions():
     refused(random, r"node 'noise' \(RandomNormalLike, opset 17\) is random", mgs.UnsupportedModelError)
     dynamic = model([node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"], "small")])
     refused(dynamic, "node 'small' .* is quantised", mgs.UnsupportedModelError)
-    grid = model([node("GridSample", ["x", "x"], ["y"], "grid")])
-    refused(grid, "node 'grid' .* has no implementation here", mgs.UnsupportedModelError)
+    boxes = model([node("RoiAlign", ["x", "x", "x"], ["y"], "boxes")])
+    refused(boxes, "node 'boxes' .* has no implementation here", mgs.UnsupportedModelError)
     trees = helper.make_node("TreeEnsembleRegressor", ["x"], ["y"], "trees", domain="ai.onnx.ml")
     refused(model([trees], domains=["ai.onnx.ml"]), "node 'trees' .* is a tree ensemble", mgs.UnsupportedModelError)
     old = model([node("Add", ["x", "w"], ["y"], "old", broadcast=1)], opset=6)
@@ -181,6 +181,17 @@ def test_external_data(tmp_path):
     folder.mkdir()
     loaded = mgs.onnx.load(external(folder, "weights.bin", data=np.arange(6, dtype=np.float32).tobytes()))
     np.testing.assert_array_equal(loaded.parameters["w"], np.arange(6).reshape(3, 2))
+    (tmp_path / "elsewhere").mkdir()
+    mgs.onnx.save(mgs.onnx.load(folder / "model.onnx", parameters="w"), tmp_path / "elsewhere" / "model.onnx")
+    again = mgs.onnx.load(tmp_path / "elsewhere" / "model.onnx")
+    np.testing.assert_array_equal(again.parameters["w"], np.arange(6).reshape(3, 2))
+    frozen = onnx.load(folder / "model.onnx", load_external_data=False)
+    frozen.graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.float32), "v"))
+    frozen.graph.node[0].output[0] = "h"
+    frozen.graph.node.append(node("MatMul", ["h", "v"], ["y"]))
+    (folder / "frozen.onnx").write_bytes(frozen.SerializeToString())
+    mgs.onnx.save(mgs.onnx.load(folder / "frozen.onnx", parameters="v"), tmp_path / "elsewhere" / "frozen.onnx")
+    assert mgs.onnx.load(tmp_path / "elsewhere" / "frozen.onnx")(np.ones((1, 3), np.float32)).tolist() == [[15, 15]]
     (tmp_path / "outside.bin").write_bytes(b"\0" * 24)
     for location in (
         "../outside.bin",

@@ -11,6 +11,9 @@ from mgs_core.onnx.operators import normalization as normalization
 from mgs_core.onnx.operators import recurrent as recurrent
 from mgs_core.onnx.operators import reductions as reductions
 from mgs_core.onnx.operators import resize as resize
+from mgs_core.onnx.operators import sampling as sampling
 from mgs_core.onnx.operators import sequences as sequences
 from mgs_core.onnx.operators import shapes as shapes
+from mgs_core.onnx.operators import signal as signal
+from mgs_core.onnx.operators import states as states
 from mgs_core.onnx.operators import windows as windows

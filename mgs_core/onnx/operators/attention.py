@@ -32,7 +32,7 @@ def attention(node: Node, xp: Namespace) -> Run:
         if flat:
             if not heads or not kv_heads:
                 raise node.damaged("takes tensors with 3 axes and lacks q_num_heads or kv_num_heads")
-            q, k, v = _by_head(node, xp, q, heads), _by_head(node, xp, k, kv_heads), _by_head(node, xp, v, kv_heads)
+            q, k, v = by_head(node, xp, q, heads), by_head(node, xp, k, kv_heads), by_head(node, xp, v, kv_heads)
         before = 0 if past_k is None else past_k.shape[2]
         k = k if past_k is None else xp.concat([past_k, k], axis=2)
         v = v if past_v is None else xp.concat([past_v, v], axis=2)
@@ -40,7 +40,7 @@ def attention(node: Node, xp: Namespace) -> Run:
         repeats = q.shape[1] // k.shape[1]
         if repeats * k.shape[1] != q.shape[1]:
             raise node.damaged(f"has {q.shape[1]} heads of queries for {k.shape[1]} of keys")
-        k, v = _repeat_heads(xp, k, repeats), _repeat_heads(xp, v, repeats)
+        k, v = repeat_heads(xp, k, repeats), repeat_heads(xp, v, repeats)
         scale = attributes.get("scale")
         root = sqrt(1.0 / sqrt(q.shape[-1]) if scale is None else scale)
         products = xp.matmul(q * root, xp.permute_dims(k, (0, 1, 3, 2)) * root)
@@ -61,14 +61,16 @@ def attention(node: Node, xp: Namespace) -> Run:
     return run
 
 
-def _by_head(node: Node, xp: Namespace, x: Array, heads: int) -> Array:
+def by_head(node: Node, xp: Namespace, x: Array, heads: int) -> Array:
+    """Return (n, heads, length, features / heads) for (n, length, features)."""
     n, length, features = x.shape
     if features % heads:
         raise node.damaged(f"cannot divide {features} features among {heads} heads")
     return xp.permute_dims(xp.reshape(x, (n, length, heads, features // heads)), (0, 2, 1, 3))
 
 
-def _repeat_heads(xp: Namespace, x: Array, repeats: int) -> Array:
+def repeat_heads(xp: Namespace, x: Array, repeats: int) -> Array:
+    """Return each of the heads (second axis) so many times."""
     if repeats == 1:
         return x
     n, h, s, d = x.shape

@@ -45,7 +45,7 @@ def gather(node: Node, xp: Namespace) -> Run:
 def gather_elements(node: Node, xp: Namespace) -> Run:
     """Take for each place of the indices the element that differs from it on one axis only."""
     axis = node.attributes["axis"]
-    return lambda data, indices: _take_along(xp, data, indices, axis_of(axis, data.ndim, node))
+    return lambda data, indices: take_along(xp, data, indices, axis_of(axis, data.ndim, node))
 
 
 @operator("GatherND", since=11)
@@ -189,7 +189,7 @@ def top_k(node: Node, xp: Namespace) -> Run:
             raise node.damaged(f"takes {count} of {x.shape[place]} elements")
         order = xp.argsort(x, axis=place, descending=bool(largest), stable=True)
         chosen = order[(*(slice(None),) * place, slice(0, count), ...)]
-        return [_take_along(xp, x, chosen, place), xp.astype(chosen, dtype)]
+        return [take_along(xp, x, chosen, place), xp.astype(chosen, dtype)]
 
     return run
 
@@ -219,7 +219,30 @@ def reverse_sequence(node: Node, xp: Namespace) -> Run:
         shape = [1] * x.ndim
         shape[time], shape[batch] = x.shape[time], x.shape[batch]
         order = np.broadcast_to((order if time < batch else order.T).reshape(shape), x.shape)
-        return _take_along(xp, x, xp.asarray(order), time)
+        return take_along(xp, x, xp.asarray(order), time)
+
+    return run
+
+
+@operator("TensorScatter", since=24)
+def tensor_scatter(node: Node, xp: Namespace) -> Run:
+    """Write updates into a cache along an axis, from a place of its own for each sample on."""
+    circular = node.attributes["mode"] == "circular"
+    if node.attributes["mode"] not in ("linear", "circular"):
+        raise node.damaged(f"has mode {node.attributes['mode']!r}")
+
+    def run(cache: Array, update: Array, starts: Array = None) -> Array:
+        axis = axis_of(node.attributes["axis"], cache.ndim, node)
+        size, count = cache.shape[axis], update.shape[axis]
+        if axis == 0 or not 0 < count <= size:
+            raise node.damaged(f"writes {tuple(update.shape)} along the axis {axis} of {tuple(cache.shape)}")
+        steps = xp.reshape(xp.arange(size), tuple(-1 if at == axis else 1 for at in range(cache.ndim)))
+        first = xp.zeros_like(steps) if starts is None else xp.reshape(starts, (-1, *(1,) * (cache.ndim - 1)))
+        source = xp.astype(steps, first.dtype) - first
+        source = source % size if circular else source
+        inside = xp.logical_and(source >= 0, source < count)
+        chosen = xp.broadcast_to(xp.where(inside, source, xp.zeros_like(source)), cache.shape)
+        return xp.where(inside, take_along(xp, update, chosen, axis), cache)
 
     return run
 
@@ -272,7 +295,8 @@ def _from_front(xp: Namespace, indices: Array, size: int) -> Array:
     return xp.where(indices < 0, indices + size, indices)
 
 
-def _take_along(xp: Namespace, data: Array, indices: Array, axis: int) -> Array:
+def take_along(xp: Namespace, data: Array, indices: Array, axis: int) -> Array:
+    """Return the elements that `indices`, of the data's rank, names along an axis."""
     flat = xp.reshape(_flat_places(xp, data.shape, indices, axis), (-1,))
     return xp.reshape(xp.take(xp.reshape(data, (-1,)), flat, axis=0), indices.shape)
 

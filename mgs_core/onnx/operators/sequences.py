@@ -1,4 +1,4 @@
-"""Sequences of tensors, held as Python lists; their structure must not depend on data."""
+"""Sequences of tensors, held as Python lists of a structure that data do not change; optional values, which are never absent."""
 
 from __future__ import annotations
 
@@ -95,6 +95,20 @@ def concat_from_sequence(node: Node, xp: Namespace) -> Run:
         return xp.concat(sequence, axis=axis_of(axis, sequence[0].ndim, node))
 
     return run
+
+
+@operator("Optional", "OptionalGetElement", since=15)
+def optional(node: Node, xp: Namespace) -> Run:
+    """Return the value: a model is refused whose inputs may be absent."""
+    if not node.has(0):
+        raise node.unsupported("is an absent value", "Export without optional values.")
+    return lambda x: x
+
+
+@operator("OptionalHasElement", since=15, host_result=True)
+def has_element(node: Node, xp: Namespace) -> Run:
+    """Say whether a value is given."""
+    return lambda x=None: np.asarray(x is not None)
 
 
 def _place(node: Node, place: Array, count: int, last: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mgs_core._types import Array, Namespace
+from mgs_core.onnx.extensions import extension
 from mgs_core.onnx.graph import Node
 from mgs_core.onnx.operators.common import axes_of, axis_of, integers
 from mgs_core.onnx.operators.registry import Run, operator
@@ -112,6 +113,26 @@ def concat(node: Node, xp: Namespace) -> Run:
     """Join along an axis."""
     axis = node.attributes["axis"]
     return lambda *parts: xp.concat(list(parts), axis=axis_of(axis, parts[0].ndim, node))
+
+
+@operator("CenterCropPad", since=18, host=(1,))
+def center_crop_pad(node: Node, xp: Namespace) -> Run:
+    """Cut the middle out along axes that are too long, and put zeros around along those that are too short."""
+
+    def run(x: Array, shape: Array) -> Array:
+        given, wanted = node.attributes.get("axes"), integers(shape)
+        axes = axes_of(range(x.ndim) if given is None else given, x.ndim, node)
+        if len(axes) != len(wanted):
+            raise node.damaged(f"has a shape {list(wanted)} for {len(axes)} axes")
+        kept, widths = [slice(None)] * x.ndim, [(0, 0)] * x.ndim
+        for axis, size in zip(axes, wanted, strict=True):
+            spare = x.shape[axis] - size
+            kept[axis] = slice(spare // 2, spare // 2 + size) if spare > 0 else slice(None)
+            widths[axis] = (-spare // 2, -spare - (-spare // 2)) if spare < 0 else (0, 0)
+        check_size(tuple(max(sum(pair), 0) + size for pair, size in zip(widths, x.shape, strict=True)), str(node))
+        return extension(xp, "pad")(x[tuple(kept)], tuple(widths))
+
+    return run
 
 
 @operator("Split", since=2, many=True)
