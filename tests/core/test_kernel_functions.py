@@ -146,3 +146,12 @@ def test_summary_leaves_out_what_it_cannot_know():
 def test_bad_kernels_are_refused(kernel, options, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         mgs.summarize(kernel, **options)
+
+
+@pytest.mark.parametrize("name", ["trace", "log_trace", "log_determinant", "cosine", "log_determinant_cosine"])
+def test_the_default_strength_suits_the_name(name):
+    penalty = mgs.Penalty(name)
+    assert penalty.strength > 0
+    assert penalty == mgs.Penalty(name, penalty.strength) == mgs.Penalty.from_dict({"name": name})
+    K = np.eye(3) + 0.1
+    assert float(penalty(K)) == pytest.approx(penalty.strength * float(mgs.Penalty(name, 1.0)(K)))
