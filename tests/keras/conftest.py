@@ -14,7 +14,8 @@ sys.path.append(str(Path(__file__).parent))  # for keras_oracle
 _FRAMEWORKS = [name for name in ("torch", "jax", "tensorflow") if importlib.util.find_spec(name)]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")  # two devices, for the test of replicas
+# two devices, for the test of replicas; most of the time goes to XLA's compiler, which need not try hard
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 if _FRAMEWORKS:
     os.environ.setdefault("KERAS_BACKEND", _FRAMEWORKS[0])
 _USABLE = importlib.util.find_spec("keras") and os.environ.get("KERAS_BACKEND") in _FRAMEWORKS

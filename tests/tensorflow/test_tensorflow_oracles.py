@@ -99,6 +99,11 @@ def sliced(p, x):  # packed weights, scaled
     return tf.tanh(x @ first) * (x @ second) + p["b"][0] + tf.unstack(p["b"])[1]
 
 
+def signed(p, x):  # uses of one parameter whose signs and factors differ, so that cross terms show them
+    h = tf.tanh(x @ p["w"] + p["b"] - tf.constant(0.3, x.dtype) * p["b"]) - p["b"]
+    return tf.tanh(h @ -p["u"] / p["d"] + p["d"]) @ (p["u"] / 3.0) + p["d"] * tf.reduce_sum(h, axis=1, keepdims=True)
+
+
 def convolved(p, x):
     h = tf.tanh(tf.nn.bias_add(tf.nn.conv2d(x, p["w1"], strides=(1, 2), padding="SAME", dilations=1), p["b1"]))
     h = tf.nn.depthwise_conv2d(h, p["depth"], strides=(1, 1, 1, 1), padding="VALID")
@@ -160,6 +165,7 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray], np.ndarray]] 
     "grouped": (grouped, {"w": draw(2, 3, 4), "out": draw(8, 3)}, draw(6, 6)),
     "left": (left, {"w": draw(3, 5), "b": draw(3)}, draw(6, 5)),
     "sliced": (sliced, {"w": draw(5, 6), "b": draw(2, 3)}, draw(6, 5)),
+    "signed": (signed, {"w": draw(5, 4), "b": draw(4), "u": draw(4, 4), "d": 2.0 + draw(4) ** 2}, draw(6, 5)),
     "convolved": (
         convolved,
         {"w1": draw(3, 2, 2, 4), "b1": draw(4), "depth": draw(2, 2, 4, 2), "mix": draw(2, 3, 8, 2), "up": draw(3, 3, 2, 2)},
