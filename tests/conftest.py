@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1].resolve()
 # the root would shadow the installed package
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
+sys.path.append(str(ROOT / "tests" / "helpers"))
+
 TYPED = find_spec("jaxtyping") is not None and find_spec("beartype") is not None  # the minimal environment has neither
 if TYPED:
     from beartype import BeartypeConf, beartype

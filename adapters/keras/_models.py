@@ -116,9 +116,6 @@ def regularize(model: Any, regularizer: MGSRegularizer | None) -> Any:
     _refuse(model, regularizer)
     if type(model) in _REGISTERED and "_mgs" not in model.__dict__:
         model.__class__ = _REGISTERED[type(model)]
-    if isinstance(model, MGSMixin):
-        _install(model, regularizer)
-        return model
     return attach(model, regularizer)
 
 

@@ -7,8 +7,11 @@ there, by a second, functional pass over the model's variables.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+
+from keras.src.models.functional import Functional  # the class of `keras.Model(inputs, outputs)` has no public name
 
 import mgs_core as mgs
 
@@ -52,6 +55,29 @@ class Tracker(keras.metrics.Metric):  # type: ignore[misc]  # keras has no types
         self.count.assign(0.0)
 
 
+@dataclass(eq=False)
+class _Outputs:
+    """Be a model whose outputs are there already.
+
+    Attributes:
+        usable: whether these outputs are those of inference.
+        outputs: of the batch at hand, (n, c).
+    """
+
+    usable: bool
+    outputs: Any = None
+
+    def __call__(self, parameters: Any, inputs: Any) -> Any:
+        """Return the outputs, and forget them."""
+        outputs, self.outputs = self.outputs, None
+        return outputs
+
+
+def _minds_training(layer: Any) -> bool:
+    """Say whether a layer may do otherwise in training; containers only pass it on."""
+    return bool(layer._call_has_training_arg) and type(layer).call not in (keras.Sequential.call, Functional.call)
+
+
 class Training:
     """Regularise one model's `fit`.
 
@@ -66,6 +92,8 @@ class Training:
         self.tracker = Tracker(regularizer.strength)
         self._in_training = True
         self._checked = False
+        self._function: Any = None
+        self._outputs: _Outputs | None = None
 
     def set_strength(self, strength: float) -> None:
         """Change the strength, also between the batches of a running `fit`.
@@ -126,7 +154,7 @@ class Training:
         model, backend = self._model, keras.backend.backend()
         if model.train_function is not None and not force:
             return
-        self._checked = False
+        self._checked, self._function, self._outputs = False, None, None
         if backend == "torch" and model.jit_compile:
             raise mgs.UnsupportedModelError(
                 "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
@@ -169,13 +197,41 @@ class Training:
 
     def _kernel(self, x: Any, y: Any, y_pred: Any, *, differentiable: bool) -> Any:
         regularizer = self.regularizer
-        first = slice(0, regularizer.max_samples)
-        x, y = keras.tree.map_structure(lambda leaf: leaf[first], (x, y))
         output = "loss" if regularizer.weighting is not None and not differentiable else regularizer.output
+        loss = compiled_loss(self._model, y_pred) if output == "loss" else None
+        model = self._made(y_pred) if differentiable else None
+        if model is None:
+            first = slice(0, regularizer.max_samples)
+            x, y = keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf[first]), (x, y))
+            model = self._functional()
         return mgs.kernel(
-            self._model, x, y, output=output, transform=regularizer.transform, probes=regularizer.probes, seed=regularizer.seed,
-            loss=compiled_loss(self._model, y_pred) if output == "loss" else None, differentiable=differentiable,
+            model, x, y, output=output, transform=regularizer.transform, probes=regularizer.probes, seed=regularizer.seed,
+            loss=loss, differentiable=differentiable,
         )  # fmt: skip
+
+    def _functional(self) -> mgs.FunctionalModel:
+        """Return the model as a function, the same one in each step, for what the backend finds out about it is kept with it."""
+        backend: Any = mgs.get_backend(self._model)
+        if self._function is None:
+            self._function = backend.functional(self._model).function
+        functional: mgs.FunctionalModel = backend.current(self._function)
+        return functional
+
+    def _made(self, y_pred: Any) -> mgs.FunctionalModel | None:
+        """Return a model that has been evaluated already, where the outputs of training are those of inference.
+
+        PyTorch keeps the graph of the outputs, which saves the second pass; the other frameworks do not.
+        """
+        limit = self.regularizer.max_samples
+        if keras.backend.backend() != "torch" or (limit is not None and limit < len(keras.tree.flatten(y_pred)[0])):
+            return None
+        if self._outputs is None:
+            self._outputs = _Outputs(not any(map(_minds_training, self._model._flatten_layers())))
+        if not self._outputs.usable:
+            return None
+        backend: Any = mgs.get_backend(self._model)
+        self._outputs.outputs = backend.flat(y_pred)
+        return mgs.FunctionalModel(self._outputs, self._functional().parameters)
 
     def _replicas(self) -> int:
         """Return over how many copies of the model Keras will add up the losses."""

@@ -16,6 +16,30 @@ from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
 
+class Function:
+    """Be a model, as it is at inference, as a pure function of its trainable variables.
+
+    Attributes:
+        variables: the trainable variables by path.
+    """
+
+    def __init__(self, model: Any, fixed: Sequence[Array] | None = None) -> None:
+        self.variables = _names(model)
+        self._model, self._others, self._fixed = model, model.non_trainable_variables, fixed
+
+    def named(self, values: Iterable[Array]) -> dict[str, Array]:
+        """Return values of the trainable variables by path."""
+        return dict(zip(self.variables, values, strict=True))
+
+    def __call__(self, parameters: dict[str, Array], inputs: Any) -> Array:
+        """Return the outputs (n, c)."""
+        # read only here, in the graph that needs them
+        held = [variable.value for variable in self._others] if self._fixed is None else self._fixed
+        state = [(variable, parameters[name]) for name, variable in self.variables.items()]
+        with keras.StatelessScope(state_mapping=[*state, *zip(self._others, held, strict=True)]), _differentiable_twice():
+            return flat_outputs(call(self._model, inputs, training=False))
+
+
 class KerasBackend:
     """Implement `Backend` for Keras models by the backend of their framework."""
 
@@ -58,18 +82,20 @@ class KerasBackend:
         Raises:
             ArgumentError: when the model is not built.
         """
-        variables = _names(model)
-        others = model.non_trainable_variables
-        values = self.values(variables.values()) if trainable is None else list(trainable)
+        function = Function(model, fixed)
+        return self.current(function) if trainable is None else FunctionalModel(function, function.named(trainable))
 
-        def function(parameters: dict[str, Array], inputs: Any) -> Array:
-            # read only here, in the graph that needs them
-            held = [variable.value for variable in others] if fixed is None else fixed
-            state = [(variable, parameters[name]) for name, variable in variables.items()]
-            with keras.StatelessScope(state_mapping=[*state, *zip(others, held, strict=True)]), _differentiable_twice():
-                return flat_outputs(call(model, inputs, training=False))
+    def current(self, function: Function) -> FunctionalModel:
+        """Return a model's function with the values that its variables have now.
 
-        return FunctionalModel(function, dict(zip(variables, values, strict=True)))
+        Args:
+            function: of an earlier functional model; what a framework's backend finds out about it is kept as long as it lives.
+        """
+        return FunctionalModel(function, function.named(self.values(function.variables.values())))
+
+    def flat(self, outputs: Any) -> Array:
+        """Return a model's outputs of any structure as (n, c)."""
+        return flat_outputs(outputs)
 
     def values(self, variables: Iterable[Any]) -> list[Array]:
         """Return the values that Keras variables have now, differentiable in them.

@@ -13,6 +13,7 @@ from autograd.numpy.numpy_boxes import ArrayBox
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError, SamplesInteractError
+from mgs_core._layout import Layout, find_layout, noise_floor
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
 from mgs_core._tree import flatten, select, unflatten
@@ -20,7 +21,6 @@ from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
 from . import tape as tapes
-from .layout import Layout, find_layout, noise_floor
 from .namespace import TracedNamespace
 from .tape import Tape, TapeNode, plain
 from .uses import Use, find_uses
@@ -166,7 +166,7 @@ def _known_layouts(
         layout, sure = None, True
         if use.site is not None and use.node in flat:
             a, b = (use.site.arrange(plain(gradients[use.node])) for gradients in (flat, weighted))
-            layout, sure = find_layout(plain(a), plain(b), weights)
+            layout, sure = find_layout(plain(a), plain(b), weights, float(np.finfo(plain(a).dtype).eps))
         elif use.site is not None:
             layout = Layout(-1)  # no gradient reaches it: it adds nothing
         layouts.append(layout)
@@ -243,7 +243,8 @@ def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[
         single = np.einsum("nk,nkp->p", weights, plain(use.gradients))
         batch = np.ravel(plain(whole[use.parameter]))
         size = float(np.max(np.abs(plain(use.gradients)), initial=0.0))
-        tolerance = n * (1e3 * float(np.finfo(_dtype(values)).eps) * size + noise_floor(_dtype(values)))
+        eps = float(np.finfo(_dtype(values)).eps)
+        tolerance = n * (1e3 * eps * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(single - batch), initial=0.0) <= tolerance:
             raise SamplesInteractError(

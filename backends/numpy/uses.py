@@ -1,7 +1,7 @@
 """Find where parameters meet data on a tape, and bring each such place into the layout of the layer statistics.
 
 One function for each operation says what it needs: the layer's input, and how to arrange the gradient at the operation's
-output to (groups, *lead, features). The samples are somewhere among the lead axes; `layout.py` finds out where.
+output to (groups, *lead, features). The samples are somewhere among the lead axes; `mgs_core._layout` finds out where.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError
+from mgs_core._layout import Layout
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
 from mgs_core._tree import flatten, select, unflatten
@@ -20,7 +21,6 @@ from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
 from .inline import call
-from .layout import Layout
 from .namespace import namespace
 from .probe import find_layouts
 from .terms import Term

@@ -13,9 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from mgs_core._errors import ArgumentError, SamplesInteractError
+from mgs_core._layout import Layout, find_layout, noise_floor
 from mgs_core._types import Array
 
-from .layout import Layout, epsilon, find_layout
+from .namespace import namespace
 from .walk import Record, Scalars, gradients, record, rows
 
 _known: dict[bytes, list[Layout | None]] = {}
@@ -122,7 +123,7 @@ def _evaluate(
         elif not pair:
             layouts.append((Layout(-1), True))  # no gradient reaches it: it adds nothing
         else:
-            layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights))
+            layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights, _eps(pair[0])))
     return layouts
 
 
@@ -140,8 +141,8 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, n: int, 
     for name in slow:
         each = single[name].numpy().astype(np.float64)
         summed, size = np.einsum("nk,nkp->p", weights, each), float(np.max(np.abs(each), initial=0.0))
-        eps = epsilon(whole[name].numpy())
-        tolerance = n * (min(1e3 * eps, 0.05) * size + 10.0 * eps)
+        eps = _eps(whole[name])
+        tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:
             raise SamplesInteractError(
@@ -149,6 +150,10 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, n: int, 
                 "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
                 "parameters out by `parameters=`."
             )
+
+
+def _eps(array: Array) -> float:
+    return float(namespace.finfo(array.dtype).eps)
 
 
 def _run(function: Callable[..., Any], arguments: Any) -> Any:

@@ -14,6 +14,8 @@ sys.path.append(str(Path(__file__).parent))  # for keras_oracle
 _FRAMEWORKS = [name for name in ("torch", "jax", "tensorflow") if importlib.util.find_spec(name)]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
+# two devices, for the test of replicas; most of the time goes to XLA's compiler, which need not try hard
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 if _FRAMEWORKS:
     os.environ.setdefault("KERAS_BACKEND", _FRAMEWORKS[0])
 _USABLE = importlib.util.find_spec("keras") and os.environ.get("KERAS_BACKEND") in _FRAMEWORKS
@@ -40,3 +42,10 @@ def float64(monkeypatch):
     yield
     keras.config.set_floatx(before[0])
     keras.config.set_dtype_policy(before[1])
+
+
+if not collect_ignore_glob and os.environ["KERAS_BACKEND"] == "tensorflow":
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)

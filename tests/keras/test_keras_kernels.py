@@ -8,6 +8,8 @@ import pytest
 from keras import layers
 from keras_oracle import close, draw_weights, kernel, rows
 
+import mgs_core as mgs
+
 RANDOM = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -100,7 +102,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS, ids=list(MODELS))
+RARE = {"dense over time", "conv1", "depthwise1", "separable1", "transpose1", "transpose3", "bidirectional", "masked lstm"}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] if name in RARE else [], id=name) for name in MODELS])
 def case(request):
     build, x = MODELS[request.param]
     model = build()
@@ -114,3 +119,10 @@ def test_kernel_is_that_of_single_gradients(case):
     close(kernel(model, x), np.einsum("acp,bcp->ab", expected, expected), 1e-11)
     for now, then in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(now, then)
+
+
+def test_unrolled_recurrence_has_statistics():
+    """On TensorFlow a loop of the graph hides where its weights meet data."""
+    for options, routes in (({"unroll": True}, {"statistics"}), ({}, {"statistics", "rows"})):
+        model = keras.Sequential([keras.Input((6, 4)), layers.GRU(3, **options), layers.Dense(2)])
+        assert {layer.route for layer in mgs.check(model, LINE).layers} <= routes

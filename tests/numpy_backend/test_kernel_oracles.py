@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import autograd
 import autograd.numpy as anp
 import numpy as np
 import pytest
+from mgs_oracles import check_kernels, check_symmetries, close, directions, slope
 
 import mgs_core as mgs
 
@@ -118,23 +120,17 @@ def jacobian_rows(function, parameters, x) -> np.ndarray:
     return np.reshape(rows, (len(x), c, -1))
 
 
-def close(actual, expected, tolerance: float = 1e-12) -> None:
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
-
-
 @pytest.fixture(params=MODELS, ids=list(MODELS))
 def case(request):
     return MODELS[request.param]
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 4])
-def test_kernel_is_that_of_a_per_sample_loop(case, chunk_size):
+def test_kernel_is_that_of_a_per_sample_loop(case):
     function, parameters, x = case
-    rows = jacobian_rows(function, parameters, x)
-    model = mgs.FunctionalModel(function, parameters)
-    close(mgs.kernel(model, x, output="full", chunk_size=chunk_size), np.einsum("acp,bdp->acbd", rows, rows))
-    close(mgs.kernel(model, x, chunk_size=chunk_size), np.einsum("acp,bcp->ab", rows, rows))
-    close(mgs.kernel(model, x, output="sum", chunk_size=chunk_size), np.einsum("acp,bdp->ab", rows, rows))
+    rows, model = jacobian_rows(function, parameters, x), mgs.FunctionalModel(function, parameters)
+    check_kernels(partial(mgs.kernel, model, x), rows)
+    for chunk_size in (None, 1):
+        close(mgs.kernel(model, x, output="sum", chunk_size=chunk_size), np.einsum("acp,bdp->ab", rows, rows))
 
 
 def test_sum_of_the_kernel_is_the_norm_of_the_batch_gradient(case):
@@ -146,12 +142,7 @@ def test_sum_of_the_kernel_is_the_norm_of_the_batch_gradient(case):
 
 def test_permuting_samples_permutes_the_kernel_and_layers_add_up(case):
     function, parameters, x = case
-    model = mgs.FunctionalModel(function, parameters)
-    kernel, order = mgs.kernel(model, x), np.random.default_rng(1).permutation(len(x))
-    close(mgs.kernel(model, x[order]), kernel[np.ix_(order, order)])
-    close(sum(mgs.kernel(model, x, parameters=[name]) for name in parameters), kernel)
-    close(kernel, kernel.T)
-    assert np.linalg.eigvalsh(kernel).min() >= -1e-10 * np.trace(kernel)
+    check_symmetries(partial(mgs.kernel, mgs.FunctionalModel(function, parameters)), parameters, x)
 
 
 def test_scaled_head_scales_the_kernel_by_the_square(case):
@@ -174,11 +165,9 @@ def test_gradient_of_a_penalty_is_that_of_central_differences(case, output):
         return anp.sum((outputs - 1.0 / (1.0 + labels[:, None])) ** 2, axis=1)
 
     _, gradient = mgs.get_backend("numpy").value_and_gradient(objective)(parameters)
-    direction = {name: np.random.default_rng(2).normal(size=value.shape) for name, value in parameters.items()}
-    step = 1e-4  # central differences of fourth order
-    at = {i: objective({k: v + i * step * direction[k] for k, v in parameters.items()}) for i in (-2, -1, 1, 2)}
-    expected = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
+    direction = directions(parameters)
     actual = sum(np.sum(gradient[name] * direction[name]) for name in parameters)
+    expected = slope(lambda t: objective({name: value + t * direction[name] for name, value in parameters.items()}))
     assert actual == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""Find the sample axis of a use by a weighted second backward pass.
+"""Find the sample axis of a use by a weighted second backward pass, for backends that walk a recorded graph.
 
 A row of the gradient that belongs to sample a is scaled by exactly `w_a` when the head of sample a is weighted by `w_a`. That
 gives the axis; and where no axis is scaled so, the place does not belong to single samples.
@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-import autograd.numpy as anp
-import numpy as np
-
+from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
 
 
@@ -31,54 +28,62 @@ class Layout:
 
     def split(self, array: Array, n: int) -> Array:
         """Rearrange (groups, *lead, features) to (n, groups, s, features)."""
+        xp = array_namespace(array)
         groups, *lead, features = array.shape
-        if groups == 1 and self.axis <= 0 and self.sample_first:  # samples are first already
-            return anp.reshape(array, (n, 1, prod(lead) // n, features))
+        if groups == 1 and self.axis <= 0 and self.sample_first:  # the samples stand first already
+            return xp.reshape(array, (n, 1, prod(lead) // n, features))
         if self.axis < 0:
-            return anp.reshape(array, (1, groups, prod(lead), features))
-        if groups == 1 and self.axis == 0 and self.sample_first:  # the samples stand first already
-            return anp.reshape(array, (n, 1, prod(lead) // n, features))
+            return xp.reshape(array, (1, groups, prod(lead), features))
         length = lead[self.axis]
         parts = (n, length // n) if self.sample_first else (length // n, n)
         before, after = lead[: self.axis], lead[self.axis + 1 :]
-        array = anp.reshape(array, (groups, *before, *parts, *after, features))
+        array = xp.reshape(array, (groups, *before, *parts, *after, features))
         place = 1 + self.axis + (0 if self.sample_first else 1)
         rest = [axis for axis in range(array.ndim) if axis != place]
-        return anp.reshape(anp.transpose(array, (place, *rest)), (n, groups, prod(lead) // n, features))
+        return xp.reshape(xp.permute_dims(array, (place, *rest)), (n, groups, prod(lead) // n, features))
 
 
-def find_layout(gradient: Array, weighted: Array, weights: Array) -> tuple[Layout | None, bool]:
+def find_layout(gradient: Array, weighted: Array, weights: Array, eps: float) -> tuple[Layout | None, bool]:
     """Find the layout of one use.
 
     Args:
         gradient: plain gradient of the sum of the heads, (groups, *lead, features).
         weighted: that of the weighted sum.
         weights: (n,), distinct and positive.
+        eps: relative spacing of numbers of the gradient's dtype.
 
     Returns:
-        (layout or None, whether the answer holds for other values too: False where a zero gradient leaves it open).
+        (layout, None where the rows belong to no single sample; whether the answer holds for other values too: False where a
+        gradient that is zero, or nothing but rounding, leaves it open).
     """
     n = weights.shape[0]
     if n == 1:
         return Layout(-1), True
-    size = float(np.max(np.abs(gradient), initial=0.0))
-    tolerance = 1e3 * float(np.finfo(gradient.dtype).eps) * size
     candidates = list(_candidates(gradient.shape[1:-1], n))
+    if not candidates:
+        return None, True
+    xp = array_namespace(gradient)
+    size = float(xp.max(xp.abs(gradient))) if prod(gradient.shape) else 0.0
+    tolerance = min(1e3 * eps, 0.1) * size  # the least matters in half precision, whose cancellation is coarse
     fits = [layout for layout in candidates if _fits(layout, gradient, weighted, weights, tolerance)]
-    if not fits and candidates and size <= noise_floor(gradient.dtype):
-        return candidates[0], False  # a head that does not depend on the outputs: rounding errors, which any layout may hold
-    return (fits[0] if fits else None), len(fits) == 1 and size > 0
+    if size <= noise_floor(eps):  # any layout may hold, or by rounding none
+        return (fits or candidates)[0], False
+    return (fits[0] if fits else None), len(fits) < 2
 
 
-def noise_floor(dtype: Any) -> float:
-    """Return the size below which the gradient of a head of size 1 may be nothing but rounding."""
-    return 10.0 * float(np.finfo(dtype).eps)
+def noise_floor(eps: float) -> float:
+    """Return the size below which the gradient of a head of size 1 may be nothing but rounding.
+
+    Args:
+        eps: relative spacing of numbers of the dtype.
+    """
+    return 10.0 * eps
 
 
 def _fits(layout: Layout, gradient: Array, weighted: Array, weights: Array, tolerance: float) -> bool:
-    n = weights.shape[0]
+    n, xp = weights.shape[0], array_namespace(gradient)
     expected = layout.split(gradient, n) * weights[:, None, None, None]
-    return bool(np.all(np.abs(layout.split(weighted, n) - expected) <= tolerance))
+    return bool(xp.all(xp.abs(layout.split(weighted, n) - expected) <= tolerance))
 
 
 def _candidates(lead: tuple[int, ...], n: int) -> Iterator[Layout]:

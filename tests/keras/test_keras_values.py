@@ -1,0 +1,110 @@
+"""What loss and penalty amount to in `fit`, number by number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras_oracle import BACKEND, draw_weights, kernel, numpy
+from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize, sample_loss
+
+import mgs_core as mgs
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(20, 5)).astype("float32")
+Y = RANDOM.integers(0, 3, 20)
+LOSS = "sparse_categorical_crossentropy"
+
+
+def network(*between) -> keras.Model:
+    parts = [layers.Dense(6, activation="tanh"), *between, layers.Dense(3, activation="softmax")]
+    return draw_weights(keras.Sequential([keras.Input((5,)), *parts]))
+
+
+def history(model, x=X, y=Y, **options):
+    model.compile(keras.optimizers.SGD(0.0), LOSS, jit_compile=False, metrics=["accuracy"])
+    return model.fit(x, y, **{"batch_size": 10, "verbose": 0, "shuffle": False, **options}).history
+
+
+def penalty_of(model, x, y) -> float:
+    """Return R of the kernel of the losses."""
+    return float(numpy(mgs.Penalty("trace", 1.0)(kernel(model, x, y, output="loss", loss=sample_loss(LOSS)))))
+
+
+@pytest.mark.parametrize("options", [{"class_weight": {0: 3.0, 1: 0.5, 2: 1.0}}, {"sample_weight": np.linspace(0.1, 2.0, 20)}])
+def test_weights_of_the_user_act_on_the_loss_alone(options):
+    plain = history(network(), **options)
+    regularised = history(regularize(network(), MGSRegularizer("trace", strength=0.5)), **options)
+    assert regularised["mgs_penalty"][0] > 0.1
+    assert regularised["loss"][0] - regularised["mgs_penalty"][0] == pytest.approx(plain["loss"][0], rel=1e-4)
+    assert abs(plain["loss"][0] - history(network())["loss"][0]) > 1e-3
+    assert regularised["accuracy"] == plain["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [(), (layers.Dropout(0.5),), (layers.BatchNormalization(momentum=1.0),)],  # whose running statistics stay
+    ids=["plain", "dropout", "batch norm"],
+)
+def test_kernel_is_that_of_inference(between):
+    model = regularize(network(*[type(layer).from_config(layer.get_config()) for layer in between]), MGSRegularizer("trace", 1.0))
+    expected = penalty_of(model, X, Y)
+    assert history(model, batch_size=20)["mgs_penalty"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_partial_last_batch_has_its_own_kernel():
+    model = regularize(network(), MGSRegularizer("trace", 1.0))
+    parts = [penalty_of(model, X[start : start + 8], Y[start : start + 8]) for start in (0, 8, 16)]  # 8, 8 and 4 samples
+    assert history(model, batch_size=8)["mgs_penalty"][0] == pytest.approx(np.mean(parts), rel=1e-4)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras leaves devices to PyTorch")
+def test_two_devices():
+    """TensorFlow's replicas have a kernel each, and the penalty is their mean; JAX sees the whole batch."""
+    expected = penalty_of(network(), X, Y)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        expected = (penalty_of(network(), X[:10], Y[:10]) + penalty_of(network(), X[10:], Y[10:])) / 2
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            found = history(regularize(network(), MGSRegularizer("trace", 1.0)), batch_size=20)
+    else:
+        if len(keras.distribution.list_devices()) < 2:
+            pytest.skip("JAX was started with one device")
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"]))
+        try:
+            found = history(regularize(network(), MGSRegularizer("trace", 1.0)), batch_size=20, callbacks=[MGSMonitor(X[:4])])
+        finally:
+            keras.distribution.set_distribution(None)
+        assert found["mgs_trace"][0] == pytest.approx(float(np.trace(kernel(network(), X[:4]))), rel=1e-4)
+    plain = history(network(), batch_size=20)["loss"][0]
+    assert found["mgs_penalty"][0] == pytest.approx(expected, rel=1e-4)
+    assert found["loss"][0] == pytest.approx(plain + expected, rel=1e-4)
+
+
+NNX = """
+import keras, numpy as np
+from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize
+assert keras.config.is_nnx_enabled()
+keras.utils.set_random_seed(0)
+model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(3)])
+regularize(model, MGSRegularizer("trace", 1.0, output="trace")).compile(keras.optimizers.SGD(0.0), "mse")
+x = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+found = model.fit(x, x[:, :3], batch_size=8, verbose=0, callbacks=[MGSMonitor(x)]).history
+# the monitor comes after the statistics of the batch normalisation have moved
+assert 0 < found["mgs_penalty"][0] < np.inf and 0 < found["mgs_mean_trace"][0] < np.inf
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "jax", reason="flax.nnx is of JAX")
+def test_keras_on_nnx():
+    environment = {**os.environ, "KERAS_NNX_ENABLED": "true"}
+    command = [sys.executable, "-P", "-W", "ignore", "-c", NNX]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
