@@ -30,9 +30,17 @@ def model(build: Callable[[], Any]) -> Callable[[], Any]:
     return build
 
 
+#: Models whose parts others have too, and that take long to compile: a test with `light_case` leaves them to the slow tests.
+HEAVY = {"resnet", "transformer", "rematerialised", "lstm", "derived"}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", MODELS, indirect=True)
+    if "light_case" in metafunc.fixturenames:
+        slow = pytest.mark.slow
+        cases = [pytest.param(name, marks=slow) if name in HEAVY else name for name in MODELS]
+        metafunc.parametrize("light_case", cases, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +52,9 @@ def _double_precision():
 @pytest.fixture
 def case(request: pytest.FixtureRequest):
     return MODELS[request.param]()
+
+
+light_case = pytest.fixture(lambda request: MODELS[request.param](), name="light_case")
 
 
 @pytest.fixture
@@ -141,10 +152,9 @@ def _transformer(layer: Any, *, stacked: bool) -> Any:
         def __call__(self, x):
             h = nn.Embed(9, 4, param_dtype=float)(x) + self.param("position", nn.initializers.normal(), (x.shape[1], 4), float)
             if stacked:
-                h, _ = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()(h, None)
+                h, _ = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(h, None)
             else:
-                for _ in range(2):
-                    h, _ = layer()(h)
+                h, _ = layer()(h)
             return nn.Dense(2, param_dtype=float)(jnp.mean(nn.LayerNorm(param_dtype=float)(h), 1))
 
     return flax(Network(), ids(5, 3, below=9))
