@@ -58,11 +58,13 @@ def test_the_same_computation_is_planned_compiled_and_checked_once(build, monkey
     (only,) = program._programs.values()
     assert only.run._cache_size() == 1
     assert len(checks) == 1
-    mgs.kernel(mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, 2.0 * x)), parameters), x, output="sum")
-    assert (len(program._programs), len(checks)) == (2, 2)
+    for factor in (2.0, 3.0):
+        other = mgs.FunctionalModel(lambda p, x, factor=factor: jax.nn.softmax(function(p, factor * x)), parameters)
+        mgs.kernel(other, x, output="sum")
+    assert (len(program._programs), len(checks)) == (3, 3)
     softmax = mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, x)), parameters)
     mgs.kernel(softmax, x, output="sum", parameters=["w"])
-    assert (len(program._programs), len(checks)) == (3, 2)  # the same samples, whichever parameters are looked at
+    assert (len(program._programs), len(checks)) == (4, 3)  # the same samples, whichever parameters are looked at
 
 
 def test_constants_of_a_cached_program_are_not_baked_in():
@@ -106,6 +108,11 @@ def test_outputs_may_be_any_tree_that_the_transform_picks_from():
         mgs.kernel(model, jnp.eye(3))
     with pytest.raises(mgs.ArgumentError, match="`transform` must pick outputs of shape"):
         mgs.kernel(model, jnp.eye(3), output="sum")
+
+
+def test_outputs_may_be_parameters_themselves():
+    model = mgs.FunctionalModel(lambda p, x: jnp.broadcast_to(p, (len(x), 2)), jnp.ones(2))
+    close(mgs.kernel(model, jnp.eye(3)), np.full((3, 3), 2.0))
 
 
 def test_any_pytree_may_hold_the_parameters():
