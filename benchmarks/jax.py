@@ -53,11 +53,16 @@ def methods(case: Case) -> dict[str, Callable[..., Any]]:
         flat = [jnp.reshape(leaf, (len(x), -1)) for leaf in jax.tree.leaves(rows)]
         return sum(leaf @ leaf.T for leaf in flat)
 
+    def gradient_norm(p: Any, x: Any, y: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(p, (x, y))
+        return value + sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient))
+
     return {
         "plain step": jax.value_and_grad(lambda p, x, y: jnp.mean(losses(p, x, y))),
         "kernel": lambda p, x, y: mgs.kernel(model(p), x, y, output="loss"),
         "loss, gradient and kernel: agreement weights": step(weighting="agreement"),
         "penalised step": step(penalty=PENALTY),
+        "for comparison: penalty on the norm of the batch's gradient": jax.value_and_grad(gradient_norm),
         "vmap: kernel": by_vmap,
         "vmap: penalised step": jax.value_and_grad(lambda p, x, y: jnp.mean(losses(p, x, y)) + PENALTY(by_vmap(p, x, y))),
         "kernel of 10 outputs": lambda p, x, y: mgs.kernel(model(p), x, output="full"),

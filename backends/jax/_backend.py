@@ -74,9 +74,8 @@ class JaxBackend:
         slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
         jaxpr = jax.make_jaxpr(one)(shapes, slices)
         program = program_for(jaxpr, list(leaves), chosen)
-        if n > 1 and not program.checked:
-            refuse_interaction(batch, jaxpr, list(leaves.values()), samples)
-            program.checked = True
+        if n > 1:
+            refuse_interaction(program.key, batch, jaxpr, list(leaves.values()), samples)
         given = (leaves, samples, jaxpr.consts)
         try:
             heads, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))

@@ -34,32 +34,6 @@ class JaxNamespace:
         return lax.conv_general_dilated(x, weight, strides, pads, rhs_dilation=dilations, feature_group_count=groups)
 
     @staticmethod
-    def mgs_convolution_transpose(
-        x: Array,
-        weight: Array,
-        *,
-        strides: Sequence[int],
-        pads: Pairs,
-        dilations: Sequence[int],
-        groups: int,
-        output_padding: Sequence[int],
-    ) -> Array:
-        """Return the adjoint of a convolution: x (n, i, *space), weight (i, o/groups, *window)."""
-        i, o, *window = weight.shape
-        flipped = jnp.flip(weight, axis=tuple(range(2, weight.ndim)))
-        kernels = jnp.reshape(
-            jnp.swapaxes(jnp.reshape(flipped, (groups, i // groups, o, *window)), 1, 2), (groups * o, i // groups, *window)
-        )
-        margins = [
-            (d * (size - 1) - before, d * (size - 1) - after + extra)
-            for (before, after), d, size, extra in zip(pads, dilations, window, output_padding, strict=True)
-        ]
-        ones = (1,) * len(window)
-        return lax.conv_general_dilated(
-            x, kernels, ones, margins, lhs_dilation=strides, rhs_dilation=dilations, feature_group_count=groups
-        )
-
-    @staticmethod
     def mgs_pad(x: Array, widths: Pairs, *, value: float = 0.0) -> Array:
         """Return x with `value` added around it, one pair of widths for each axis."""
         return jnp.pad(x, widths, constant_values=value)

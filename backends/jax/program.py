@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -21,7 +21,7 @@ from .fingerprint import fingerprint
 from .plan import DATA, Plan, Site, make_plan
 from .views import View
 
-#: Programs that are kept, the last used ones.
+#: Programs that are kept, and verdicts on them: the last used ones.
 _KEPT = 64
 _programs: OrderedDict[Any, Program] = OrderedDict()
 
@@ -35,14 +35,14 @@ class Program:
         names: of all parameters, in the order of the jaxpr's inputs.
         run: `(parameters, samples, constants) → (heads (n, k), gradients and inputs of the sites, rows of ε by name)`.
         shapes: shape and dtype of each parameter.
-        checked: whether samples are known not to interact.
+        key: fingerprint of the jaxpr.
     """
 
     plan: Plan
     names: tuple[str, ...]
     run: Callable[..., Any]
     shapes: dict[str, jax.ShapeDtypeStruct]
-    checked: bool = False
+    key: Hashable
 
     def statistics(self, found: tuple[list[Any], dict[str, Array]]) -> list[LayerStatistics]:
         """Name the arrays that `run` found.
@@ -88,16 +88,22 @@ def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str])
     Returns:
         The program, a known one when the same computation came before.
     """
-    key = (fingerprint(jaxpr.jaxpr), tuple(names), tuple(chosen))
-    if key not in _programs:
-        _programs[key] = _make(jaxpr, tuple(names), frozenset(chosen))
-        while len(_programs) > _KEPT:
-            _programs.popitem(last=False)
-    _programs.move_to_end(key)
-    return _programs[key]
+    trace = fingerprint(jaxpr.jaxpr)
+    key = (trace, tuple(names), tuple(chosen))
+    program = _programs.get(key) or _make(jaxpr, trace, tuple(names), frozenset(chosen))
+    remember(_programs, key, program)
+    return program
 
 
-def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str]) -> Program:
+def remember(cache: OrderedDict[Any, Any], key: Hashable, value: Any) -> None:
+    """Put a value into a cache, as the last used one, and drop the first ones beyond those that are kept."""
+    cache[key] = value
+    cache.move_to_end(key)
+    while len(cache) > _KEPT:
+        cache.popitem(last=False)
+
+
+def _make(closed: ClosedJaxpr, key: Hashable, names: tuple[str, ...], chosen: frozenset[str]) -> Program:
     jaxpr = closed.jaxpr
     variables = jaxpr.invars[: len(names)]
     shapes = {name: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for name, v in zip(names, variables, strict=True)}
@@ -124,7 +130,7 @@ def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str]) -
         sites = [_arranged(site, d, x) for site, d, x in zip(plan.sites, gradients, records, strict=True)]
         return outputs, (sites, {name: jnp.reshape(row, (heads.shape[0], -1)) for name, row in rows.items()})
 
-    return Program(plan, names, jax.jit(jax.vmap(one, in_axes=(None, 0, None))), shapes)
+    return Program(plan, names, jax.jit(jax.vmap(one, in_axes=(None, 0, None))), shapes, key)
 
 
 def _rooted(rooted: bool, *, value: Array, epsilon: Array | None) -> Array:

@@ -30,9 +30,17 @@ def model(build: Callable[[], Any]) -> Callable[[], Any]:
     return build
 
 
+#: Models whose parts others have too, and that take long to compile: a test with `light_case` leaves them to the slow tests.
+HEAVY = {"resnet", "transformer", "rematerialised", "lstm", "derived"}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", MODELS, indirect=True)
+    if "light_case" in metafunc.fixturenames:
+        slow = pytest.mark.slow
+        cases = [pytest.param(name, marks=slow) if name in HEAVY else name for name in MODELS]
+        metafunc.parametrize("light_case", cases, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +52,9 @@ def _double_precision():
 @pytest.fixture
 def case(request: pytest.FixtureRequest):
     return MODELS[request.param]()
+
+
+light_case = pytest.fixture(lambda request: MODELS[request.param](), name="light_case")
 
 
 @pytest.fixture
@@ -90,7 +101,7 @@ def cnn():
 
 @model
 def convolutions():
-    """Grouped, depthwise, dilated, transposed, circular, with channels first, and one kernel used twice."""
+    """Grouped, depthwise, dilated, transposed, circular, with channels first, and one kernel used twice and as a matrix."""
 
     def function(p, x):
         h = lax.conv_general_dilated(x, p["first"], (2, 1), [(1, 2), (0, 1)], rhs_dilation=(1, 2))
@@ -100,7 +111,8 @@ def convolutions():
         h = jnp.pad(jnp.tanh(h), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap")
         h = lax.conv_general_dilated(h, p["twice"], (1, 1), "VALID")
         h = lax.conv_general_dilated(jnp.tanh(h), p["twice"], (2, 2), "SAME")
-        return jnp.mean(jnp.sin(h), (2, 3))
+        h = jnp.mean(jnp.sin(h), (2, 3))
+        return h + h @ p["twice"][:, :, 1, 0]
 
     shapes = {"first": (4, 2, 3, 2), "grouped": (4, 2, 2, 2), "depthwise": (4, 1, 3, 3), "transposed": (16, 4, 2, 2)}
     return function, {k: draw(*s) for k, s in shapes.items()} | {"twice": draw(16, 16, 2, 2)}, draw(4, 2, 6, 5)
@@ -141,10 +153,9 @@ def _transformer(layer: Any, *, stacked: bool) -> Any:
         def __call__(self, x):
             h = nn.Embed(9, 4, param_dtype=float)(x) + self.param("position", nn.initializers.normal(), (x.shape[1], 4), float)
             if stacked:
-                h, _ = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()(h, None)
+                h, _ = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(h, None)
             else:
-                for _ in range(2):
-                    h, _ = layer()(h)
+                h, _ = layer()(h)
             return nn.Dense(2, param_dtype=float)(jnp.mean(nn.LayerNorm(param_dtype=float)(h), 1))
 
     return flax(Network(), ids(5, 3, below=9))

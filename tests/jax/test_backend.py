@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mgs_core.backends.jax import program
+from mgs_core.backends.jax import interaction, program
 
 import mgs_core as mgs
 
@@ -47,15 +47,24 @@ def test_kinds_are_those_that_the_other_backends_name(build):
     assert {name for name, route in routes.items() if route == "rows"} == {"v", "g", "a", "c", "left", "right"}
 
 
-def test_the_same_computation_is_planned_and_compiled_once(build):
+def test_the_same_computation_is_planned_compiled_and_checked_once(build, monkeypatch):
     function, parameters, x = build("rules_of_their_own")
-    program._programs.clear()
+    checks = []
+    monkeypatch.setattr(interaction, "_interact", lambda *given: checks.append(given))
+    monkeypatch.setattr(interaction, "_verdicts", type(interaction._verdicts)())
+    monkeypatch.setattr(program, "_programs", type(program._programs)())
     for _ in range(3):  # each time another function object
         mgs.kernel(mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, x)), parameters), x, output="sum")
     (only,) = program._programs.values()
     assert only.run._cache_size() == 1
-    mgs.kernel(mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, 2.0 * x)), parameters), x, output="sum")
-    assert len(program._programs) == 2
+    assert len(checks) == 1
+    for factor in (2.0, 3.0):
+        other = mgs.FunctionalModel(lambda p, x, factor=factor: jax.nn.softmax(function(p, factor * x)), parameters)
+        mgs.kernel(other, x, output="sum")
+    assert (len(program._programs), len(checks)) == (3, 3)
+    softmax = mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, x)), parameters)
+    mgs.kernel(softmax, x, output="sum", parameters=["w"])
+    assert (len(program._programs), len(checks)) == (4, 3)  # the same samples, whichever parameters are looked at
 
 
 def test_constants_of_a_cached_program_are_not_baked_in():
@@ -101,6 +110,11 @@ def test_outputs_may_be_any_tree_that_the_transform_picks_from():
         mgs.kernel(model, jnp.eye(3), output="sum")
 
 
+def test_outputs_may_be_parameters_themselves():
+    model = mgs.FunctionalModel(lambda p, x: jnp.broadcast_to(p, (len(x), 2)), jnp.ones(2))
+    close(mgs.kernel(model, jnp.eye(3)), np.full((3, 3), 2.0))
+
+
 def test_any_pytree_may_hold_the_parameters():
     jax.tree_util.register_pytree_with_keys(
         Pair,
@@ -134,7 +148,7 @@ def test_nnx_module():
     network.eval()
     before = arrays(network)
     graph, parameters, rest = nnx.split(network, nnx.Param, ...)
-    jacobian = jax.jacrev(lambda p: nnx.merge(graph, p, rest)(x))(parameters)
+    jacobian = jax.jit(jax.jacrev(lambda p: nnx.merge(graph, p, rest)(x)))(parameters)
     rows = np.concatenate([np.reshape(leaf, (5, 2, -1)) for leaf in jax.tree.leaves(jacobian)], -1)
     close(mgs.kernel(network, x), np.einsum("acp,bcp->ab", rows, rows), 1e-5)  # flax normalises in single precision
     assert {layer.parameter for layer in mgs.check(network, x).layers} >= {"first.kernel", "norm.scale", "last.bias"}

@@ -41,11 +41,14 @@ def test_equinox():
     np.testing.assert_allclose(mgs.kernel(model, x), expected, rtol=1e-10)
     assert "layers.0.weight" in mgs.get_backend("jax").parameters(model)
     assert mgs.check(model, x).ok
-    gradient = eqx.filter_grad(
-        lambda network: mgs.Penalty("trace")(
-            mgs.kernel(mgs.FunctionalModel(function, eqx.filter(network, eqx.is_inexact_array)), x, differentiable=True)
-        )
-    )(network)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient_of_penalty(network):
+        parameters = eqx.filter(network, eqx.is_inexact_array)
+        return mgs.Penalty("trace")(mgs.kernel(mgs.FunctionalModel(function, parameters), x, differentiable=True))
+
+    gradient = gradient_of_penalty(network)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 

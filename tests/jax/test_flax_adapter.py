@@ -48,9 +48,10 @@ def batch():
     return {"x": jnp.asarray(draw.normal(size=(6, 3))), "y": jnp.asarray(draw.normal(size=(6, 2)))}
 
 
-def kernel(p, batch, differentiable=True):
+@jax.jit
+def kernel(p, batch):
     model = mgs.FunctionalModel(lambda p, b: losses(p, b)[:, None], p)
-    return mgs.kernel(model, batch, differentiable=differentiable)
+    return mgs.kernel(model, batch, differentiable=True)
 
 
 def evaluate(function, *arguments):
@@ -60,7 +61,7 @@ def evaluate(function, *arguments):
 
 def test_penalised_loss(p, batch):
     value, parts, gradient = evaluate(regularized(loss_fn, PENALTY), p, batch)
-    expected = jax.value_and_grad(lambda p: loss_fn(p, batch)[0] + PENALTY(kernel(p, batch)))(p)
+    expected = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, batch)[0] + PENALTY(kernel(p, batch))))(p)
     close((value, gradient), expected)
     close(parts, Parts(loss_fn(p, batch)[0], PENALTY(kernel(p, batch)), kernel(p, batch), None, loss_fn(p, batch)[1]))
 
@@ -77,8 +78,9 @@ def test_agreement_weighted_loss(p, batch):
     close(some[2], jax.grad(lambda p: jnp.mean(weights * losses(p, batch)))(p))
 
 
-def test_agreement_weighted_gradient_of_every_kind_of_statistics(case):
-    function, parameters, x = case
+@pytest.mark.parametrize("name", ["cnn", "tied", "views", "several_inputs", pytest.param("loops", marks=pytest.mark.slow)])
+def test_agreement_weighted_gradient_of_every_kind_of_statistics(build, name):
+    function, parameters, x = build(name)
 
     def loss(p, x):
         return jnp.mean(jnp.sum(jnp.sin(function(p, x)), axis=1))
@@ -91,7 +93,7 @@ def test_agreement_weighted_gradient_of_every_kind_of_statistics(case):
 def test_penalty_and_weights_together(p, batch):
     value, _, gradient = evaluate(regularized(loss_fn, PENALTY, weighting="agreement"), p, batch)
     weights = mgs.agreement_weights(kernel(p, batch))
-    expected = jax.value_and_grad(lambda p: jnp.mean(weights * losses(p, batch)) + PENALTY(kernel(p, batch)))(p)
+    expected = jax.jit(jax.value_and_grad(lambda p: jnp.mean(weights * losses(p, batch)) + PENALTY(kernel(p, batch))))(p)
     close((value, gradient), expected)
 
 
@@ -110,11 +112,12 @@ def test_other_outputs_and_fewer_samples(p, batch):
 
 def test_lazy_penalty_counts_for_the_steps_between(p, batch):
     function = regularized(loss_fn, PENALTY, every=3)
+    lazy = jax.jit(jax.value_and_grad(function, has_aux=True))
+    plain = jax.jit(jax.value_and_grad(lambda p, factor: loss_fn(p, batch)[0] + factor * PENALTY(kernel(p, batch))))
     for step in range(4):
-        value, parts, gradient = evaluate(function, p, batch, jnp.asarray(step))
+        (value, parts), gradient = lazy(p, batch, jnp.asarray(step))
         factor = 3.0 if step % 3 == 0 else 0.0
-        expected = jax.value_and_grad(lambda p, f=factor: loss_fn(p, batch)[0] + f * PENALTY(kernel(p, batch)))(p)
-        close((value, gradient), expected)
+        close((value, gradient), plain(p, factor))
         close(parts.penalty, factor * PENALTY(kernel(p, batch)))
     with pytest.raises(mgs.ArgumentError, match="`step` must be given when `every` is above 1"):
         function(p, batch)

@@ -33,37 +33,41 @@ def count(x) -> int:
 
 def test_kernel_is_that_of_the_jacobian(case):
     function, parameters, x = case
-    rows, model = jacobian_rows(function, parameters, x), mgs.FunctionalModel(function, parameters)
-    full = mgs.kernel(model, x, output="full")
-    close(full, np.einsum("acp,bdp->acbd", rows, rows))
-    order = np.arange(count(x))[::-1]
-    close(mgs.kernel(model, jax.tree.map(lambda leaf: leaf[order], x), output="full"), full[order][:, :, order])
-
-
-def test_kernel_under_jit_is_the_sum_over_parameters(case):
-    function, parameters, x = case
     rows = jacobian_rows(function, parameters, x)
-    half = set(list(mgs.get_backend("jax").parameters(mgs.FunctionalModel(function, parameters)))[::2])
 
     @jax.jit
-    def parts(p, x):
-        model = mgs.FunctionalModel(function, p)
-        return [mgs.kernel(model, x, parameters=lambda name, s=s: (name in half) == s) for s in (True, False)]
+    def kernel(p, x):
+        return mgs.kernel(mgs.FunctionalModel(function, p), x, output="full")
 
-    first, second = parts(parameters, x)
+    full = kernel(parameters, x)
+    close(full, np.einsum("acp,bdp->acbd", rows, rows))
+    order = np.arange(count(x))[::-1]
+    close(kernel(parameters, jax.tree.map(lambda leaf: leaf[order], x)), full[order][:, :, order])
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied", pytest.param("loops", marks=pytest.mark.slow)])
+def test_kernel_without_jit_is_the_sum_over_parameters(build, name):
+    function, parameters, x = build(name)
+    rows, model = jacobian_rows(function, parameters, x), mgs.FunctionalModel(function, parameters)
+    half = set(list(mgs.get_backend("jax").parameters(model))[::2])
+    first, second = (mgs.kernel(model, x, parameters=lambda name, s=s: (name in half) == s) for s in (True, False))
     close(first + second, np.einsum("acp,bcp->ab", rows, rows))
 
 
-@pytest.mark.parametrize("name", ["mlp", "convolutions", "tied"])
+@pytest.mark.parametrize("name", ["mlp", "tied", pytest.param("convolutions", marks=pytest.mark.slow)])
 def test_chunks_change_nothing(build, name):
     function, parameters, x = build(name)
-    model = mgs.FunctionalModel(function, parameters)
-    for output in ("full", "sum"):
-        close(mgs.kernel(model, x, output=output, chunk_size=2), mgs.kernel(model, x, output=output))
+
+    @jax.jit
+    def kernels(p, x):
+        model = mgs.FunctionalModel(function, p)
+        return mgs.kernel(model, x, output="full", chunk_size=count(x) - 2), mgs.kernel(model, x, output="full")
+
+    close(*kernels(parameters, x))
 
 
-def test_gradient_of_a_penalty_is_that_of_central_differences(case):
-    function, parameters, x = case
+def test_gradient_of_a_penalty_is_that_of_central_differences(light_case):
+    function, parameters, x = light_case
     penalty = mgs.Penalty("log_determinant", strength=1.0, scale=2.0)
 
     def head(outputs, targets):
@@ -72,15 +76,16 @@ def test_gradient_of_a_penalty_is_that_of_central_differences(case):
     targets = jnp.linspace(0.1, 0.9, count(x))[:, None]
 
     @jax.jit
+    @jax.value_and_grad
     def objective(p):
         model = mgs.FunctionalModel(function, p)
         return penalty(mgs.kernel(model, x, targets, output=head, differentiable=True))
 
-    gradient = jax.jit(jax.grad(objective))(parameters)
+    gradient = objective(parameters)[1]
     draw = np.random.default_rng(2)
     direction = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape), parameters)
     step = 1e-4  # central differences of fourth order
-    at = {i: objective(jax.tree.map(lambda v, d, i=i: v + i * step * d, parameters, direction)) for i in (-2, -1, 1, 2)}
+    at = {i: objective(jax.tree.map(lambda v, d, i=i: v + i * step * d, parameters, direction))[0] for i in (-2, -1, 1, 2)}
     expected = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
     actual = sum(np.sum(g * d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
     assert float(actual) == pytest.approx(float(expected), rel=1e-6, abs=1e-8)

@@ -17,15 +17,10 @@ def draw(*shape: int):
     return jnp.asarray(np.random.default_rng(shape).normal(size=shape))
 
 
-WINDOW = {"dilations": (1, 2), "groups": 2}
 CALLS = {
     "convolution": lambda: (
         (draw(2, 4, 6, 5), draw(6, 2, 3, 2)),
-        {"strides": (2, 1), "pads": ((1, 2), (0, 1)), **WINDOW},
-    ),
-    "convolution_transpose": lambda: (
-        (draw(2, 4, 3, 4), draw(4, 3, 3, 2)),
-        {"strides": (2, 3), "pads": ((1, 0), (0, 1)), "output_padding": (1, 0), **WINDOW},
+        {"strides": (2, 1), "pads": ((1, 2), (0, 1)), "dilations": (1, 2), "groups": 2},
     ),
     "pad": lambda: ((draw(2, 3), ((1, 0), (2, 1))), {"value": -3.0}),
     "lookup": lambda: ((draw(5, 3), jnp.asarray([[0, 4], [2, 2]])), {}),
@@ -58,7 +53,7 @@ def test_scatter_refuses_other_reductions():
 
 
 def test_symmetric_product_has_the_derivatives_of_the_product():
-    rows, weights = draw(2, 4, 3), draw(2, 4, 4)
+    rows, weights = draw(3, 2), draw(3, 3)
 
     def symmetric(r):
         return jnp.sum(weights * XP.mgs_product(r, r) ** 2)
@@ -66,7 +61,7 @@ def test_symmetric_product_has_the_derivatives_of_the_product():
     def plain(r):
         return jnp.sum(weights * (r @ jnp.swapaxes(r, -1, -2)) ** 2)
 
-    np.testing.assert_allclose(jax.grad(symmetric)(rows), jax.grad(plain)(rows), rtol=1e-12)
-    np.testing.assert_allclose(jax.hessian(symmetric)(rows), jax.hessian(plain)(rows), rtol=1e-11, atol=1e-12)
-    other = draw(2, 5, 3)
+    np.testing.assert_allclose(jax.jit(jax.grad(symmetric))(rows), jax.jit(jax.grad(plain))(rows), rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.hessian(symmetric))(rows), jax.jit(jax.hessian(plain))(rows), rtol=1e-11, atol=1e-12)
+    other = draw(5, 2)
     np.testing.assert_allclose(XP.mgs_product(rows, other), rows @ jnp.swapaxes(other, -1, -2), rtol=1e-12)
