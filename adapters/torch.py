@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 import mgs_core as mgs
+from mgs_core._tree import select as select_names
+from mgs_core.gradient import weighted_gradient
+from mgs_core.statistics import contract, merge
 
 _backend: Any = mgs.get_backend("torch")
 Configured = _backend.Configured
@@ -59,7 +62,8 @@ class MGSLoss(torch.nn.Module):
         last: the `LossRecord` of the last call.
 
     Cost:
-        A penalty takes about three to four plain steps (second derivatives); weighting less than one more. `every=k` spreads it.
+        A penalty takes about three to four plain steps (second derivatives); `every=k` spreads it. Weighting takes the gradient
+        from the statistics that gave the kernel, so that a step costs little more than a plain one.
 
     Example:
         >>> import torch
@@ -88,6 +92,7 @@ class MGSLoss(torch.nn.Module):
         model: torch.nn.Module | None = None,
         parameters: Any = None,
         select: Callable[[Any], torch.Tensor] | None = None,
+        reuse: bool = True,
     ) -> None:
         """Hold the criterion and the options.
 
@@ -106,6 +111,9 @@ class MGSLoss(torch.nn.Module):
             model: names the parameters in messages; needed to choose `parameters` by name.
             parameters: as for `mgs_core.kernel`; names need `model`.
             select: takes the outputs' tensor out of what the model returns; by default the tensor itself, or its `logits`.
+            reuse: take the gradient of a step that is weighted but not penalised from the statistics of the kernel. Parameters
+                get it as always; intermediate tensors and hooks on them do not, nor can it be differentiated again. False takes
+                another backward pass.
 
         Raises:
             ArgumentError: when an option is out of range.
@@ -136,6 +144,7 @@ class MGSLoss(torch.nn.Module):
         self._model = (model,)  # in a tuple, so that it does not become a submodule
         self._chosen = parameters
         self._select = select
+        self._reuse = reuse
         self._calls = 0
 
     def forward(self, outputs: Any, *arguments: Any, sample_weight: torch.Tensor | None = None, **keywords: Any) -> torch.Tensor:
@@ -157,18 +166,23 @@ class MGSLoss(torch.nn.Module):
         losses, reduce = self._losses(outputs, arguments, keywords)
         if sample_weight is not None:
             losses = losses * sample_weight
-        penalty = kernel = weights = None
+        penalty = kernel = weights = attach = None
         if self.training and torch.is_grad_enabled() and (self.penalty is not None or self.weighting is not None):
             if self.penalty is not None and self._calls % self.every == 0:
                 kernel = self._kernel(outputs, losses, arguments)
                 penalty = self.every * self.penalty(kernel)
             if self.weighting is not None:
                 shared = self._head["output"] == "loss" and self.max_samples is None
-                agreeing = kernel if kernel is not None and shared else self._loss_kernel(outputs, losses)
-                weights = mgs.agreement_weights(agreeing.detach()).to(losses.dtype)
+                if kernel is not None and shared:
+                    agreeing = kernel.detach()
+                else:
+                    agreeing, attach = self._agreement(outputs, losses, reuse=self._reuse and kernel is None)
+                weights = mgs.agreement_weights(agreeing).to(losses.dtype)
                 kernel = agreeing if kernel is None else kernel
             self._calls += 1
         value = reduce(losses if weights is None else weights * losses)
+        if attach is not None:
+            value = attach(value)
         total = value if penalty is None else value + penalty
         kept = (None if part is None else part.detach() for part in (penalty, kernel, weights))
         self.last = LossRecord(total.detach(), value.detach(), *kept)
@@ -220,9 +234,55 @@ class MGSLoss(torch.nn.Module):
         )
         return kernel
 
+    def _agreement(
+        self, outputs: torch.Tensor, losses: torch.Tensor, *, reuse: bool
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+        """Return the kernel to weight by, and, where the same statistics give the gradient, what attaches it to the value."""
+        model = _backend.evaluated(outputs, self._model[0], **self._graph)
+        if not (reuse and _backend.covers(model, losses)):
+            return self._loss_kernel(outputs, losses), None
+        found = _backend.statistics(model, outputs, None, lambda *_: losses[:, None], None, differentiable=False)
+        chosen = select_names(model.parameters, self._chosen)
+        seen = merge(use for use in found if use.parameter in chosen)
+        if not seen:  # the losses do not depend on them
+            return self._loss_kernel(outputs, losses), None
+
+        def attach(value: torch.Tensor) -> torch.Tensor:
+            (slopes,) = torch.autograd.grad(value, losses, retain_graph=True)
+            with torch.no_grad():
+                gradients = weighted_gradient(found, slopes[:, None])
+            attached: torch.Tensor = _Attach.apply(
+                value.detach(), losses, gradients, *(model.parameters[name] for name in gradients)
+            )
+            return attached
+
+        kernel: torch.Tensor = contract(seen, seen)
+        return kernel, attach
+
     def _take(self, outputs: Any) -> torch.Tensor:
         taken: torch.Tensor = _backend.tensor(outputs if self._select is None else self._select(outputs))
         return taken
+
+
+class _Attach(torch.autograd.Function):
+    """Give a value the gradients that are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, losses: torch.Tensor, gradients: dict[str, torch.Tensor], *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients = [
+            gradient.reshape(parameter.shape).to(parameter.dtype)
+            for gradient, parameter in zip(gradients.values(), parameters, strict=True)
+        ]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *above: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise mgs.ArgumentError("`reuse` must be False for a loss that is differentiated twice; got True.")
+        # the None for the losses still walks their graph, which frees it and tells hooks that wait for it
+        return (None, None, None, *(gradient * above[0] for gradient in ctx.gradients))
 
 
 def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any], str]:

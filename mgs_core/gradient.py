@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from math import prod
 
 from mgs_core._namespace import array_namespace
-from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
+from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array, Namespace
+from mgs_core.statistics import unfold
 
 
 def weighted_gradient(uses: Iterable[LayerStatistics], weights: Array) -> dict[str, Array]:
@@ -40,9 +41,14 @@ def _contraction(xp: Namespace, use: LayerStatistics, weights: Array) -> Array:
     if isinstance(use, (Sum, Rows)):
         flat = xp.matmul(xp.reshape(weights, (1, n * k)), xp.reshape(use.gradients, (n * k, prod(shape))))
         return flat if isinstance(use, Rows) else xp.sum(xp.reshape(flat, tuple(shape)), axis=0)
-    weighted = xp.sum(use.gradients * xp.reshape(weights, (n, k, *(1 for _ in shape))), axis=1)
+    weighted = use.gradients * xp.reshape(weights, (n, k, *(1 for _ in shape)))
+    weighted = xp.reshape(weighted, (n, *shape)) if k == 1 else xp.sum(weighted, axis=1)
     if isinstance(use, Scale):
         return xp.sum(weighted * use.inputs, axis=(0, 1))
+    if isinstance(use, Convolution):
+        native = getattr(xp, "mgs_window_gradient", None)
+        found = None if native is None else native(use, weighted)
+        return _contraction(xp, unfold(use), weights) if found is None else found
     s, o = shape[-2:]
     if isinstance(use, Lookup):
         native = getattr(xp, "mgs_sum_by_index", None)

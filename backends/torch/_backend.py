@@ -19,6 +19,7 @@ from mgs_core.functional import FunctionalModel
 
 from .collect import collect, weighted_pulls
 from .evaluated import Evaluated
+from .evaluated import covers as _covers
 from .evaluated import evaluated as _evaluated
 from .fused import refuse_fused
 from .fused import twice_differentiable as _twice_differentiable
@@ -42,6 +43,7 @@ class TorchBackend:
     name = "torch"
     namespace: Namespace = namespace
     evaluated = staticmethod(_evaluated)
+    covers = staticmethod(_covers)
     tensor = staticmethod(as_tensor)
     Configured = Configured
     twice_differentiable = staticmethod(_twice_differentiable)

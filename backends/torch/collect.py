@@ -112,7 +112,9 @@ class _Reader:
 
     def _split(self, layout: Layout, array: torch.Tensor) -> torch.Tensor:
         """Return (samples, groups, s, features)."""
-        return _wide(layout.split(array, self._n)[: self._samples])
+        split = layout.split(array, self._n)
+        # a slice of all would be filled up with zeros by its derivative
+        return _wide(split if self._samples == self._n else split[: self._samples])
 
     def _rows(self, gradients: list[list[torch.Tensor | None]]) -> torch.Tensor:
         """Return rows in the coordinates of the source, by one call of the node's backward for each sample and head."""
@@ -148,10 +150,13 @@ class _Reader:
         return {name: torch.stack(parts).reshape(self._samples, self._k, -1) for name, parts in by_name.items()}
 
     def _restore(self, rows: torch.Tensor) -> torch.Tensor:
-        n, k = rows.shape[:2]
+        n, k, shape = *rows.shape[:2], self._graph.shape(self._use.source)
         rows = self._to_source(rows).reshape(n, k, -1)
         if not self._views:
             return rows
+        if n * k == 1:
+            (pulled,) = pull_chain(self._graph, self._use.source, rows.reshape(shape), self._names, differentiable=False)
+            return pulled.reshape(1, 1, -1)
         places = places_in(self._graph, self._use.source, self._names[0])
         rows = torch.nn.functional.pad(rows, (1, 0))  # place 0: elements of the parameter that the view leaves out
         return rows[:, :, places]

@@ -20,8 +20,8 @@ from torch.nn import functional
 from mgs_core import statistics
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer
 
-#: Elements of a slice of rows, chosen to stay in the processor's cache.
-_SLICE = 1 << 20
+#: Elements of a slice of rows, chosen to stay in the processor's cache; a slice has at least so many columns for each sample.
+_SLICE, _LEAST = 1 << 18, 64
 #: Elements of one sample's gradient up to which a convolution in groups, a group for each sample, is fastest (on CPU).
 _GROUPED = 1 << 16
 
@@ -43,13 +43,15 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
         return None
     if isinstance(left, Convolution):
         return _convolution(left)
-    heads = [left] if left.gradients.shape[1] == 1 else [_head(left, head) for head in range(left.gradients.shape[1])]
+    heads = [_head(left, head) for head in range(left.gradients.shape[1])]
     if isinstance(left, Lookup):
-        n, _, _, o = left.gradients.shape
-        return _sum_of([_lookup(use) for use in heads if isinstance(use, Lookup)]) if n * left.size * o <= _SLICE << 4 else None
+        n, _, s, o = left.gradients.shape
+        if n * s * s * (o + 60) <= left.size * o * (n + 60):  # pairs of positions cost less than tables
+            return None
+        return _sum_of([_apply(_LookupKernel, use.indices, use.gradients.flatten(0, 1), use.size) for use in heads])
     if statistics.prefers_pairwise(left, left):
         return None
-    return _sum_of([_apply(_OuterKernel, use.inputs, use.gradients[:, 0]) for use in heads if isinstance(use, Outer)])
+    return _sum_of([_apply(_OuterKernel, use.inputs, use.gradients.squeeze(1)) for use in heads if isinstance(use, Outer)])
 
 
 @full_precision()
@@ -75,46 +77,95 @@ class _Gram(torch.autograd.Function):
         return (gradients[0] + gradients[0].mT) @ rows
 
 
+@full_precision()
+def window_gradient(use: Convolution, weighted: torch.Tensor) -> torch.Tensor | None:
+    """Return the gradient of a convolution's weight, (g, i·window, o), from gradients (n, s, g, o, *out); None if pads differ."""
+    if any(before != after for before, after in use.pads):
+        return None
+    groups, o, i, nothing = *weighted.shape[2:4], use.images.shape[3], [0] * len(use.window)
+    shape = weighted.new_empty(1).expand(groups * o, i, *use.window)
+    padding = [before for before, _ in use.pads]
+    found = torch.ops.aten.convolution_backward(
+        weighted.flatten(2, 3).flatten(0, 1), use.images.flatten(2, 3).flatten(0, 1), shape, None, use.strides, padding,
+        use.dilations, False, nothing, groups, [False, True, False],
+    )[1]  # fmt: skip
+    return found.reshape(groups, o, -1).mT
+
+
 def _apply(function: Any, *arguments: Any) -> torch.Tensor:
     result: torch.Tensor = function.apply(*arguments)
     return result
 
 
 class _OuterKernel(torch.autograd.Function):
-    """Kernel of rows `Σ_s a ⊗ d`, from inputs (n, g, s, i) and gradients (n, g, s, o), by slices along i."""
+    """Kernel of rows `Σ_s a ⊗ d`, from (n, g, s, i) and (n, g, s, o): the same in both, sliced along the wider."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(inputs, gradients)
         n = inputs.shape[0]
-        a, d = inputs.flatten(0, 1), gradients.flatten(0, 1)
-        kernel = a.new_zeros(n, n)
-        for where in _slices(a.shape[2], d.shape[0] * d.shape[2]):
-            rows = torch.bmm(a[:, :, where].mT, d).view(n, -1)
-            kernel.addmm_(rows, rows.T)
+        wide, narrow, _ = _wide_first(inputs, gradients)
+        kernel = wide.new_zeros(n, n)
+        buffers = _Buffers(wide)
+        for where in _slices(wide, narrow):
+            part = wide[:, :, where]
+            rows = torch.bmm(part.mT, narrow, out=buffers.take(0, len(part), part.shape[2], narrow.shape[2]))
+            _add_gram(kernel, rows.view(n, -1))
         return kernel
 
     @staticmethod
     @once_differentiable
     @full_precision()
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, gradients = ctx.saved_tensors
         mixing = gradients_out[0] + gradients_out[0].T
-        n = inputs.shape[0]
-        a, d = inputs.flatten(0, 1), gradients.flatten(0, 1)
-        to_a, to_d = torch.empty_like(a), torch.zeros_like(d)
-        for where in _slices(a.shape[2], d.shape[0] * d.shape[2]):
-            rows = torch.bmm(a[:, :, where].mT, d)
-            mixed = (mixing @ rows.view(n, -1)).view_as(rows)
-            to_a[:, :, where] = torch.bmm(d, mixed.mT)
-            to_d.baddbmm_(a[:, :, where], mixed)
-        return to_a.view_as(inputs), to_d.view_as(gradients)
+        n = mixing.shape[0]
+        wide, narrow, swapped = _wide_first(*ctx.saved_tensors)
+        to_wide, to_narrow = torch.empty_like(wide), torch.empty_like(narrow)
+        buffers = _Buffers(wide)
+        for where in _slices(wide, narrow):
+            part = wide[:, :, where]
+            shape = (len(part), part.shape[2], narrow.shape[2])
+            rows = torch.bmm(part.mT, narrow, out=buffers.take(0, *shape))
+            mixed = buffers.take(1, *shape)
+            torch.mm(mixing, rows.view(n, -1), out=mixed.view(n, -1))
+            to_wide[:, :, where] = torch.bmm(narrow, mixed.mT, out=buffers.take(2, *part.shape))
+            if where.start == 0:
+                torch.bmm(part, mixed, out=to_narrow)
+            else:
+                to_narrow.baddbmm_(part, mixed)
+        of_inputs, of_gradients = (to_narrow, to_wide) if swapped else (to_wide, to_narrow)
+        return of_inputs.view_as(ctx.saved_tensors[0]), of_gradients.view_as(ctx.saved_tensors[1])
 
 
-def _slices(length: int, width: int) -> list[slice]:
-    """Divide an axis so that slices of `width` elements for each index are of the size that is fast."""
-    step = max(8, _SLICE // width)
-    return [slice(start, start + step) for start in range(0, length, step)]
+class _Buffers:
+    """Hold memory that is used again: to get new memory from the system takes about as long as to compute what goes there."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._like = like
+        self._held: dict[int, torch.Tensor] = {}
+
+    def take(self, number: int, *shape: int) -> torch.Tensor:
+        """Return an array of the shape, with anything in it, in the buffer of that number."""
+        size = prod(shape)
+        held = self._held.get(number)
+        if held is None or held.numel() < size:
+            held = self._held[number] = self._like.new_empty(size)
+        return held[:size].view(shape)
+
+
+def _wide_first(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    a, d = inputs.flatten(0, 1), gradients.flatten(0, 1)
+    return (d, a, True) if d.shape[2] > a.shape[2] else (a, d, False)
+
+
+def _slices(wide: torch.Tensor, narrow: torch.Tensor) -> list[slice]:
+    """Divide the last axis of the wide one."""
+    step = max(_LEAST, _SLICE // (len(narrow) * narrow.shape[2]))
+    return [slice(start, start + step) for start in range(0, wide.shape[2], step)]
+
+
+def _add_gram(kernel: torch.Tensor, rows: torch.Tensor) -> None:
+    kernel.addmm_(rows, rows.T)
 
 
 def _convolution(use: Convolution) -> torch.Tensor | None:
@@ -126,7 +177,7 @@ def _convolution(use: Convolution) -> torch.Tensor | None:
         return None
     images = use.images.flatten(0, 3)
     convolution = _grouped if groups * i * o * window <= _GROUPED and use.images.device.type == "cpu" else _by_offset
-    return _sum_of([convolution(use, images, use.gradients[:, head].flatten(0, 3)) for head in range(k)])
+    return _sum_of([convolution(use, images, _head(use, head).gradients.flatten(0, 4)) for head in range(k)])
 
 
 def _grouped(use: Convolution, images: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -158,9 +209,12 @@ class _OffsetKernel(torch.autograd.Function):
         ctx.n, ctx.groups, ctx.o, ctx.i = *(use.gradients.shape[axis] for axis in (0, 3, 4)), use.images.shape[3]
         d, padded = _padded(ctx, images, gradients)
         kernel = d.new_zeros(ctx.n, ctx.n)
+        buffers = _Buffers(d)
         for where in _windows(ctx.use, gradients.shape[1:]):
-            rows = torch.bmm(d, padded[where].flatten(2).mT).view(ctx.n, -1)
-            kernel.addmm_(rows, rows.T)
+            x = padded[where]
+            flat = buffers.take(0, *x.shape).copy_(x).flatten(2)
+            rows = torch.bmm(d, flat.mT, out=buffers.take(1, len(d), ctx.o, ctx.i))
+            _add_gram(kernel, rows.view(ctx.n, -1))
         return kernel
 
     @staticmethod
@@ -171,13 +225,15 @@ class _OffsetKernel(torch.autograd.Function):
         mixing = gradients_out[0] + gradients_out[0].T
         d, padded = _padded(ctx, images, gradients)
         to_d, to_padded = torch.zeros_like(d), torch.zeros_like(padded)
+        buffers = _Buffers(d)
         for where in _windows(ctx.use, gradients.shape[1:]):
             x = padded[where]
-            flat = x.flatten(2)
-            rows = torch.bmm(d, flat.mT)
-            mixed = (mixing @ rows.view(ctx.n, -1)).view_as(rows)
+            flat = buffers.take(0, *x.shape).copy_(x).flatten(2)
+            rows = torch.bmm(d, flat.mT, out=buffers.take(1, len(d), ctx.o, ctx.i))
+            mixed = buffers.take(2, *rows.shape)
+            torch.mm(mixing, rows.view(ctx.n, -1), out=mixed.view(ctx.n, -1))
             to_d.baddbmm_(mixed, flat)
-            to_padded[where] += torch.bmm(mixed.mT, d).view_as(x)
+            to_padded[where] += torch.bmm(mixed.mT, d, out=flat).view_as(x)
         for axis, (before, _) in enumerate(ctx.use.pads, start=1):
             to_padded = to_padded.narrow(axis + 1, before, images.shape[axis])
         return None, to_padded.reshape(images.shape), to_d.view_as(gradients)
@@ -199,16 +255,47 @@ def _windows(use: Convolution, out: torch.Size) -> list[tuple[Any, ...]]:
     return places
 
 
-def _lookup(use: Lookup) -> torch.Tensor:
-    """Add the gradients up in a table for each sample."""
-    n, _, s, o = use.gradients.shape
-    place = use.indices + use.size * torch.arange(n, device=use.indices.device)[:, None]
-    rows = use.gradients.new_zeros(n * use.size, o).index_add(0, place.reshape(-1), use.gradients.reshape(n * s, o))
-    rows = rows.view(n, -1)
-    return symmetric_product(rows, rows)
+class _LookupKernel(torch.autograd.Function):
+    """Kernel of tables (n, size, o) into which gradients (n, s, o) are added at indices (n, s), by slices along o."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: torch.Tensor, gradients: torch.Tensor, size: int) -> torch.Tensor:
+        n = len(indices)
+        ctx.places = (indices + size * torch.arange(n, device=indices.device)[:, None]).reshape(-1)
+        ctx.size = size
+        ctx.save_for_backward(gradients)
+        kernel = gradients.new_zeros(n, n)
+        for _, rows in _tables(ctx, gradients):
+            _add_gram(kernel, rows)
+        return kernel
+
+    @staticmethod
+    @once_differentiable
+    @full_precision()
+    def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        mixing = gradients_out[0] + gradients_out[0].T
+        result = torch.empty_like(gradients)
+        for where, rows in _tables(ctx, gradients):
+            mixed = (mixing @ rows).view(len(rows) * ctx.size, -1)
+            result[..., where] = mixed[ctx.places].view(*gradients.shape[:2], -1)
+        return None, result, None
+
+
+def _tables(ctx: Any, gradients: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield rows (n, size · part of o)."""
+    n, _, o = gradients.shape
+    step = max(1, (_SLICE << 2) // (n * ctx.size))
+    for start in range(0, o, step):
+        where = slice(start, min(start + step, o))
+        part = gradients[..., where].flatten(0, 1)
+        yield where, part.new_zeros(n * ctx.size, part.shape[1]).index_add_(0, ctx.places, part).view(n, -1)
 
 
 def _head(use: Any, head: int) -> Any:
+    """Return the use with one of its heads; without a slice, whose derivative is filled up with zeros, where there is one."""
+    if use.gradients.shape[1] == 1:
+        return use
     return replace(use, gradients=use.gradients[:, head : head + 1])
 
 

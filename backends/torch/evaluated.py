@@ -10,6 +10,7 @@ import torch
 from mgs_core._errors import ArgumentError
 
 from .plan import Plan
+from .rules.normalisation import BATCH_NORMS
 from .run import BatchNorm, unwrap
 
 
@@ -63,8 +64,31 @@ def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **opt
     return Evaluated(outputs, parameters, **options)
 
 
+def covers(model: Evaluated, losses: torch.Tensor) -> bool:
+    """Return whether statistics of the model's parameters give the gradient of the losses that a backward pass would give.
+
+    Not so where other leaves need gradients, where batch normalisation is frozen for the kernel but not for training, and in low
+    precision, in which a scaled loss keeps small gradients that the statistics lose.
+    """
+    own = {id(value) for value in model.parameters.values()}
+    for node in _nodes(losses):
+        name = node.name().partition("Backward")[0]
+        if (
+            (hasattr(node, "variable") and id(node.variable) not in own)
+            or (name in BATCH_NORMS and node._saved_training)
+            or any(metadata.dtype in (torch.float16, torch.bfloat16) for metadata in node._input_metadata)
+        ):
+            return False
+    return True
+
+
 def _parameters(outputs: torch.Tensor) -> list[torch.nn.Parameter]:
     """Return the parameters in the graph; other leaves are data."""
+    leaves = [node.variable for node in reversed(_nodes(outputs)) if hasattr(node, "variable")]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)]
+
+
+def _nodes(outputs: torch.Tensor) -> list[Any]:
     nodes: list[Any] = [outputs.grad_fn]
     seen = set(nodes)
     for node in nodes:
@@ -72,5 +96,4 @@ def _parameters(outputs: torch.Tensor) -> list[torch.nn.Parameter]:
             if child is not None and child not in seen:
                 seen.add(child)
                 nodes.append(child)
-    leaves = [node.variable for node in reversed(nodes) if hasattr(node, "variable")]
-    return [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)]
+    return nodes

@@ -88,12 +88,12 @@ def outer(gradients: torch.Tensor, inputs: torch.Tensor, **common: Any) -> Outer
 
 def total(gradients: torch.Tensor, inputs: None, **common: Any) -> Sum:
     """Make the statistics of a sum."""
-    return Sum(gradients=gradients[:, :, 0], **common)
+    return Sum(gradients=gradients.squeeze(2), **common)
 
 
 def scale(gradients: torch.Tensor, inputs: torch.Tensor, **common: Any) -> Scale:
     """Make the statistics of an elementwise product."""
-    return Scale(gradients=gradients[:, :, 0], inputs=inputs[:, 0], **common)
+    return Scale(gradients=gradients.squeeze(2), inputs=inputs.squeeze(1), **common)
 
 
 def elementwise(place: Place, factor: Callable[[], torch.Tensor] | float, own: tuple[int, ...] | None = None) -> Site:

@@ -14,7 +14,7 @@ from ._registry import Place, Site, outer, register
 
 
 def _rows_of(gradients: torch.Tensor, inputs: torch.Tensor, *, size: int, **common: Any) -> Lookup:
-    return Lookup(gradients=gradients[:, :, 0], indices=inputs[:, 0, :, 0], size=size, **common)
+    return Lookup(gradients=gradients.squeeze(2), indices=inputs[:, 0, :, 0], size=size, **common)
 
 
 def _table(place: Place, indices: torch.Tensor, ignored: int | None = None) -> Site:
