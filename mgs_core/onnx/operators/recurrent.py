@@ -76,12 +76,16 @@ def lstm(node: Node, xp: Namespace) -> Run:
         def step(x: Array, h: Array, c: Array) -> tuple[Array, Array]:
             size = h.shape[-1]
             gates = x + _plus(_product(xp, h, r), bias)
-            i, o, forget, new = (gates[..., at * size : (at + 1) * size] for at in range(4))
-            if peepholes is not None:
-                i, forget = i + c * peepholes[:size], forget + c * peepholes[2 * size :]
-            i = f(i)
-            c = (1.0 - i if coupled else f(forget)) * c + i * g(new)
-            o = o + c * peepholes[size : 2 * size] if peepholes is not None else o
+            new = g(gates[..., 3 * size :])
+            if peepholes is None:  # all gates at once
+                gates = f(gates[..., : 3 * size])
+                i, o, forget = (gates[..., at * size : (at + 1) * size] for at in range(3))
+                c = (1.0 - i if coupled else forget) * c + i * new
+                return o * out(c), c
+            i, o, forget = (gates[..., at * size : (at + 1) * size] for at in range(3))
+            i = f(i + c * peepholes[:size])
+            c = (1.0 - i if coupled else f(forget + c * peepholes[2 * size :])) * c + i * new
+            o = o + c * peepholes[size : 2 * size]
             return f(o) * out(c), c
 
         return step
