@@ -1,6 +1,6 @@
 """Keras 3: regularise by the kernel in `fit`, and watch it, on TensorFlow, JAX and PyTorch.
 
-    model = regularize(model, MGSRegularizer("log_determinant", strength=0.1))
+    model = regularize(model, MGSRegularizer("trace"))
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(x, y, callbacks=[MGSMonitor(probe_x, probe_y)])
 

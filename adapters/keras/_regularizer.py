@@ -21,7 +21,7 @@ class MGSRegularizer:
 
     Attributes:
         penalty: name of the penalty R, see `mgs_core.Penalty`; None for weighting alone.
-        strength: factor of the penalty, at least 0; `StrengthSchedule` changes it during `fit`.
+        strength: factor of the penalty, at least 0; None for that of `mgs_core.Penalty`. `StrengthSchedule` changes it during `fit`.
         scale: of the penalty.
         output: the head: "loss" (the losses the model is compiled with), "trace", "sum", "target" or "random".
         transform: applied to the outputs before the head; "softmax" for a model that returns logits.
@@ -46,8 +46,8 @@ class MGSRegularizer:
 
     def __init__(
         self,
-        penalty: str | None = "log_determinant",
-        strength: float = 0.1,
+        penalty: str | None = "trace",
+        strength: float | None = None,
         *,
         scale: float = 1.0,
         output: OutputName = "loss",
@@ -59,7 +59,7 @@ class MGSRegularizer:
         weighting: Literal["agreement"] | None = None,
     ) -> None:
         if penalty is not None:
-            Penalty(penalty, strength, scale)  # type: ignore[arg-type]  # refuses what it does not know
+            strength = Penalty(penalty, strength, scale).strength  # type: ignore[arg-type]  # refuses what it does not know
         elif weighting is None:
             raise ArgumentError("`penalty` must be the name of a penalty unless `weighting` is given; got None for both.")
         for name, value, choices in (
@@ -79,7 +79,7 @@ class MGSRegularizer:
         self.penalty, self.scale = penalty, scale
         self.output, self.transform, self.probes, self.seed = output, transform, probes, seed
         self.max_samples, self.every, self.weighting = max_samples, every, weighting
-        self.strength = strength
+        self.strength = 0.0 if strength is None else strength
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Change the strength, and nothing else once it is made."""

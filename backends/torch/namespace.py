@@ -26,7 +26,9 @@ class TorchNamespace:
     mgs_contribution = staticmethod(contribution)
     mgs_product = staticmethod(symmetric_product)
     mgs_window_gradient = staticmethod(window_gradient)
-    mgs_sum_by_index = staticmethod(lambda values, indices, size: values.new_zeros(size, values.shape[1]).index_add(0, indices, values))
+    mgs_sum_by_index = staticmethod(
+        lambda values, indices, size: values.new_zeros(size, values.shape[1]).index_add(0, indices, values)
+    )
     matmul = staticmethod(full_precision()(torch.matmul))
     mgs_lookup = staticmethod(lambda table, indices: table[indices])
     mgs_einsum = staticmethod(torch.einsum)

@@ -108,3 +108,10 @@ def test_keras_on_nnx():
     command = [sys.executable, "-P", "-W", "ignore", "-c", NNX]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_the_strength_is_that_of_the_penalty_unless_it_is_given():
+    assert MGSRegularizer().strength == mgs.Penalty("trace").strength
+    assert MGSRegularizer("cosine").strength == mgs.Penalty("cosine").strength
+    assert MGSRegularizer("cosine", 0.25).strength == 0.25
+    assert MGSRegularizer(None, weighting="agreement").strength == 0.0
