@@ -169,7 +169,7 @@ def _refuse(model: Any, regularizer: Any) -> None:
     if regularizer is not None and not isinstance(regularizer, MGSRegularizer):
         raise ArgumentError(
             f"`regularizer` must be an MGSRegularizer or None; got {type(regularizer).__name__}. "
-            'Make one: MGSRegularizer("log_determinant", strength=0.1).'
+            'Make one: MGSRegularizer("trace").'
         )
 
 

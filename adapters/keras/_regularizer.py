@@ -21,7 +21,8 @@ class MGSRegularizer:
 
     Attributes:
         penalty: name of the penalty R, see `mgs_core.Penalty`; None for weighting alone.
-        strength: factor of the penalty, at least 0; None for that of `mgs_core.Penalty`. `StrengthSchedule` changes it during `fit`.
+        strength: factor of the penalty, at least 0; None for the default of `mgs_core.Penalty`. `StrengthSchedule` changes it
+            during `fit`.
         scale: of the penalty.
         output: the head: "loss" (the losses the model is compiled with), "trace", "sum", "target" or "random".
         transform: applied to the outputs before the head; "softmax" for a model that returns logits.
