@@ -68,7 +68,7 @@ def compare(
             run_comparison(settings, recipes, out, jobs=processes, on_record=on_record)
     except KeyboardInterrupt:
         console.print("\nInterrupted. Finished runs are kept; the same command goes on from here.")
-        if load_records(out / "records.jsonl"):
+        if any(record["event"] != "tuning" for record in load_records(out / "records.jsonl")):
             _show(out)
         raise typer.Exit(130) from None
     _show(out)
@@ -153,7 +153,7 @@ def audit(
             images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
         )
     page = write_audit(found, images, out, shown=shown)
-    title = f"{int(found.contradicted.sum())} of {len(labels)} labels are contradicted; the ten most suspicious"
+    title = f"{int(found.contradicted.sum())} of {len(labels)} labels are surely contradicted; the ten most suspicious"
     listed = Table("sample", "given", "suggested", "score", title=title, box=box.SIMPLE_HEAD)
     for a in found.order[:10]:
         listed.add_row(str(a), str(found.given[a]), str(found.suggested[a]), f"{found.scores[a]:+.2f}")

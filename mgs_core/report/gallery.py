@@ -58,7 +58,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
     contradicted = int(np.sum(audit.contradicted))
     page = render(
         "audit.html",
-        title=f"{contradicted} of {len(order)} labels are contradicted by the other samples",
+        title=f"{contradicted} of {len(order)} labels are surely contradicted by the other samples",
         facts=[f"{len(order)} samples", f"{len(called)} classes", f"the {min(shown, len(order))} most suspicious are shown"],
         suspects=[
             {
