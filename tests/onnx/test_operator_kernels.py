@@ -157,3 +157,24 @@ def test_constants_go_where_the_inputs_are(name):
     y = model.function(parameters, torch.zeros((n, *shape), dtype=torch.float64, device="meta"))
     assert y.device.type == "meta"
     assert y.shape == model(torch.zeros((n, *shape), dtype=torch.float64)).shape
+
+
+@pytest.mark.parametrize(("automatic", "pads"), [("SAME_UPPER", [0, 1]), ("SAME_LOWER", [1, 0])])
+def test_the_odd_place_of_automatic_padding(automatic, pads):
+    x, w = draw(2, 1, 4), draw(1, 1, 2)
+
+    def correlate(**attributes):
+        proto = helper.make_model(
+            helper.make_graph(
+                [node("Conv", ["x", "w"], ["y"], **attributes)], "g",
+                [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 1, 4])],
+                [helper.make_tensor_value_info("y", TensorProto.DOUBLE, ["n", 1, "p"])], [numpy_helper.from_array(w, "w")],
+            ),
+            opset_imports=[helper.make_opsetid("", 17)],
+        )  # fmt: skip
+        return mgs.onnx.load(proto)(x)
+
+    padded = np.pad(x[:, 0], ((0, 0), tuple(pads)))
+    expected = padded[:, :-1] * w[0, 0, 0] + padded[:, 1:] * w[0, 0, 1]
+    np.testing.assert_allclose(correlate(auto_pad=automatic), expected, rtol=1e-12)
+    np.testing.assert_allclose(correlate(pads=pads), expected, rtol=1e-12)
