@@ -101,7 +101,7 @@ def cnn():
 
 @model
 def convolutions():
-    """Grouped, depthwise, dilated, transposed, circular, with channels first, and one kernel used twice."""
+    """Grouped, depthwise, dilated, transposed, circular, with channels first, and one kernel used twice and as a matrix."""
 
     def function(p, x):
         h = lax.conv_general_dilated(x, p["first"], (2, 1), [(1, 2), (0, 1)], rhs_dilation=(1, 2))
@@ -111,7 +111,8 @@ def convolutions():
         h = jnp.pad(jnp.tanh(h), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap")
         h = lax.conv_general_dilated(h, p["twice"], (1, 1), "VALID")
         h = lax.conv_general_dilated(jnp.tanh(h), p["twice"], (2, 2), "SAME")
-        return jnp.mean(jnp.sin(h), (2, 3))
+        h = jnp.mean(jnp.sin(h), (2, 3))
+        return h + 0.1 * h @ p["twice"][:, :, 1, 0]
 
     shapes = {"first": (4, 2, 3, 2), "grouped": (4, 2, 2, 2), "depthwise": (4, 1, 3, 3), "transposed": (16, 4, 2, 2)}
     return function, {k: draw(*s) for k, s in shapes.items()} | {"twice": draw(16, 16, 2, 2)}, draw(4, 2, 6, 5)

@@ -84,7 +84,7 @@ def test_gradient_of_a_penalty_is_that_of_central_differences(light_case):
     gradient = objective(parameters)[1]
     draw = np.random.default_rng(2)
     direction = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape), parameters)
-    step = 1e-4  # central differences of fourth order
+    step = 1e-5  # central differences of fourth order; some of the models bend too much for a longer one
     at = {i: objective(jax.tree.map(lambda v, d, i=i: v + i * step * d, parameters, direction))[0] for i in (-2, -1, 1, 2)}
     expected = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
     actual = sum(np.sum(g * d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
