@@ -251,9 +251,8 @@ class MGSLoss(torch.nn.Module):
             (slopes,) = torch.autograd.grad(value, losses, retain_graph=True)
             with torch.no_grad():
                 gradients = weighted_gradient(found, slopes[:, None])
-            attached: torch.Tensor = _Attach.apply(
-                value.detach(), losses, gradients, *(model.parameters[name] for name in gradients)
-            )
+            attach_to: Any = _Attach.apply
+            attached: torch.Tensor = attach_to(value.detach(), losses, gradients, *(model.parameters[name] for name in gradients))
             return attached
 
         kernel: torch.Tensor = contract(seen, seen)
@@ -281,8 +280,12 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *above: torch.Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise mgs.ArgumentError("`reuse` must be False for a loss that is differentiated twice; got True.")
+        gradients, ctx.gradients = ctx.gradients, ()
+        if not gradients:
+            raise mgs.ArgumentError("`reuse` must be False for a backward pass through the same loss a second time; got True.")
         # the None for the losses still walks their graph, which frees it and tells hooks that wait for it
-        return (None, None, None, *(gradient * above[0] for gradient in ctx.gradients))
+        torch._foreach_mul_(gradients, above[0])
+        return (None, None, None, *gradients)
 
 
 def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any], str]:

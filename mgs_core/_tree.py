@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from mgs_core._errors import ArgumentError
 from mgs_core._types import Array, Tree
@@ -64,3 +65,22 @@ def select(names: Iterable[str], chosen: Iterable[str] | Callable[[str], bool] |
     if not picked:
         raise ArgumentError(f"`parameters` must pick at least one parameter; got none. The model has {names}.")
     return picked
+
+
+def check_parameters(parameters: Mapping[str, Array], is_real: Callable[[Any], bool]) -> None:
+    """Refuse parameters that are no arrays of real floating-point numbers.
+
+    Args:
+        parameters: by name.
+        is_real: says so of a dtype.
+
+    Raises:
+        ArgumentError: at the first that is none.
+    """
+    for name, value in parameters.items():
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not is_real(dtype):
+            kind = type(value).__name__ if dtype is None else f"dtype {dtype}"
+            raise ArgumentError(
+                f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants."
+            )

@@ -14,6 +14,8 @@ from mgs_core.statistics import unfold
 def weighted_gradient(uses: Iterable[LayerStatistics], weights: Array) -> dict[str, Array]:
     """Return `Σ_{a,k} w_ak g_ak` of each parameter.
 
+    A namespace's `mgs_weighted_gradient(use, weights)` goes first; it returns None for what it does not do better.
+
     Args:
         uses: layer statistics of the n samples and k heads.
         weights: (n, k).
@@ -30,8 +32,11 @@ def weighted_gradient(uses: Iterable[LayerStatistics], weights: Array) -> dict[s
     total: dict[str, Array] = {}
     for use in uses:
         xp = array_namespace(use.gradients)
-        part = xp.reshape(_contraction(xp, use, weights), (1, 1, -1))
-        part = xp.reshape(use.restore(part) if use.restore is not None else part, (-1,))
+        native = getattr(xp, "mgs_weighted_gradient", None)
+        part = None if native is None else native(use, weights)
+        if part is None:
+            part = xp.reshape(_contraction(xp, use, weights), (1, 1, -1))
+            part = xp.reshape(use.restore(part) if use.restore is not None else part, (-1,))
         total[use.parameter] = total[use.parameter] + part if use.parameter in total else part
     return total
 
@@ -46,9 +51,7 @@ def _contraction(xp: Namespace, use: LayerStatistics, weights: Array) -> Array:
     if isinstance(use, Scale):
         return xp.sum(weighted * use.inputs, axis=(0, 1))
     if isinstance(use, Convolution):
-        native = getattr(xp, "mgs_window_gradient", None)
-        found = None if native is None else native(use, weighted)
-        return _contraction(xp, unfold(use), weights) if found is None else found
+        return _contraction(xp, unfold(use), weights)
     s, o = shape[-2:]
     if isinstance(use, Lookup):
         native = getattr(xp, "mgs_sum_by_index", None)

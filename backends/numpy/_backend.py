@@ -16,7 +16,7 @@ from mgs_core._errors import ArgumentError, SamplesInteractError
 from mgs_core._layout import Layout, find_layout, noise_floor
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
-from mgs_core._tree import flatten, select, unflatten
+from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
@@ -47,11 +47,7 @@ class NumpyBackend:
     def parameters(self, model: Any) -> dict[str, Array]:
         """Return the parameters by name."""
         leaves = flatten(_functional(model).parameters)
-        for name, value in leaves.items():
-            dtype = getattr(plain(value), "dtype", None)
-            if dtype is None or not np.issubdtype(dtype, np.floating):
-                kind = type(value).__name__ if dtype is None else f"dtype {dtype}"
-                raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
+        check_parameters({name: plain(value) for name, value in leaves.items()}, lambda dtype: np.issubdtype(dtype, np.floating))
         return leaves
 
     def statistics(

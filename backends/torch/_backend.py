@@ -13,7 +13,7 @@ from mgs_core import _batch
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
-from mgs_core._tree import flatten, select, unflatten
+from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
@@ -73,10 +73,7 @@ class TorchBackend:
             raise ArgumentError(
                 f"`model` must be a torch.nn.Module or a FunctionalModel; got {type(model).__name__}. Pass the model itself."
             )
-        for name, value in leaves.items():
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                kind = f"dtype {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ArgumentError(f"`parameters` must be real floating-point tensors; got {kind} for {name!r}.")
+        check_parameters(leaves, lambda dtype: isinstance(dtype, torch.dtype) and dtype.is_floating_point)
         return leaves
 
     def statistics(

@@ -10,10 +10,12 @@ from torch.autograd.graph import GradientEdge
 
 from .graph import Edge, Graph
 
+#: Views with several outputs, which share no element.
+SPLITS = {"Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind"}
 _VIEWS = {
-    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Split",
-    "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind", "Clone", "Alias", "ToCopy", "Diagonal", "Flip",
-}  # fmt: skip
+    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Clone",
+    "Alias", "ToCopy", "Diagonal", "Flip",
+} | SPLITS  # fmt: skip
 
 
 def is_view(graph: Graph, number: int) -> bool:
@@ -74,16 +76,24 @@ def pull_chain(
     if differentiable and _has_weight_norm(graph, source):
         by_edge = _pull_by_hand(graph, source, gradient)
         return [by_edge[edges[name]] for name in names]
-    return _pull(graph, source, gradient, [edges[name] for name in names], differentiable)
+    return _pull(graph, source, gradient, [edges[name] for name in names], create_graph=differentiable)
 
 
-def _pull(graph: Graph, source: Edge, gradient: torch.Tensor, edges: list[Edge], differentiable: bool) -> list[torch.Tensor]:
+def pull_chains(graph: Graph, source: Edge, gradients: torch.Tensor, names: list[str]) -> list[torch.Tensor] | None:
+    """Return what `pull_chain` does for a batch of gradients; None where an operation in the chain takes only one."""
+    edges = {name: edge for edge, name in graph.parameters.items()}
+    gradients = gradients.to(graph.dtype(source))
+    try:
+        found = _pull(graph, source, gradients, [edges[name] for name in names], is_grads_batched=True, materialize_grads=False)
+    except RuntimeError:
+        return None
+    return None if any(part is None for part in found) else found
+
+
+def _pull(graph: Graph, source: Edge, gradient: torch.Tensor, edges: list[Edge], **options: bool) -> list[torch.Tensor]:
     top, *wanted = (GradientEdge(graph.nodes[number], output) for number, output in (source, *edges))
-    return list(
-        torch.autograd.grad(
-            [top], wanted, [gradient], retain_graph=True, create_graph=differentiable, allow_unused=True, materialize_grads=True
-        )
-    )
+    options = {"materialize_grads": True, **options}
+    return list(torch.autograd.grad([top], wanted, [gradient], retain_graph=True, allow_unused=True, **options))
 
 
 def _has_weight_norm(graph: Graph, edge: Edge) -> bool:

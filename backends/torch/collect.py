@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from mgs_core._protocol import Convolution, LayerStatistics, Rows
-from mgs_core.statistics import as_rows
+from mgs_core.statistics import MEMORY_BUDGET, as_rows
 
-from .chain import places_in, pull_chain, sources, view_key
+from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
 from .graph import Edge, Graph
 from .layout import Layout
 from .plan import Plan, Use
@@ -24,8 +25,38 @@ def pull(graph: Graph, edges: list[Edge], seed: torch.Tensor, *, differentiable:
 
     Gradients of parameters are not computed: autograd runs only what leads to the edges.
     """
+    return _autograd(graph, edges, seed, create_graph=differentiable)
+
+
+def _autograd(graph: Graph, edges: list[Edge], seed: torch.Tensor, **options: bool) -> list[torch.Tensor | None]:
     wanted = [GradientEdge(graph.nodes[number], output) for number, output in edges]
-    return list(torch.autograd.grad(graph.heads, wanted, seed, retain_graph=True, create_graph=differentiable, allow_unused=True))
+    return list(torch.autograd.grad(graph.heads, wanted, seed, retain_graph=True, allow_unused=True, **options))
+
+
+def _pull_heads(graph: Graph, edges: list[Edge], samples: int, differentiable: bool) -> Iterator[list[torch.Tensor | None]]:
+    """Yield the gradients of each head, of several at a time where PyTorch can and their gradients are small."""
+    n, k = graph.heads.shape
+    room = max(1, MEMORY_BUDGET // max(1, sum(prod(graph.shape(edge)) for edge in edges)))
+    together = 1 if differentiable else min(k, room)
+    for start in range(0, k, together):
+        heads = range(start, min(start + together, k))
+        seeds = torch.zeros(len(heads), n, k, dtype=graph.heads.dtype, device=graph.heads.device)
+        for row, head in enumerate(heads):
+            seeds[row, :samples, head] = 1.0
+        batched = _pull_batch(graph, edges, seeds) if len(heads) > 1 else None
+        for row, seed in enumerate(seeds):
+            if batched is None:
+                yield pull(graph, edges, seed, differentiable=differentiable)
+            else:
+                yield [None if part is None else part[row] for part in batched]
+
+
+def _pull_batch(graph: Graph, edges: list[Edge], seeds: torch.Tensor) -> list[torch.Tensor | None] | None:
+    """Return the gradients for each of the seeds; None where an operation, such as one written in Python, takes only one."""
+    try:
+        return _autograd(graph, edges, seeds, is_grads_batched=True)
+    except RuntimeError:
+        return None
 
 
 def weighted_pulls(graph: Graph, edges: list[Edge], weights: list[torch.Tensor]) -> list[list[torch.Tensor | None]]:
@@ -50,18 +81,25 @@ def collect(graph: Graph, plan: Plan, samples: int, *, differentiable: bool) -> 
         Statistics that together cover every chosen parameter that moves the heads.
     """
     edges = list(dict.fromkeys((use.site, output) for use in plan.uses for output in range(len(use.layouts))))
-    found: list[dict[Edge, torch.Tensor | None]] = []
-    for head in range(graph.heads.shape[1]):
-        seed = torch.zeros_like(graph.heads)
-        seed[:samples, head] = 1.0
-        found.append(dict(zip(edges, pull(graph, edges, seed, differentiable=differentiable), strict=True)))
+    found = [dict(zip(edges, pulled, strict=True)) for pulled in _pull_heads(graph, edges, samples, differentiable)]
     statistics: list[LayerStatistics] = []
     with torch.set_grad_enabled(differentiable):
         for use in plan.uses:
             at_outputs = [[gradients[use.site, output] for gradients in found] for output in range(len(use.layouts))]
             if any(gradient is not None for by_head in at_outputs for gradient in by_head):
                 statistics += _Reader(graph, use, samples, differentiable).read(at_outputs)
-    return statistics
+    return _divided(statistics)
+
+
+def _divided(statistics: list[LayerStatistics]) -> list[LayerStatistics]:
+    """Number the parts of parameters that are split before all of their uses, such as packed weights of attention."""
+    firsts: dict[str, set[tuple[Any, ...]]] = {}
+    for use in statistics:
+        # the first step from the parameter without the number of its output; () where there is no view
+        step = use.view[0][:-1] if use.view and isinstance(use.view[0], tuple) else ()
+        firsts.setdefault(use.parameter, set()).add(step)
+    split = {name for name, steps in firsts.items() if len(steps) == 1 and next(iter(steps))[:1] in {(kind,) for kind in SPLITS}}
+    return [replace(use, part=use.view[0][-1]) if use.parameter in split else use for use in statistics]
 
 
 class _Reader:
@@ -141,22 +179,26 @@ class _Reader:
         return rows.reshape(*rows.shape[:2], *shape)
 
     def _through_chain(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return rows (n, k, p) of the parameters, by one backward pass through the chain for each sample and head."""
+        """Return rows (n, k, p) of the parameters, by a backward pass through the chain for each sample and head, or for all."""
         by_name: dict[str, list[torch.Tensor]] = {name: [] for name in self._names}
-        for row in rows.flatten(0, 1):
+        rows = rows.flatten(0, 1)
+        batched = None if self._differentiable else pull_chains(self._graph, self._use.source, rows, self._names)
+        if batched is not None:
+            return {name: part.reshape(self._samples, self._k, -1) for name, part in zip(self._names, batched, strict=True)}
+        for row in rows:
             parts = pull_chain(self._graph, self._use.source, row, self._names, differentiable=self._differentiable)
             for name, part in zip(self._names, parts, strict=True):
                 by_name[name].append(part.reshape(-1))
         return {name: torch.stack(parts).reshape(self._samples, self._k, -1) for name, parts in by_name.items()}
 
     def _restore(self, rows: torch.Tensor) -> torch.Tensor:
-        n, k, shape = *rows.shape[:2], self._graph.shape(self._use.source)
-        rows = self._to_source(rows).reshape(n, k, -1)
+        rows = self._to_source(rows)  # not flat yet: that may copy
+        if self._views and rows.shape[:2] == (1, 1):
+            (pulled,) = pull_chain(self._graph, self._use.source, rows[0, 0], self._names, differentiable=False)
+            return pulled.reshape(1, 1, -1)
+        rows = rows.flatten(2)
         if not self._views:
             return rows
-        if n * k == 1:
-            (pulled,) = pull_chain(self._graph, self._use.source, rows.reshape(shape), self._names, differentiable=False)
-            return pulled.reshape(1, 1, -1)
         places = places_in(self._graph, self._use.source, self._names[0])
         rows = torch.nn.functional.pad(rows, (1, 0))  # place 0: elements of the parameter that the view leaves out
         return rows[:, :, places]

@@ -78,18 +78,28 @@ class _Gram(torch.autograd.Function):
 
 
 @full_precision()
-def window_gradient(use: Convolution, weighted: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient of a convolution's weight, (g, i·window, o), from gradients (n, s, g, o, *out); None if pads differ."""
-    if any(before != after for before, after in use.pads):
+def weighted_gradient(use: LayerStatistics, weights: torch.Tensor) -> torch.Tensor | None:
+    """Return `Σ_ak w_ak g_ak` of a weight, (p,), made as (g, o, i) as most modules hold it; else None."""
+    if not isinstance(use, Outer | Convolution):
         return None
-    groups, o, i, nothing = *weighted.shape[2:4], use.images.shape[3], [0] * len(use.window)
-    shape = weighted.new_empty(1).expand(groups * o, i, *use.window)
-    padding = [before for before, _ in use.pads]
-    found = torch.ops.aten.convolution_backward(
-        weighted.flatten(2, 3).flatten(0, 1), use.images.flatten(2, 3).flatten(0, 1), shape, None, use.strides, padding,
-        use.dilations, False, nothing, groups, [False, True, False],
-    )[1]  # fmt: skip
-    return found.reshape(groups, o, -1).mT
+    n, k, *shape = use.gradients.shape
+    weighted = use.gradients * weights.reshape(n, k, *(1 for _ in shape))
+    weighted = weighted.squeeze(1) if k == 1 else weighted.sum(1)
+    if isinstance(use, Outer):
+        d, x = (array.movedim(1, 0).flatten(1, 2) for array in (weighted, use.inputs))
+        found = torch.bmm(d.mT, x)
+    elif any(before != after for before, after in use.pads):
+        return None
+    else:
+        (groups, o), i, nothing = shape[1:3], use.images.shape[3], [0] * len(use.window)
+        images, d = use.images.flatten(2, 3).flatten(0, 1), weighted.flatten(2, 3).flatten(0, 1)
+        like = d.new_empty(1).expand(groups * o, i, *use.window)
+        padding = [before for before, _ in use.pads]
+        found = torch.ops.aten.convolution_backward(
+            d, images, like, None, use.strides, padding, use.dilations, False, nothing, groups, [False, True, False]
+        )[1].reshape(groups, o, -1)
+    part = found.mT[None, None]
+    return (part if use.restore is None else use.restore(part)).reshape(-1)
 
 
 def _apply(function: Any, *arguments: Any) -> torch.Tensor:

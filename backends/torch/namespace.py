@@ -13,7 +13,7 @@ import array_api_compat.torch as compat
 import torch
 from torch.nn import functional
 
-from .contraction import contribution, full_precision, symmetric_product, window_gradient
+from .contraction import contribution, full_precision, symmetric_product, weighted_gradient
 
 Sizes: TypeAlias = Sequence[int]
 Pairs: TypeAlias = Sequence[tuple[int, int]]
@@ -25,10 +25,8 @@ class TorchNamespace:
 
     mgs_contribution = staticmethod(contribution)
     mgs_product = staticmethod(symmetric_product)
-    mgs_window_gradient = staticmethod(window_gradient)
-    mgs_sum_by_index = staticmethod(
-        lambda values, indices, size: values.new_zeros(size, values.shape[1]).index_add(0, indices, values)
-    )
+    mgs_weighted_gradient = staticmethod(weighted_gradient)
+    mgs_sum_by_index = staticmethod(lambda values, at, size: values.new_zeros(size, values.shape[1]).index_add(0, at, values))
     matmul = staticmethod(full_precision()(torch.matmul))
     mgs_lookup = staticmethod(lambda table, indices: table[indices])
     mgs_einsum = staticmethod(torch.einsum)

@@ -9,9 +9,11 @@ import mgs_core as mgs
 
 torch = pytest.importorskip("torch")
 
-from mgs_core.adapters.torch import Configured, MGSMonitor  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import Configured, MGSMonitor, twice_differentiable  # noqa: E402  # after the skip
 from mgs_core.backends.torch.graph import read_graph  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
+
+from mgs_core.statistics import merge  # noqa: E402  # after the skip
 
 BACKEND = mgs.get_backend("torch")
 
@@ -184,6 +186,14 @@ def test_nested_gradients_are_differentiated_again():
     assert value > 0
 
 
+@pytest.mark.parametrize("name", ["sequence_first_attention", "lstm"])
+def test_parts_of_packed_weights_stay_apart(of, name):
+    model, x = of(name)
+    with twice_differentiable():
+        uses = BACKEND.statistics(model, x, None, lambda outputs, _: outputs.sum(1)[:, None], None, differentiable=False)
+    assert "Rows" not in {type(use).__name__ for use in merge(uses)}
+
+
 def test_select_and_several_inputs(of):
     model, x = of("separate_attention")
     expected = mgs.kernel(model, x)
@@ -220,7 +230,7 @@ class Refusing:
         (
             lambda: mgs.kernel(Refusing.complex, Refusing.x),
             mgs.ArgumentError,
-            "real floating-point .*complex64",
+            "must be floating-point arrays; got dtype torch.complex64",
         ),
         (
             lambda: mgs.kernel(nn.Linear(3, 2), torch.full((4, 3), torch.nan)),

@@ -385,3 +385,18 @@ def test_gradient_comes_from_a_backward_pass_where_the_statistics_lack_something
     reusing = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement")(model(x.detach()), y)
     with pytest.raises(mgs.ArgumentError, match="`reuse` must be False for a loss that is differentiated twice"):
         torch.autograd.grad(reusing, model[0].weight, create_graph=True)
+
+
+def test_compiled_models_are_refused_for_a_penalty_and_weighted_by_rows(mlp):
+    model, x, y = mlp
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(mgs.UnsupportedModelError, match=r"compiled by torch.compile .*_orig_mod"):
+        MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=compiled)(compiled(x), y)
+    criteria = [MGSLoss(nn.CrossEntropyLoss(), weighting="agreement") for _ in range(2)]
+    criteria[0](compiled(x), y).backward()
+    gradients = [value.grad.clone() for value in model.parameters()]
+    model.zero_grad()
+    criteria[1](model(x), y).backward()
+    torch.testing.assert_close(criteria[0].last.kernel, criteria[1].last.kernel)
+    for value, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(value.grad, gradient)
