@@ -74,8 +74,10 @@ class _Outputs:
 
 
 def _minds_training(layer: Any) -> bool:
-    """Say whether a layer may do otherwise in training; containers only pass it on."""
-    return bool(layer._call_has_training_arg) and type(layer).call not in (keras.Sequential.call, Functional.call)
+    """Say whether a layer may do otherwise in training; containers only pass the argument on, and dense layers let it lie."""
+    indifferent = keras.Sequential.call, Functional.call, keras.layers.Dense.call, keras.layers.EinsumDense.call
+    quantized = getattr(layer, "quantization_mode", None) is not None  # a dense layer in float8 counts its steps
+    return bool(layer._call_has_training_arg) and (quantized or type(layer).call not in indifferent)
 
 
 class Training:

@@ -94,6 +94,8 @@ def test_logs_show_the_penalty_and_validation_does_not():
         history = fit(model, validation_data=(X, Y))
         assert {"loss", "mgs_penalty", "accuracy", "val_loss", "val_accuracy"} == set(history)
         assert history["mgs_penalty"][0] > 0
+        losses = -np.log(numpy(model(X)))[np.arange(20), Y]
+        assert history["val_loss"][0] == pytest.approx(np.mean(losses), rel=1e-4)  # without the penalty
         assert "mgs_penalty" not in model.evaluate(X, Y, verbose=0, return_dict=True)
 
 
@@ -162,8 +164,17 @@ def test_dict_inputs_and_outputs_with_several_losses():
     outputs = {name: numpy(value) for name, value in model(x).items()}
     total = -np.log(outputs["first"])[np.arange(20), Y] + 0.3 * np.mean((outputs["second"] - X[:, :2]) ** 2, axis=1)
     assert history["loss"][0] == pytest.approx(np.mean(total) + history["mgs_penalty"][0], rel=1e-4)
-    found = kernel(model, x, y, output="loss", loss=sample_loss(model))
-    assert 0.1 * np.trace(found) / 20 == pytest.approx(history["mgs_penalty"][0], rel=1e-4)
+
+    chosen, target = keras.ops.convert_to_tensor(np.eye(3, dtype="float32")[Y]), keras.ops.convert_to_tensor(X[:, :2])
+
+    def losses_of(outputs, _):  # both side by side
+        first, second = outputs[:, :3], outputs[:, 3:]
+        cross_entropy = -keras.ops.log(keras.ops.sum(first * chosen, axis=1))
+        return cross_entropy + 0.3 * keras.ops.mean((second - target) ** 2, axis=1)
+
+    expected = np.trace(kernel(model, x, output=losses_of))
+    assert 0.1 * expected / 20 == pytest.approx(history["mgs_penalty"][0], rel=1e-4)
+    assert np.trace(kernel(model, x, y, output="loss", loss=sample_loss(model))) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has neither on PyTorch")

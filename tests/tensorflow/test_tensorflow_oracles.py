@@ -104,6 +104,18 @@ def signed(p, x):  # uses of one parameter whose signs and factors differ, so th
     return tf.tanh(h @ -p["u"] / p["d"] + p["d"]) @ (p["u"] / 3.0) + p["d"] * tf.reduce_sum(h, axis=1, keepdims=True)
 
 
+def masked(p, x):  # a pruned weight: the factor is no scalar, so rows
+    return tf.tanh(x @ (p["w"] * tf.constant([[1.0, 0.0], [0.5, 1.0]], x.dtype))) @ p["out"]
+
+
+def reused(p, x):  # a window that is also a plain weight: cross terms need its coordinates
+    h = tf.nn.depthwise_conv2d(x, p["depth"], strides=(1, 1, 1, 1), padding="SAME")
+    h = tf.tanh(tf.nn.conv2d_transpose(h, p["up"], (x.shape[0], 4, 4, 2), strides=2))
+    flat = tf.reshape(x, (x.shape[0], -1))
+    plain = [flat[:, : tf.size(p[name])] * tf.reshape(p[name], (1, -1)) for name in ("depth", "up")]
+    return tf.reduce_sum(h, axis=(1, 2)) + plain[0][:, 4:6] ** 2 + plain[1][:, 3:5]
+
+
 def convolved(p, x):
     h = tf.tanh(tf.nn.bias_add(tf.nn.conv2d(x, p["w1"], strides=(1, 2), padding="SAME", dilations=1), p["b1"]))
     h = tf.nn.depthwise_conv2d(h, p["depth"], strides=(1, 1, 1, 1), padding="VALID")
@@ -154,6 +166,8 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray], np.ndarray]] 
     ),
     "sequence_first": (sequence_first, {"w1": draw(4, 5), "w2": draw(5, 2)}, draw(6, 3, 4)),
     "shared": (shared, {"w": draw(4, 5), "b": draw(5)}, draw(6, 4)),
+    "square shared": (shared, {"w": draw(4, 4), "b": draw(4)}, draw(6, 4)),
+    "square sequence_first": (sequence_first, {"w1": draw(4, 5), "w2": draw(5, 2)}, draw(4, 4, 4)),
     "twice": (twice, {"w": draw(4, 4), "b": draw(4)}, draw(6, 4)),
     "loop": (loop, {"w": draw(4, 4), "b": draw(4), "out": draw(4, 2)}, draw(6, 4)),
     "tied": (
@@ -166,6 +180,8 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray], np.ndarray]] 
     "left": (left, {"w": draw(3, 5), "b": draw(3)}, draw(6, 5)),
     "sliced": (sliced, {"w": draw(5, 6), "b": draw(2, 3)}, draw(6, 5)),
     "signed": (signed, {"w": draw(5, 4), "b": draw(4), "u": draw(4, 4), "d": 2.0 + draw(4) ** 2}, draw(6, 5)),
+    "masked": (masked, {"w": draw(2, 2), "out": draw(2, 3)}, draw(5, 2)),
+    "reused": (reused, {"depth": draw(2, 1, 2, 2), "up": draw(1, 1, 2, 4)}, draw(4, 2, 2, 2)),
     "convolved": (
         convolved,
         {"w1": draw(3, 2, 2, 4), "b1": draw(4), "depth": draw(2, 2, 4, 2), "mix": draw(2, 3, 8, 2), "up": draw(3, 3, 2, 2)},
@@ -241,6 +257,36 @@ def test_gradient_of_a_penalty_is_that_of_central_differences(name):
     for _, gradient in found:
         actual = sum(np.sum(gradient[name] * direction[name]) for name in parameters)
         assert actual == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["sequence_first", "square sequence_first", "left", "heads", "sliced", "convolved"])
+def test_layers_have_statistics(name):
+    function, parameters, x = MODELS[name]
+    assert {layer.route for layer in mgs.check(model_of(function, parameters), x).layers} == {"statistics"}
+
+
+def test_values_that_say_nothing_are_not_believed():
+    """A gradient of zero fits any place of the samples, and what it was taken for must not be remembered."""
+    function, parameters, x = MODELS["square sequence_first"]
+    x, zeros = x + 1.0, {name: 0.0 * value for name, value in parameters.items()}
+
+    def silent(p, x):
+        return function(p, tf.tanh(x))
+
+    close(mgs.kernel(model_of(silent, zeros), x), np.zeros((4, 4)))
+    rows = jacobian_rows(silent, parameters, x)
+    close(mgs.kernel(model_of(silent, parameters), x), np.einsum("acp,bcp->ab", rows, rows))
+
+
+def test_models_that_differ_in_constants_alone_are_told_apart():
+    parameters, x = {"w": draw(3, 3)}, draw(3, 3, 3)
+    for order, axis in (((0, 1, 2), 1), ((1, 0, 2), 0)):
+
+        def function(p, x, order=order, axis=axis):
+            return tf.reduce_sum(tf.tanh(tf.matmul(tf.transpose(x, order), p["w"])), axis=axis)
+
+        rows = jacobian_rows(function, parameters, x)
+        close(mgs.kernel(model_of(function, parameters), x), np.einsum("acp,bcp->ab", rows, rows))
 
 
 def test_grouped_convolution():  # whose gradient TensorFlow lacks on a CPU: against one convolution for each group
