@@ -39,7 +39,7 @@ def refused(proto, message, kind=mgs.ArgumentError, run=None):
         load_and_run()
 
 
-def test_damaged_files(tmp_path):
+def test_damaged_files(tmp_path, monkeypatch):
     refused(tmp_path / "none.onnx", "`model` must be a file that exists")
     refused(3, "`model` must be a path or an onnx.ModelProto; got int")
     path = tmp_path / "damaged.onnx"
@@ -51,6 +51,13 @@ def test_damaged_files(tmp_path):
     with pytest.raises(mgs.MgsError):
         mgs.onnx.load(path)
     refused("a\0b", "`model` must be a file that")
+    path.write_bytes(model([MATMUL]).SerializeToString())
+    monkeypatch.setattr("mgs_core.onnx.files._LIMIT", 10)
+    refused(path, "is larger than protobuf allows. Save the weights as external data")
+    monkeypatch.undo()
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: (_ for _ in ()).throw(PermissionError("locked")))
+    refused(path, r"`model` must be a file that can be read; got .* \(locked\). Check its permissions")
+    monkeypatch.undo()
     path.write_bytes(model([MATMUL]).SerializeToString().replace(b"multiply", b"mult\xffply"))
     refused(path, "has a name that is no text: b'mult")
 
@@ -116,6 +123,9 @@ def test_attributes_and_counts():
     sparse = node("Constant", [], ["c"], "sparse")
     sparse.attribute.extend([onnx.AttributeProto(name="sparse_value", type=11)])
     refused(model([sparse, MATMUL]), "'sparse_value' of node 'sparse' .* is a sparse tensor", mgs.UnsupportedModelError)
+    text = node("Constant", [], ["c"], "text", value_string="a")
+    refused(model([text, node("Add", ["x", "c"], ["h"]), node("MatMul", ["h", "w"], ["y"])]), "node 'text' .* is a string",
+            mgs.UnsupportedModelError)  # fmt: skip
     several = node("Constant", [], ["c"], "several", value_int=1, value_float=1.0)
     refused(model([several, node("Add", ["x", "c"], ["h"]), node("MatMul", ["h", "w"], ["y"])]), "has 2 values; 1 is needed")
 
@@ -241,6 +251,11 @@ def test_functions(monkeypatch):
     refused(local("Lost", function("Lost", [node("Mul", ["a", "z"], ["b"])])), "which nothing in function 'Lost' gives")
     refused(local("Empty", function("Empty", [])), "has no value for output 'b' of its function")
     refused(local("Square", square, inputs=("h", "h")), "has more inputs or outputs than its function")
+    chain = [function("D0", [node("Relu", ["a"], ["b"])])]
+    for level in range(1, 20):
+        chain.append(function(f"D{level}", [helper.make_node(f"D{level - 1}", ["a"], ["b"], domain="local")]))
+        chain[-1].opset_import.extend([helper.make_opsetid("local", 1)])
+    refused(local("D19", *chain), "is nested more than 16 deep")
     # each calls the one before twice: 2^40 nodes
     bombs = [function("F0", [node("Relu", ["a"], ["b"])])]
     monkeypatch.setattr("mgs_core.onnx.parsing.MAX_NODES", 2000)
