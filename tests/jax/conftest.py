@@ -235,11 +235,12 @@ def views():
 
     def function(p, x):
         h = jnp.tanh(x @ p["w"].T) @ p["w"] + (p["w"] @ x.T)[:4].T @ p["packed"][:, 1:5]
+        h = h + jnp.sum(jnp.sin(p["w"] @ jnp.stack([x, x**2], -1)), (1, 2))[:, None]  # on the left, at two positions
         a, b = jnp.split(p["packed"].reshape(4, 8), 2, axis=1)
         h = jnp.sin(h @ a) * (h @ b) + h @ a[::-1]
         h = h + jnp.einsum("nij,kji->nk", h.reshape(-1, 2, 2), p["cube"])
         h = h + jnp.einsum("ngi,gio->ngo", h.reshape(-1, 2, 2), p["experts"]).reshape(-1, 4)
-        return h @ p["cube"][:, 0, :] + jnp.where(h > 0, p["slope"], 0.0)[:, :2]
+        return h @ p["cube"][:, 0, :] + jnp.where(h > 0, p["slope"], 0.0)[:, :2] + jnp.mean(jnp.sin(p["w"]))
 
     p = {"w": draw(6, 4), "packed": draw(4, 8), "cube": draw(4, 2, 2), "experts": draw(2, 2, 2)}
     return function, {**p, "slope": draw(4)}, draw(5, 4)

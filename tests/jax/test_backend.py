@@ -110,6 +110,12 @@ def test_outputs_may_be_any_tree_that_the_transform_picks_from():
         mgs.kernel(model, jnp.eye(3), output="sum")
 
 
+def test_rows_beyond_the_end_of_a_table_have_no_gradient():
+    table, at = jnp.ones((50, 2)), jnp.asarray([3, 60, 60, 3])
+    model = mgs.FunctionalModel(lambda p, x: p.at[x].get(mode="fill", fill_value=0.0), table)
+    close(mgs.kernel(model, at), 2.0 * np.outer(at < 50, at < 50))
+
+
 def test_outputs_may_be_parameters_themselves():
     model = mgs.FunctionalModel(lambda p, x: jnp.broadcast_to(p, (len(x), 2)), jnp.ones(2))
     close(mgs.kernel(model, jnp.eye(3)), np.full((3, 3), 2.0))
