@@ -18,6 +18,7 @@ from rich.table import Table
 
 import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError
+from mgs_core.experiments.audit import usual_epochs
 from mgs_core.experiments.compare import best_model, load_records, load_settings
 from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
@@ -148,7 +149,8 @@ def audit(
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=epochs or 8)
+        epochs = usual_epochs(len(labels)) if epochs is None else epochs
+        task = bar.add_task("", total=epochs)
         found = mgs.audit(
             images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from mgs_core._errors import ArgumentError
 from mgs_core._protocol import HeadFunction
+from mgs_core._tree import check_parameters
 from mgs_core._types import Array, Tree
 from mgs_core.functional import FunctionalModel
 
@@ -82,12 +83,9 @@ def named(parameters: Tree) -> dict[str, Array]:
     leaves = {}
     for path, value in jax.tree_util.tree_flatten_with_path(parameters)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "parameter"
-        dtype = getattr(value, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            kind = type(value).__name__ if dtype is None else f"dtype {dtype}"
-            raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
-        leaves[name] = jnp.asarray(value)
-    return leaves
+        leaves[name] = value
+    check_parameters(leaves, lambda dtype: bool(jnp.issubdtype(dtype, jnp.floating)))
+    return {name: jnp.asarray(value) for name, value in leaves.items()}
 
 
 def leaves_of(batch: Any) -> list[Array]:

@@ -114,7 +114,7 @@ def audit(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
     if epochs is None:
-        epochs = max(8, -(-_LEAST_STEPS // max(1, len(given) // batch_size)))
+        epochs = usual_epochs(len(given), batch_size)
     classes = int(given.max()) + 1
     if not isinstance(model, FunctionalModel):
         proto = build(model, x.shape[1:], classes, seed=seed).plain if model in ("mlp", "cnn") else model
@@ -134,6 +134,11 @@ def audit(
         for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
     return Audit(given=given, agreement=found.agreement, **fields)
+
+
+def usual_epochs(samples: int, batch_size: int = 64) -> int:
+    """Return the epochs of an audit that is not told how many: 8, or as many as make 60 steps."""
+    return max(8, -(-_LEAST_STEPS // max(1, samples // batch_size)))
 
 
 class _Training:

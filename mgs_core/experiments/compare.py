@@ -36,8 +36,8 @@ def compare(
 
     `folder/records.jsonl` grows by one line for each epoch and each finished run; `folder/settings.json` holds the settings.
     Called again with the same settings, runs that are finished are not run again. With `settings.tuning` each recipe's strength
-    is first chosen by noisy validation, and each trial leaves a line too. Where the
-    model is a file, `folder/models/` gets one trained model for each recipe, from seed 0.
+    is first chosen by noisy validation, and each trial leaves a line too. Where the model is a file, `folder/models/` gets one
+    trained model for each recipe, from seed 0.
 
     Args:
         settings: what all runs share.

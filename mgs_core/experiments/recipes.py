@@ -79,6 +79,11 @@ class Recipe:
         return replace(self, **changed)
 
 
+_TARGET = Recipe(
+    "mgs-target", penalty=Penalty("trace", strength=1e-2), output="target", tuned="strength", tried=(1e-2, 1e-3, 1e-4, 0.1)
+)
+_JACOBIAN = Recipe("jacobian-penalty", jacobian_penalty=0.1, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01))
+
 #: The strengths of the first eleven are those of five tried, three of mixup, that predict held-out NOISY labels of the digits
 #: best (40 % noise, two seeds that the default comparison does not use); no clean label was looked at.
 RECIPES: dict[str, Recipe] = {
@@ -99,22 +104,12 @@ RECIPES: dict[str, Recipe] = {
         Recipe("mgs-agreement", agreement=True),
         Recipe("mgs-relabel", relabel=True),
         Recipe("mgs-select", select=True),
-        Recipe(
-            "mgs-select-target", select=True, penalty=Penalty("trace", strength=1e-2), output="target", tuned="strength",
-            tried=(1e-2, 1e-3, 1e-4, 0.1),
-        ),
-        Recipe(
-            "mgs-target", penalty=Penalty("trace", strength=1e-2), output="target", tuned="strength",
-            tried=(1e-2, 1e-3, 1e-4, 0.1),
-        ),
+        replace(_TARGET, name="mgs-select-target", select=True),
+        _TARGET,
         Recipe("mgs-cosine", penalty=Penalty("cosine", strength=1.0), tuned="strength", tried=(1.0, 0.1, 10.0, 0.01)),
-        Recipe("jacobian-penalty", jacobian_penalty=0.1, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01)),
-        Recipe(
-            "mgs-select-jacobian", select=True, jacobian_penalty=1.0, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01)
-        ),
-        Recipe(
-            "mgs-relabel-jacobian", relabel=True, jacobian_penalty=1.0, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01)
-        ),
+        _JACOBIAN,
+        replace(_JACOBIAN, name="mgs-select-jacobian", select=True, jacobian_penalty=1.0),
+        replace(_JACOBIAN, name="mgs-relabel-jacobian", relabel=True, jacobian_penalty=1.0),
         Recipe("spectral-norm", spectral_penalty=0.03, tuned="spectral_penalty", tried=(0.03, 0.3, 3.0, 0.003)),
         Recipe("sam", sharpness=0.3, tuned="sharpness", tried=(0.3, 0.1, 0.03, 1.0)),
         Recipe("generalised-cross-entropy", truncation=0.7, tuned="truncation", tried=(0.7, 0.5, 0.3, 0.9)),

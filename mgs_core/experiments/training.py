@@ -121,12 +121,12 @@ class Run:
         size = min(settings.batch_size, len(y))
         steps = len(y) // size
         order = self._order.permutation(len(y))
+        more = (self._backend.asarray(self._learnt(number, size)),) if self._recipe.forgotten else ()
         losses, begun = [], time.perf_counter()
         for step in range(steps):
             batch = order[step * size : (step + 1) * size]
             inputs, targets = self._batch(x[batch], y[batch])
             now = schedule((number - 1) * steps + step, settings.epochs * steps, settings.learning_rate)
-            more = (self._backend.asarray(self._learnt(number, size)),) if self._recipe.forgotten else ()
             loss, self._parameters, self._moments = self._step(
                 self._parameters, self._moments, inputs, targets, self._backend.asarray(now), *more
             )

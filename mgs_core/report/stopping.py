@@ -51,7 +51,7 @@ def stopping(comparison: Comparison) -> list[Stopping]:
 
 
 def stopping_table(found: list[Stopping], comparison: Comparison) -> Table | None:
-    """Return the table for the page, with the oracle first and early stopping on noisy validation data last, or None."""
+    """Return the table for the page, with early stopping on noisy validation data last, or None where no metric has a rule."""
     if len(found) < 2:  # the last epoch alone
         return None
     rows = [

@@ -127,8 +127,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _name(each: Correlation) -> str:
-    title = each.metric.title
-    return f"the {title.removeprefix('… its ')}" if title.startswith("…") else f"the {title[0].lower()}{title[1:]}"
+    name = each.metric.name
+    return f"the {name[0].lower()}{name[1:]}"
 
 
 def _listed(names: Sequence[str]) -> str:
