@@ -208,7 +208,7 @@ class _Display:
     def _take(self, record: dict[str, Any]) -> None:
         name = record["regularizer"]
         if record["event"] == "tuning":
-            tried = f"strength {record['strength']:g}: {record['validation_accuracy']:.3f} of the noisy validation labels"
+            tried = f"strength {record['strength']:g}: {record['validation_accuracy']:.1%} of the noisy validation labels"
             if console.is_terminal:
                 self._bars.update(self._tasks[name], state=tried)
             else:
@@ -217,13 +217,13 @@ class _Display:
         if record["event"] == "run":
             if not console.is_terminal:
                 console.print(
-                    f"{name}, seed {record['seed']}: test {record['last_test_accuracy']:.3f}, {record['seconds']:.1f} s"
+                    f"{name}, seed {record['seed']}: test {record['last_test_accuracy']:.1%}, {record['seconds']:.1f} s"
                 )
             return
         self._bars.start_task(self._tasks[name])
-        state = f"test {record['test_accuracy']:.3f}  trace {record['mgs_trace']:.3g}"
+        state = f"test {record['test_accuracy']:6.1%}  trace {record['mgs_trace']:.3g}"
         if record["memorisation"] is not None:
-            state = f"memorised {record['memorisation']:.3f}  {state}"
+            state = f"memorised {record['memorisation']:6.1%}  {state}"
         self._bars.update(self._tasks[name], advance=1, state=state)
 
 
