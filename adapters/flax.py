@@ -299,7 +299,7 @@ def _count(batch: Any) -> int:
 def _one_pass(model: FunctionalModel, batch: Any, parameters: Any, *, differentiable: bool) -> tuple[Any, list[Any]]:
     """Return the losses (n,) and the merged statistics of one forward and backward pass."""
     head = make_head("sum", "identity", None, 1, 0, None).function
-    losses, found = _backend.heads_and_statistics(model, batch, None, head, parameters, differentiable=differentiable)
+    losses, _, found = _backend.one_pass(model, batch, None, head, parameters, differentiable=differentiable)
     return losses[:, 0], merge(found)
 
 

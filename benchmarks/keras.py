@@ -121,9 +121,8 @@ def by_vmap(model: keras.Model, regularizer: MGSRegularizer) -> keras.Model:
     """Regularise with that kernel: the same `fit`, the kernel exchanged."""
     model = regularize(model, regularizer)
     kernel = vmap_kernel(model)
-    model._mgs._kernel = lambda x, y, y_pred, differentiable: kernel(
-        [keras.ops.convert_to_tensor(v) for v in model.trainable_variables], x, y
-    )
+    values: Any = mgs.get_backend(model).values
+    model._mgs._kernel = lambda x, y, y_pred, differentiable: kernel(values(model.trainable_variables), x, y)
     model._mgs._checked = True
     return model
 

@@ -23,7 +23,7 @@ from mgs_core._types import Array, Namespace
 #: Elements that one intermediate may have (128 MiB in float32).
 MEMORY_BUDGET = 1 << 25
 #: Operations that moving one element through memory is worth (measured on CPU: 26 of 28 choices right).
-_ELEMENT_COST = 30
+ELEMENT_COST = 30
 
 
 def contract(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics], *, full: bool = False) -> Array:
@@ -202,9 +202,9 @@ def _operations(left: Outer | Lookup, right: Outer | Lookup) -> tuple[int, int]:
     k, s, t, o = left.gradients.shape[1], left.gradients.shape[-2], right.gradients.shape[-2], left.gradients.shape[-1]
     groups, i = (left.inputs.shape[1], left.inputs.shape[3]) if isinstance(left, Outer) else (1, left.size)
     inputs = i if isinstance(left, Outer) else 0
-    pairwise = groups * n * m * s * t * (inputs + k * o + 2 * _ELEMENT_COST)
+    pairwise = groups * n * m * s * t * (inputs + k * o + 2 * ELEMENT_COST)
     size = groups * i * o * k
-    rows = size * (n * s + m * t + n * m) + _ELEMENT_COST * (n + m) * size
+    rows = size * (n * s + m * t + n * m) + ELEMENT_COST * (n + m) * size
     return int(pairwise), int(rows)
 
 

@@ -60,7 +60,7 @@ def compiled_loss(model: Any, spec: Any) -> Callable[[Any, Any], Any]:
         )
 
     def loss(outputs: Any, targets: Any) -> Any:
-        predicted = outputs if spec is None else _like(spec, outputs)
+        predicted = outputs if spec is None else like(spec, outputs)
         if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
             targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
         total = 0.0
@@ -80,11 +80,20 @@ def _each(values: Any) -> Any:
     return keras.ops.mean(values, axis=tuple(range(1, len(values.shape)))) if len(values.shape) > 1 else values
 
 
-def _like(spec: Any, outputs: Any) -> Any:
-    """Undo the flattening of a model's outputs to (n, c)."""
+def like(spec: Any, outputs: Any) -> Any:
+    """Undo the flattening of a model's outputs to (n, c).
+
+    Args:
+        spec: outputs of the model, whatever their values.
+        outputs: (n, c).
+
+    Returns:
+        The outputs in the structure, shapes and dtypes of `spec`.
+    """
     parts, start = [], 0
     for leaf in keras.tree.flatten(spec):
         width = prod(leaf.shape[1:])
-        parts.append(keras.ops.reshape(outputs[:, start : start + width], (outputs.shape[0], *leaf.shape[1:])))
+        part = keras.ops.reshape(outputs[:, start : start + width], (outputs.shape[0], *leaf.shape[1:]))
+        parts.append(keras.ops.cast(part, leaf.dtype))
         start += width
     return keras.tree.pack_sequence_as(spec, parts)

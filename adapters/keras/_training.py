@@ -14,9 +14,11 @@ from typing import Any
 from keras.src.models.functional import Functional  # the class of `keras.Model(inputs, outputs)` has no public name
 
 import mgs_core as mgs
+from mgs_core.heads import make_head
+from mgs_core.statistics import contract, merge
 
 from ._keras import keras
-from ._losses import compiled_loss
+from ._losses import compiled_loss, like
 from ._regularizer import MGSRegularizer
 
 NAME = "mgs_penalty"
@@ -60,11 +62,9 @@ class _Outputs:
     """Be a model whose outputs are there already.
 
     Attributes:
-        usable: whether these outputs are those of inference.
         outputs: of the batch at hand, (n, c).
     """
 
-    usable: bool
     outputs: Any = None
 
     def __call__(self, parameters: Any, inputs: Any) -> Any:
@@ -95,7 +95,8 @@ class Training:
         self._in_training = True
         self._checked = False
         self._function: Any = None
-        self._outputs: _Outputs | None = None
+        self._outputs = _Outputs()  # one object, for what the backend finds out about a model is kept with it
+        self._indifferent: bool | None = None
 
     def set_strength(self, strength: float) -> None:
         """Change the strength, also between the batches of a running `fit`.
@@ -127,10 +128,13 @@ class Training:
                 original(x, y, y_pred, sample_weight)  # builds them; the value is not needed
             weights = keras.ops.stop_gradient(mgs.agreement_weights(self._kernel(x, y, y_pred, differentiable=False)))
             sample_weight = _weighted(sample_weight, weights)
+        matrix = None
+        if keras.backend.backend() == "jax" and self.regularizer.every == 1 and self._one_pass_serves(y_pred):
+            matrix, y_pred = self._kernel_and_outputs(x, y, y_pred)
         loss = original(x, y, y_pred, sample_weight)
         if self.regularizer.penalty is None:
             return loss
-        return loss + keras.ops.cast(self._penalty(x, y, y_pred), loss.dtype) / self._replicas()
+        return loss + keras.ops.cast(self._penalty(x, y, y_pred, matrix), loss.dtype) / self._replicas()
 
     def results(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the metrics' results, those of validation without the penalty.
@@ -156,7 +160,7 @@ class Training:
         model, backend = self._model, keras.backend.backend()
         if model.train_function is not None and not force:
             return
-        self._checked, self._function, self._outputs = False, None, None
+        self._checked, self._function, self._indifferent = False, None, None
         if backend == "torch" and model.jit_compile:
             raise mgs.UnsupportedModelError(
                 "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
@@ -180,12 +184,13 @@ class Training:
 
             model.train_function = checked
 
-    def _penalty(self, x: Any, y: Any, y_pred: Any) -> Any:
+    def _penalty(self, x: Any, y: Any, y_pred: Any, matrix: Any = None) -> Any:
         regularizer, ops = self.regularizer, keras.ops
         strength = self.tracker.strength.value
 
         def value() -> Any:
-            return ops.cast(regularizer(self._kernel(x, y, y_pred, differentiable=True)), keras.config.floatx())
+            kernel = self._kernel(x, y, y_pred, differentiable=True) if matrix is None else matrix
+            return ops.cast(regularizer(kernel), keras.config.floatx())
 
         if regularizer.every == 1:
             penalty = strength * value()
@@ -219,21 +224,33 @@ class Training:
         functional: mgs.FunctionalModel = backend.current(self._function)
         return functional
 
-    def _made(self, y_pred: Any) -> mgs.FunctionalModel | None:
-        """Return a model that has been evaluated already, where the outputs of training are those of inference.
+    def _one_pass_serves(self, y_pred: Any) -> bool:
+        """Say whether the pass that trains is also that of the kernel: of all samples, and with no layer that minds training."""
+        limit, leaves = self.regularizer.max_samples, keras.tree.flatten(y_pred)
+        if self.regularizer.penalty is None or (limit is not None and limit < len(leaves[0])):
+            return False
+        if self._indifferent is None:
+            self._indifferent = not any(map(_minds_training, self._model._flatten_layers()))
+        return self._indifferent and all(keras.src.backend.get_keras_mask(leaf) is None for leaf in leaves)
 
-        PyTorch keeps the graph of the outputs, which saves the second pass; the other frameworks do not.
-        """
-        limit = self.regularizer.max_samples
-        if keras.backend.backend() != "torch" or (limit is not None and limit < len(keras.tree.flatten(y_pred)[0])):
-            return None
-        if self._outputs is None:
-            self._outputs = _Outputs(not any(map(_minds_training, self._model._flatten_layers())))
-        if not self._outputs.usable:
+    def _made(self, y_pred: Any) -> mgs.FunctionalModel | None:
+        """Return a model that has been evaluated already. PyTorch keeps the graph of the outputs, which saves the second pass."""
+        if keras.backend.backend() != "torch" or not self._one_pass_serves(y_pred):
             return None
         backend: Any = mgs.get_backend(self._model)
         self._outputs.outputs = backend.flat(y_pred)
         return mgs.FunctionalModel(self._outputs, self._functional().parameters)
+
+    def _kernel_and_outputs(self, x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
+        """Return the kernel and the outputs of one pass; of the outputs that are there already, JAX has no graph."""
+        regularizer, backend = self.regularizer, mgs.get_backend(self._model)
+        loss = compiled_loss(self._model, y_pred) if regularizer.output == "loss" else None
+        head = make_head(regularizer.output, regularizer.transform, loss, regularizer.probes, regularizer.seed, y)
+        _, outputs, found = backend.framework.one_pass(
+            self._functional(), x, y, head.function, None, differentiable=True, outputs=True
+        )
+        found = merge(found)
+        return head.factor * contract(found, found), like(y_pred, outputs)
 
     def _replicas(self) -> int:
         """Return over how many copies of the model Keras will add up the losses."""

@@ -49,13 +49,21 @@ class JaxBackend:
         self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
     ) -> list[LayerStatistics]:
         """Return the layer statistics, as `Backend.statistics` says."""
-        _, statistics = self.heads_and_statistics(model, inputs, targets, head, parameters, differentiable=differentiable)
+        _, _, statistics = self.one_pass(model, inputs, targets, head, parameters, differentiable=differentiable)
         return statistics
 
-    def heads_and_statistics(
-        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
-    ) -> tuple[Array, list[LayerStatistics]]:
-        """Return the heads (n, k) of the same pass too."""
+    def one_pass(
+        self,
+        model: Any,
+        inputs: Any,
+        targets: Any,
+        head: HeadFunction,
+        parameters: ParameterChoice,
+        *,
+        differentiable: bool,
+        outputs: bool = False,
+    ) -> tuple[Array, Any, list[LayerStatistics]]:
+        """Return the heads (n, k), the model's outputs if they are asked for, and the layer statistics of the same pass."""
         model = functional(model)
         leaves = named(model.parameters)
         chosen = select(leaves, parameters)
@@ -63,22 +71,24 @@ class JaxBackend:
         samples, layout = leaves_of((inputs, targets)), jax.tree.structure((inputs, targets))
         n = samples[0].shape[0]
 
-        def batch(leaves: list[Array], samples: list[Array]) -> Array:
+        def batch(leaves: list[Array], samples: list[Array]) -> list[Any]:
             inputs, targets = jax.tree.unflatten(layout, samples)
-            return scalars(model.function(jax.tree.unflatten(tree, leaves), inputs), head, targets, samples[0].shape[0])
+            found = model.function(jax.tree.unflatten(tree, leaves), inputs)
+            return [scalars(found, head, targets, samples[0].shape[0]), *([found] if outputs else [])]
 
-        def one(leaves: list[Array], sample: list[Array]) -> Array:
-            return batch(leaves, [leaf[None] for leaf in sample])[0]
+        def one(leaves: list[Array], sample: list[Array]) -> list[Any]:
+            found: list[Any] = jax.tree.map(lambda leaf: leaf[0], batch(leaves, [leaf[None] for leaf in sample]))
+            return found
 
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
         slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
-        jaxpr = jax.make_jaxpr(one)(shapes, slices)
+        jaxpr, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
         program = program_for(jaxpr, list(leaves), chosen)
         if n > 1:
             refuse_interaction(program.key, batch, jaxpr, list(leaves.values()), samples)
         given = (leaves, samples, jaxpr.consts)
         try:
-            heads, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))
+            values, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))
         except ValueError as error:
             if "Reverse-mode differentiation" not in str(error):
                 raise
@@ -86,8 +96,9 @@ class JaxBackend:
                 "`model` must be differentiable in reverse mode; got a while loop between a parameter and the outputs. "
                 "Use jax.lax.scan, or jax.lax.fori_loop with a fixed number of steps."
             ) from error
-        statistics = program.statistics(found)
-        return heads, statistics or [Rows(chosen[0], jnp.zeros((*heads.shape, 1), leaves[chosen[0]].dtype))]
+        heads, *rest = jax.tree.unflatten(jax.tree.structure(returned), values)
+        statistics = program.statistics(found) or [Rows(chosen[0], jnp.zeros((*heads.shape, 1), leaves[chosen[0]].dtype))]
+        return heads, rest[0] if outputs else None, statistics
 
     def pure(self, function: Callable[[Any, Any], Any], parameters: Any) -> FunctionalModel:
         """Return the functional model of `function(parameters, inputs)`, whose parameters may be an nnx module."""

@@ -30,14 +30,14 @@ _verdicts: OrderedDict[Hashable, bool] = OrderedDict()
 
 
 def refuse_interaction(
-    key: Hashable, whole: Callable[..., Array], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]
+    key: Hashable, whole: Callable[..., list[Any]], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]
 ) -> None:
     """Compare the scalars of a few samples with those of each alone, unless the verdict on their program is known.
 
     Args:
         key: of the program; the verdict holds whichever of its parameters are chosen.
-        whole: `(parameters, samples) → (m, k)`, of m samples.
-        single: the jaxpr of one sample: parameters and the leaves of a sample to (k,).
+        whole: `(parameters, samples) → [(m, k), …]`, of m samples; the first is compared.
+        single: the jaxpr of one sample: parameters and the leaves of a sample to (k,) and the rest.
         parameters: values or traced arrays.
         samples: leaves of the batch, at least two samples.
 
@@ -54,7 +54,7 @@ def refuse_interaction(
         )
 
 
-def _interact(whole: Callable[..., Array], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]) -> bool:
+def _interact(whole: Callable[..., list[Any]], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]) -> bool:
     n = samples[0].shape[0]
     places = np.linspace(0, n - 1, min(n, _FEW)).astype(int)
     shapes = [jax.ShapeDtypeStruct((len(places), *value.shape[1:]), value.dtype) for value in samples]
@@ -72,7 +72,7 @@ def _interact(whole: Callable[..., Array], single: ClosedJaxpr, parameters: Sequ
         def compare(theta: list[Array], data: list[Array], constants: list[list[Array]]) -> tuple[Array, Array]:
             one = jaxpr_as_fun(ClosedJaxpr(_open(single), ()))
             alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)
-            (together,) = jaxpr_as_fun(ClosedJaxpr(_open(batch), ()))(*constants[1], *theta, *data)
+            together, *_ = jaxpr_as_fun(ClosedJaxpr(_open(batch), ()))(*constants[1], *theta, *data)
             return alone, together
 
         compared = jax.jit(compare, compiler_options=_QUICKLY)(theta, data, constants)

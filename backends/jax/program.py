@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr
 
 from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array
+from mgs_core.statistics import ELEMENT_COST
 
 from .execute import Parameterised, execute
 from .fingerprint import fingerprint
@@ -33,7 +34,8 @@ class Program:
     Attributes:
         plan: the plan.
         names: of all parameters, in the order of the jaxpr's inputs.
-        run: `(parameters, samples, constants) → (heads (n, k), gradients and inputs of the sites, rows of ε by name)`.
+        run: `(parameters, samples, constants) → ([heads (n, k), outputs …], found)`, where `found` is gradients and inputs of the
+            sites, and rows of ε by name.
         shapes: shape and dtype of each parameter.
         key: fingerprint of the jaxpr.
     """
@@ -70,18 +72,26 @@ class Program:
             return [Lookup(**common, view=view.keys, restore=view.restore(like), indices=inputs[0], size=rule.size)]
         if rule.pieces == 1:
             return [Outer(**common, view=view.keys, restore=view.restore(like), inputs=inputs[0])]
+        if separate and self._used_once(view.parameter) and _prefers_pairs(gradients, inputs):
+            stacked = view.then("stacked", _stacked)
+            whole = jnp.concatenate(inputs, axis=-1)
+            return [Outer(**common, view=stacked.keys, restore=stacked.restore(like), inputs=whole)]
         pieces = [view.then(("piece", place), partial(_piece, place=place)) for place in range(rule.pieces)]
         return [
             Outer(**common, view=piece.keys, restore=piece.restore(like), inputs=x, part=place if separate else None)
             for place, (piece, x) in enumerate(zip(pieces, inputs, strict=True))
         ]
 
+    def _used_once(self, parameter: str) -> bool:
+        return sum(site.rule.weight.parameter == parameter for site in self.plan.sites) == 1
+
 
 def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str]) -> Program:
     """Return the program of a traced sample.
 
     Args:
-        jaxpr: from the parameters and the leaves of one sample to its heads (k,); its constants are given when it runs.
+        jaxpr: from the parameters and the leaves of one sample to its heads (k,) and whatever is to come out besides; its constants
+            are given when it runs.
         names: of the parameters, the first inputs of the jaxpr.
         chosen: those that belong to the kernel.
 
@@ -114,21 +124,21 @@ def _make(closed: ClosedJaxpr, key: Hashable, names: tuple[str, ...], chosen: fr
     heads = jaxpr.outvars[0].aval
 
     def one(parameters: dict[str, Array], sample: list[Array], constants: list[Array]) -> Any:
-        def head(taps: list[Array], epsilon: dict[str, Array]) -> tuple[Array, list[Array]]:
+        def head(taps: list[Array], epsilon: dict[str, Array]) -> tuple[Array, Any]:
             values = [Parameterised(partial(_rooted, value=parameters[n], epsilon=epsilon.get(n))) for n in names]
             given = [v if n in chosen else parameters[n] for n, v in zip(names, values, strict=True)]
-            (outputs,), records = execute(plan, [*constants, *given, *sample], taps)
-            return outputs, records
+            (outputs, *others), records = execute(plan, [*constants, *given, *sample], taps)
+            return outputs, (others, records)
 
         taps = [jnp.zeros((*(length for length, _ in site.loops), *site.tap.shape), site.tap.dtype) for site in plan.sites]
         epsilon = {name: jnp.zeros_like(parameters[name]) for name in names if name in plan.rooted}
-        outputs, pull, records = jax.vjp(head, taps, epsilon, has_aux=True)
+        outputs, pull, (others, records) = jax.vjp(head, taps, epsilon, has_aux=True)
         if heads.shape[0] == 1:
             gradients, rows = jax.tree.map(lambda leaf: leaf[None], pull(jnp.ones_like(outputs)))
         else:
             gradients, rows = jax.vmap(pull)(jnp.eye(heads.shape[0], dtype=heads.dtype))
         sites = [_arranged(site, d, x) for site, d, x in zip(plan.sites, gradients, records, strict=True)]
-        return outputs, (sites, {name: jnp.reshape(row, (heads.shape[0], -1)) for name, row in rows.items()})
+        return [outputs, *others], (sites, {name: jnp.reshape(row, (heads.shape[0], -1)) for name, row in rows.items()})
 
     return Program(plan, names, jax.jit(jax.vmap(one, in_axes=(None, 0, None))), shapes, key)
 
@@ -139,6 +149,17 @@ def _rooted(rooted: bool, *, value: Array, epsilon: Array | None) -> Array:
 
 def _piece(weight: Array, *, place: int) -> Array:
     return weight[place]
+
+
+def _prefers_pairs(gradients: Array, inputs: list[Array]) -> bool:
+    """Say whether pairs of positions, whose gradients' products serve all pieces, cost less than rows; the same for every n."""
+    (k, _, s, o), i = gradients.shape[1:], sum(x.shape[-1] for x in inputs)
+    return bool(s * s * (i + k * o + 2 * ELEMENT_COST) <= i * o * k)
+
+
+def _stacked(weight: Array) -> Array:
+    pieces, g, i, o = weight.shape
+    return jnp.reshape(jnp.swapaxes(weight, 0, 1), (g, pieces * i, o))
 
 
 def _arranged(site: Site, gradients: Array, record: Array) -> tuple[Array, list[Array]]:

@@ -16,7 +16,7 @@ from mgs_core._errors import ArgumentError
 from mgs_core._layout import Layout
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
-from mgs_core._tree import flatten, select, unflatten
+from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
@@ -46,11 +46,7 @@ class TensorFlowBackend:
     def parameters(self, model: Any) -> dict[str, Array]:
         """Return the parameters by name."""
         leaves: dict[str, Array] = flatten(_functional(model).parameters)
-        for name, value in leaves.items():
-            dtype: Any = getattr(value, "dtype", None)
-            if not isinstance(value, (tf.Tensor, tf.Variable)) or not dtype.is_floating:
-                kind = type(value).__name__ if not isinstance(dtype, tf.DType) else f"dtype {dtype.name}"
-                raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
+        check_parameters(leaves, lambda dtype: isinstance(dtype, (tf.DType, np.dtype)) and tf.as_dtype(dtype).is_floating)
         return leaves
 
     def statistics(
