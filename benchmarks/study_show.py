@@ -1,8 +1,8 @@
 """The study at a glance, from `results/study.jsonl` alone: tables in Markdown, and a picture of what each recipe gains.
 
-Run with `python -P benchmarks/study_show.py [--figure FILE.png]`. A figure is percent of clean test samples classified right after the
-last epoch, mean ± standard error over the seeds; the best of a cell is bold. A rank is that of a recipe's mean among the recipes of
-its cell, 1 the best, averaged over the cells of a kind.
+Run with `python -P benchmarks/study_show.py [--figure FILE.png]`. A figure is percent of clean test samples classified right
+after the last epoch, mean ± standard error over the seeds; the best of a cell is bold. A rank is that of a recipe's mean among
+the recipes of its cell, 1 the best, averaged over the cells of a kind.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def ranks(figures: Figures) -> str:
     heads = [f"{name} ({len(found[name])} cells)" for name in kinds]
     lines = [f"| recipe | all {len(figures)} cells | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 2) + "|"]
     for at in np.argsort(total):
-        lines.append(f"| `{recipes[at]}` | {total[at]:.1f} | " + " | ".join(f"{means[name][at]:.1f}" for name in kinds) + " |")
+        figures_of = [f"{values[at]:.1f}" for values in (total, *(means[name] for name in kinds))]
+        lines.append(f"| `{recipes[at]}` | " + " | ".join(figures_of) + " |")
     return "\n".join(lines)
 
 

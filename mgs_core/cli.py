@@ -25,7 +25,7 @@ from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
 from mgs_core.experiments.recipes import DEFAULT, RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.heads import Output
-from mgs_core.report import table, write_audit, write_report
+from mgs_core.report import headline, table, write_audit, write_report
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?"
@@ -155,8 +155,7 @@ def audit(
             images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
         )
     page = write_audit(found, images, out, shown=shown)
-    title = f"{int(found.contradicted.sum())} of {len(labels)} labels are surely contradicted; the ten most suspicious"
-    listed = Table("sample", "given", "suggested", "score", title=title, box=box.SIMPLE_HEAD)
+    listed = Table("sample", "given", "suggested", "score", title=f"{headline(found)}; the most suspicious", box=box.SIMPLE_HEAD)
     for a in found.order[:10]:
         listed.add_row(str(a), str(found.given[a]), str(found.suggested[a]), f"{found.scores[a]:+.2f}")
     console.print(listed)

@@ -97,7 +97,7 @@ def test_audit_lists_and_writes(mgs_command, tmp_path):
     assert {path.name for path in (tmp_path / "audit").iterdir()} == {"audit.html", "suspects.csv", "weights.npy"}
     x, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
     np.savez(tmp_path / "data.npz", x_train=x, y_train=y)
-    assert "of 30 labels" in mgs_command("audit", tmp_path / "data.npz", "--epochs", "1", "--out", tmp_path / "other")
+    assert "of 30 samples better" in mgs_command("audit", tmp_path / "data.npz", "--epochs", "1", "--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize(

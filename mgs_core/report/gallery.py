@@ -55,10 +55,9 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
         )
     weights = io.BytesIO()
     np.save(weights, audit.weights)
-    contradicted = int(np.sum(audit.contradicted))
     page = render(
         "audit.html",
-        title=f"{contradicted} of {len(order)} labels are surely contradicted by the other samples",
+        title=headline(audit),
         facts=[f"{len(order)} samples", f"{len(called)} classes", f"the {min(shown, len(order))} most suspicious are shown"],
         suspects=[
             {
@@ -75,6 +74,28 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
     )
     files = {"weights.npy": weights.getvalue(), "suspects.csv": table.getvalue().encode(), "audit.html": page.encode()}
     return write_files(folder, files) / "audit.html"
+
+
+def headline(audit: Any) -> str:
+    """Return in a sentence how many labels are contradicted and how many other labels fit better.
+
+    Args:
+        audit: what `mgs_core.audit` returned.
+
+    Returns:
+        The sentence, without its full stop.
+
+    Example:
+        >>> import numpy as np
+        >>> import mgs_core as mgs
+        >>> headline(mgs.suspicion(np.eye(4), np.array([0, 1, 0, 1])))
+        'Another label fits 0 of 4 samples better; 0 labels are surely contradicted'
+    """
+    better, sure = int(np.sum(audit.scores > 0)), int(np.sum(audit.contradicted))
+    return (
+        f"Another label fits {better} of {len(audit.scores)} samples better; "
+        f"{sure} label{' is' if sure == 1 else 's are'} surely contradicted"
+    )
 
 
 def _picture(sample: Array) -> str | None:

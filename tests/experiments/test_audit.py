@@ -79,7 +79,7 @@ def test_files_hold_every_sample(found, tmp_path):
     assert text.count("data:image/png;base64,") == 30
     assert "&lt;3&gt;" in text
     assert "<3>" not in text
-    assert f"{found.contradicted.sum()} of 600 labels" in text
+    assert f"fits {(found.scores > 0).sum()} of 600 samples better; {found.contradicted.sum()} labels are surely" in text
     assert "http" not in text
 
 
