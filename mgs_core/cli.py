@@ -155,7 +155,8 @@ def audit(
             images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
         )
     page = write_audit(found, images, out, shown=shown)
-    listed = Table("sample", "given", "suggested", "score", title=f"{headline(found)}; the most suspicious", box=box.SIMPLE_HEAD)
+    console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
+    listed = Table("sample", "given", "suggested", "score", box=box.SIMPLE_HEAD)
     for a in found.order[:10]:
         listed.add_row(str(a), str(found.given[a]), str(found.suggested[a]), f"{found.scores[a]:+.2f}")
     console.print(listed)
