@@ -130,11 +130,11 @@ class _Parser:
         return unique
 
     def _value(self, info: ValueInfoProto, name: str, where: str, *, lenient: bool = False) -> Value:
-        kind = info.type.WhichOneof("value")
-        if kind != "tensor_type":
-            if lenient or kind is None:
-                return Value(name, None, None)
-            raise unsupported(where, f"is a {kind.removesuffix('_type')}", "Only tensors can be inputs.")
+        kind = (info.type.WhichOneof("value") or "tensor_type").removesuffix("_type")
+        if kind != "tensor":
+            if lenient or kind in ("sequence", "optional"):
+                return Value(name, None, None, kind)
+            raise unsupported(where, f"is a {kind}", "Only tensors can be inputs.")
         tensor = info.type.tensor_type
         dtype = None
         if tensor.elem_type and not (lenient and tensor.elem_type == onnx.TensorProto.STRING):
