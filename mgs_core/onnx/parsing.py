@@ -18,6 +18,7 @@ from mgs_core.onnx.graph import Graph, Node, Value, in_order
 from mgs_core.onnx.operators.refused import REFUSED
 from mgs_core.onnx.operators.registry import NEWEST, find
 from mgs_core.onnx.tensors import dtype_of, to_array
+from mgs_core.onnx.types import check_types
 
 #: Nodes that a model may have once its functions are put in place.
 MAX_NODES = 200_000
@@ -39,7 +40,9 @@ def parse(model: ModelProto, folder: Path | None, precision: str | None = None) 
         ArgumentError: when the model breaks the rules of ONNX; names the node or tensor.
         UnsupportedModelError: when it uses a domain, version or type that is not evaluated.
     """
-    return _Parser(model, folder, precision).graph(model.graph, _Scope(_versions(model.opset_import)), "")
+    graph = _Parser(model, folder, precision).graph(model.graph, _Scope(_versions(model.opset_import)), "")
+    check_types(graph)
+    return graph
 
 
 @dataclass(frozen=True)

@@ -295,12 +295,12 @@ def to_host(backend: Backend, node: Node, name: str, value: Any) -> Any:
     Raises:
         UnsupportedModelError: when it is not known while the computation is traced.
     """
+    brain = "bfloat16" in str(value.dtype)  # not every framework hands it out as NumPy's
     try:
-        array = np.asarray(backend.to_numpy(value))
+        array = np.asarray(backend.to_numpy(backend.namespace.astype(value, backend.namespace.float32) if brain else value))
     except Exception as error:  # each framework has its own error for a value that is not known yet
         raise node.unsupported(
             f"takes {name!r}, which fixes a shape, from data that is not known while {backend.name} traces the model",
             "Export with static shapes, or use another backend.",
         ) from error
-    # PyTorch hands bfloat16 out as float32; what is computed from it on the host keeps its type
-    return array.astype(dtype_of(TensorProto.BFLOAT16, name)) if "bfloat16" in str(value.dtype) else array
+    return array.astype(dtype_of(TensorProto.BFLOAT16, name)) if brain else array
