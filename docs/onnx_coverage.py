@@ -84,10 +84,10 @@ TYPES = {
 BACKENDS = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
 #: Element types of inputs that a backend does not take.
 BACKEND_TYPES = {
-    "numpy": {TensorProto.BFLOAT16: "NumPy has no products of bfloat16, and its sums with numbers give float32"},
+    "numpy": {TensorProto.BFLOAT16: "bfloat16, which has no products there, and float32 sums with numbers"},
     "torch": dict.fromkeys(
         (TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64),
-        "PyTorch has hardly any arithmetic of unsigned integers of 16 and more bits",
+        "unsigned integers of 16 and more bits, which have hardly any arithmetic there",
     ),
 }
 
