@@ -25,7 +25,6 @@ from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
 from mgs_core.experiments.recipes import DEFAULT, RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.heads import Output
-from mgs_core.report import headline, table, write_audit, write_report
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?"
@@ -154,6 +153,8 @@ def audit(
         found = mgs.audit(
             images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
         )
+    from mgs_core.report import headline, write_audit  # needs Matplotlib and Jinja, which measuring a model does not
+
     page = write_audit(found, images, out, shown=shown)
     console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
     listed = Table("sample", "given", "suggested", "score", box=box.SIMPLE_HEAD)
@@ -232,6 +233,8 @@ def _show(folder: Path) -> None:
     if not records:
         raise ArgumentError(f"`run` must be a folder with records; {str(folder)!r} holds none. Run mgs compare first.")
     settings = load_settings(folder)
+    from mgs_core.report import table, write_report  # as in `audit`
+
     rows = table(records)
     shown = Table(
         title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn",

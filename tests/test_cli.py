@@ -84,6 +84,21 @@ def test_measure_is_the_kernel_of_the_model(mgs_command, linear, tmp_path):
     assert "effective_rank" in mgs_command("measure", linear, tmp_path / "data.npz", "--output", "sum", "--samples", "4")
 
 
+def test_measuring_needs_neither_a_framework_nor_the_packages_of_the_report(linear, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.eye(4, 3))
+    absent = ("matplotlib", "jinja2", "sklearn", "scipy", "torch", "jax", "tensorflow", "keras")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))  # None makes their import fail
+sys.argv = ["mgs", "measure", {str(linear)!r}, {str(tmp_path / "data.npz")!r}, "--json"]
+from mgs_core.cli import main
+main()
+"""
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["trace"] == pytest.approx(6.0)
+
+
 def test_check_and_backends_print_tables(mgs_command, linear):
     printed = mgs_command("check", linear)
     assert "outer" in printed

@@ -47,8 +47,10 @@ class TracedNamespace:
     mgs_einsum = staticmethod(anp.einsum)
 
     def __getattr__(self, name: str) -> Any:
-        """Return autograd's function of that name."""
-        return getattr(anp, name)
+        """Return autograd's function of that name, and keep it: a look-up costs as much as a small operation."""
+        function = getattr(anp, name)
+        setattr(self, name, function)
+        return function
 
     @staticmethod
     def isdtype(dtype: Any, kind: Any) -> bool:
@@ -96,6 +98,11 @@ class TracedNamespace:
     def full_like(array: Array, value: Any, dtype: Any = None) -> Array:
         """Return the array's shape filled with a value."""
         return np.full(array.shape, value, dtype=dtype or array.dtype)
+
+    @staticmethod
+    def stack(arrays: Sequence[Array], axis: int = 0) -> Array:
+        """Return the arrays along a new axis; autograd's own copies each of them first."""
+        return anp.concatenate([anp.expand_dims(array, axis) for array in arrays], axis)
 
     @staticmethod
     def take(array: Array, indices: Array, axis: int = 0) -> Array:

@@ -99,9 +99,9 @@ defvjp(relu, lambda ans, x: lambda g: g * (_plain(x) > 0))
 
 @primitive  # type: ignore[untyped-decorator]  # autograd has no types
 def sigmoid(x: Array) -> Array:
-    """Return 1/(1 + exp(−x)) without overflow."""
-    small = np.exp(-np.abs(x))
-    return np.where(x < 0, small, np.ones_like(small)) / (1 + small)
+    """Return 1/(1 + exp(−x)); 0 where exp(−x) overflows, for the value is below the least normal number there."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
 
 
 defvjp(sigmoid, lambda ans, x: lambda g: g * ans * (1 - ans))

@@ -82,6 +82,7 @@ class Recipe:
 _TARGET = Recipe(
     "mgs-target", penalty=Penalty("trace", strength=1e-2), output="target", tuned="strength", tried=(1e-2, 1e-3, 1e-4, 0.1)
 )
+_DECAY = Recipe("weight-decay", weight_decay=3.0, tuned="weight_decay", tried=(3.0, 10.0, 1.0, 30.0))
 _JACOBIAN = Recipe("jacobian-penalty", jacobian_penalty=0.1, tuned="jacobian_penalty", tried=(0.1, 1.0, 10.0, 0.01))
 
 #: The strengths of the first eleven are those of five tried, three of mixup, that predict held-out NOISY labels of the digits
@@ -90,7 +91,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("none"),
-        Recipe("weight-decay", weight_decay=3.0, tuned="weight_decay", tried=(3.0, 10.0, 1.0, 30.0)),
+        _DECAY,
         Recipe("dropout", dropout=0.5, tuned="dropout", tried=(0.5, 0.7, 0.3, 0.85)),
         Recipe("early-stopping", hold_out=0.2),
         Recipe("label-smoothing", label_smoothing=0.4, tuned="label_smoothing", tried=(0.4, 0.7, 0.2, 0.9)),
@@ -104,6 +105,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("mgs-agreement", agreement=True),
         Recipe("mgs-relabel", relabel=True),
         Recipe("mgs-select", select=True),
+        replace(_DECAY, name="mgs-select-decay", select=True),
         replace(_TARGET, name="mgs-select-target", select=True),
         _TARGET,
         Recipe("mgs-cosine", penalty=Penalty("cosine", strength=1.0), tuned="strength", tried=(1.0, 0.1, 10.0, 0.01)),

@@ -22,11 +22,13 @@ class Value:
         name: its name.
         dtype: NumPy dtype; None where the file does not say.
         shape: sizes of the axes, a name or None where the size is free; None when the rank is not declared.
+        kind: "tensor", "sequence" or "optional".
     """
 
     name: str
     dtype: Any
     shape: tuple[int | str | None, ...] | None
+    kind: str = "tensor"
 
 
 @dataclass(eq=False)

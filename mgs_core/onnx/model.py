@@ -27,7 +27,7 @@ from mgs_core.onnx.operators.refused import why_refused
 from mgs_core.onnx.operators.registry import find
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
-from mgs_core.onnx.program import Place, compile_nodes, to_device
+from mgs_core.onnx.program import Place, compile_nodes, refuse_lacking, to_device
 
 _PRECISIONS = (None, "float16", "float32", "float64")
 
@@ -122,6 +122,12 @@ def load(
         if find(node.domain, node.operator, node.opset) is None:
             raise why_refused(node)
     used = {name for node in nodes for name in node.inputs} | {wanted}
+    for value in graph.inputs:
+        where = f"input {value.name!r}"
+        if value.name in used and value.kind != "tensor":
+            raise unsupported(where, f"is a {value.kind}", "Only tensors can be inputs.")
+        if value.name in used and value.dtype is not None:
+            refuse_lacking(found, value.dtype, where)
     if parameters is None:
         chosen = trained(graph, nodes)
     else:
@@ -132,8 +138,6 @@ def load(
             "`model` must have trained parameters: floating-point initialisers on which the output depends; got none. "
             "Name them by `parameters`."
         )
-    if backend == "numpy" and any(graph.initializers[name].dtype.name == "bfloat16" for name in chosen):
-        raise unsupported("the model", "has parameters in bfloat16, in which NumPy computes nothing", 'Pass dtype="float32".')
     function = OnnxFunction(graph, nodes, wanted, chosen, found)
     return OnnxModel(function, {name: to_device(found, graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
 
@@ -183,6 +187,8 @@ class OnnxFunction:
         else:
             raise ArgumentError(f"`inputs` must be a dict with {[value.name for value in self.inputs]}; got one array.")
         y = self._program(arguments)[0]
+        if isinstance(y, list):
+            raise unsupported(f"output {self.output!r}", "is a sequence", "Choose another `output`.")
         if y.ndim == 2:
             return y
         if y.ndim == 0:

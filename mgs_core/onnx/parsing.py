@@ -18,6 +18,7 @@ from mgs_core.onnx.graph import Graph, Node, Value, in_order
 from mgs_core.onnx.operators.refused import REFUSED
 from mgs_core.onnx.operators.registry import NEWEST, find
 from mgs_core.onnx.tensors import dtype_of, to_array
+from mgs_core.onnx.types import check_types
 
 #: Nodes that a model may have once its functions are put in place.
 MAX_NODES = 200_000
@@ -39,7 +40,9 @@ def parse(model: ModelProto, folder: Path | None, precision: str | None = None) 
         ArgumentError: when the model breaks the rules of ONNX; names the node or tensor.
         UnsupportedModelError: when it uses a domain, version or type that is not evaluated.
     """
-    return _Parser(model, folder, precision).graph(model.graph, _Scope(_versions(model.opset_import)), "")
+    graph = _Parser(model, folder, precision).graph(model.graph, _Scope(_versions(model.opset_import)), "")
+    check_types(graph)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -130,11 +133,11 @@ class _Parser:
         return unique
 
     def _value(self, info: ValueInfoProto, name: str, where: str, *, lenient: bool = False) -> Value:
-        kind = info.type.WhichOneof("value")
-        if kind != "tensor_type":
-            if lenient or kind is None:
-                return Value(name, None, None)
-            raise unsupported(where, f"is a {kind.removesuffix('_type')}", "Only tensors can be inputs.")
+        kind = (info.type.WhichOneof("value") or "tensor_type").removesuffix("_type")
+        if kind != "tensor":
+            if lenient or kind in ("sequence", "optional"):
+                return Value(name, None, None, kind)
+            raise unsupported(where, f"is a {kind}", "Only tensors can be inputs.")
         tensor = info.type.tensor_type
         dtype = None
         if tensor.elem_type and not (lenient and tensor.elem_type == onnx.TensorProto.STRING):

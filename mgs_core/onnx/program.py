@@ -18,15 +18,19 @@ from typing import Any
 import array_api_compat.numpy as host_namespace
 import numpy as np
 from array_api_compat import is_torch_array
+from onnx import TensorProto
 
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core._protocol import Backend
 from mgs_core._types import Array
+from mgs_core.onnx.errors import unsupported
 from mgs_core.onnx.graph import Node
 from mgs_core.onnx.operators.refused import why_refused
 from mgs_core.onnx.operators.registry import find
+from mgs_core.onnx.tensors import dtype_of
 
 _NOTHING = np.zeros(0)
+_LACKING = {"numpy": {"bfloat16"}, "torch": {"uint16", "uint32", "uint64"}}
 
 
 class Place(Enum):
@@ -247,13 +251,33 @@ def to_device(backend: Backend, value: Any) -> Any:
 
     Returns:
         The same on the device.
+
+    Raises:
+        UnsupportedModelError: when the backend's framework lacks the type.
     """
     if isinstance(value, list):
         return [to_device(backend, entry) for entry in value]
-    if value.dtype.name == "bfloat16" and backend.name != "numpy":  # not every framework reads NumPy's arrays of it
+    refuse_lacking(backend, value.dtype, "the model")
+    if value.dtype.name == "bfloat16":  # not every framework reads NumPy's arrays of it
         xp = backend.namespace
         return xp.astype(backend.asarray(value.astype(np.float32)), xp.bfloat16)
     return backend.asarray(value)
+
+
+def refuse_lacking(backend: Backend, dtype: Any, where: str) -> None:
+    """Raise for a type that ONNX allows and in which the backend's framework lacks most operations.
+
+    Args:
+        backend: of the device.
+        dtype: NumPy's.
+        where: names the value.
+
+    Raises:
+        UnsupportedModelError: for bfloat16 on NumPy, and unsigned integers of 16 and more bits on PyTorch.
+    """
+    if dtype.name in _LACKING.get(backend.name, ()):
+        remedy = 'Pass dtype="float32", or use another backend.' if dtype.name == "bfloat16" else "Use another backend."
+        raise unsupported(where, f"has values in {dtype.name}, in which the backend {backend.name!r} hardly computes", remedy)
 
 
 def to_host(backend: Backend, node: Node, name: str, value: Any) -> Any:
@@ -271,10 +295,12 @@ def to_host(backend: Backend, node: Node, name: str, value: Any) -> Any:
     Raises:
         UnsupportedModelError: when it is not known while the computation is traced.
     """
+    brain = "bfloat16" in str(value.dtype)  # not every framework hands it out as NumPy's
     try:
-        return np.asarray(backend.to_numpy(value))
+        array = np.asarray(backend.to_numpy(backend.namespace.astype(value, backend.namespace.float32) if brain else value))
     except Exception as error:  # each framework has its own error for a value that is not known yet
         raise node.unsupported(
             f"takes {name!r}, which fixes a shape, from data that is not known while {backend.name} traces the model",
             "Export with static shapes, or use another backend.",
         ) from error
+    return array.astype(dtype_of(TensorProto.BFLOAT16, name)) if brain else array

@@ -54,13 +54,20 @@ def perceptron(path, last="Softmax", classes=10):
     return str(path)
 
 
-def from_torch(path):
+def from_torch(path, *, dynamo=False):
     torch = pytest.importorskip("torch")
     nn = torch.nn
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(144, 12), nn.ReLU(), nn.Linear(12, 10)
     )
+    if dynamo:
+        pytest.importorskip("onnxscript")
+        batch = torch.export.Dim("batch", min=1, max=1024)
+        torch.onnx.export(
+            net.eval(), (torch.randn(2, 1, 8, 8),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, optimize=False
+        ).save(path)
+        return (1, 8, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -68,6 +75,10 @@ def from_torch(path):
             do_constant_folding=False, training=torch.onnx.TrainingMode.PRESERVE,
         )  # fmt: skip
     return (1, 8, 8)
+
+
+def from_dynamo(path):
+    return from_torch(path, dynamo=True)
 
 
 def from_keras(path):
@@ -99,12 +110,18 @@ def from_sklearn(path):
     return (64,)
 
 
+EXPORTERS = (from_torch, from_dynamo, from_sklearn, from_keras)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("export", "names"),
     [
         (from_sklearn, ("none", "dropout", "early-stopping", "mgs-trace", "co-teaching", "mgs-relabel")),
-        *(pytest.param(export, tuple(RECIPES), marks=pytest.mark.slow) for export in (from_torch, from_sklearn, from_keras)),
+        *(
+            pytest.param(export, tuple(RECIPES), marks=pytest.mark.slow)
+            for export in (from_torch, from_dynamo, from_sklearn, from_keras)
+        ),
     ],
 )
 def test_a_users_file_is_trained_under_each_recipe_and_written(export, names, tmp_path):

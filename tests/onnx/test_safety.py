@@ -130,11 +130,27 @@ def test_attributes_and_counts():
     refused(model([several, node("Add", ["x", "c"], ["h"]), node("MatMul", ["h", "w"], ["y"])]), "has 2 values; 1 is needed")
 
 
+def test_types():
+    w = numpy_helper.from_array(np.ones((3, 2), np.float32), "w")
+    whole = numpy_helper.from_array(np.ones(3, np.int64), "c")
+    mixed = [node("Relu", ["x"], ["r"]), node("Add", ["r", "c"], ["h"], "mix"), node("MatMul", ["h", "w"], ["y"])]
+    refused(model(mixed, [w, whole]), "node 'mix' .* takes 'c' of the type int64, and another input of the type float32; they")
+    negated = [node("MatMul", ["x", "w"], ["h"]), node("Not", ["h"], ["y"], "negate")]
+    refused(model(negated), "node 'negate' .* takes 'h' of the type float32; bool are allowed")
+    branches = {name: helper.make_graph([node("Add", ["x", "c"], [name], "inside")], name, [], [info(name)])
+                for name in ("then_branch", "else_branch")}  # fmt: skip
+    truth = numpy_helper.from_array(np.array(True), "t")
+    within = [node("If", ["t"], ["h"], **branches), node("MatMul", ["h", "w"], ["y"])]
+    refused(model(within, [w, whole, truth]), "inside' .* takes 'c' of the type int64")
+    assert mgs.onnx.load(model([MATMUL]), dtype="float64")(np.ones((2, 3))).dtype == np.float64
+
+
 def test_tensors():
     short = numpy_helper.from_array(np.ones((3, 2), np.float32), "w")
     short.raw_data = b"1234"
     refused(model([MATMUL], [short]), "initialiser 'w' holds 4 bytes; its shape .* need 24")
     huge = TensorProto(name="w", data_type=1, dims=[1 << 20, 1 << 20])
+    assert model([MATMUL], [huge]).ByteSize() < 1024
     refused(model([MATMUL], [huge]), "initialiser 'w' asks for 1099511627776 elements")
     refused(model([MATMUL], [TensorProto(name="w", data_type=1, dims=[-3, 2])]), "initialiser 'w' has a negative size")
     missing = TensorProto(name="w", data_type=1, dims=[3, 2], float_data=[1.0])
@@ -147,6 +163,9 @@ def test_tensors():
     refused(with_sparse, "has sparse initialisers", mgs.UnsupportedModelError)
     sequence = model([MATMUL], inputs=[helper.make_tensor_sequence_value_info("x", 1, None)])
     refused(sequence, "input 'x' is a sequence", mgs.UnsupportedModelError)
+    listed = model([node("MatMul", ["x", "w"], ["h"]), node("SequenceConstruct", ["h"], ["y"])],
+                   outputs=[helper.make_tensor_sequence_value_info("y", 1, None)])  # fmt: skip
+    refused(listed, "output 'y' is a sequence. Choose another `output`", mgs.UnsupportedModelError)
 
 
 def test_sizes_that_a_file_only_declares():

@@ -90,10 +90,18 @@ def cast_like(node: Node, xp: Namespace) -> Run:
     return lambda x, like: x if x.dtype == like.dtype else xp.astype(x, like.dtype)
 
 
-@operator("Dropout", since=7, many=True)
+@operator("Dropout", since=7, host=(1, 2), many=True)
 def dropout(node: Node, xp: Namespace) -> Run:
-    """Return the input: a model is evaluated in inference mode."""
-    training = node.constants.get(2)
-    if node.has(2) and (training is None or np.any(training)):
-        raise node.unsupported("is in training mode, which is random", "Export the model in inference mode.")
-    return lambda x, *_: [x, xp.ones_like(x) == 1]
+    """Return the input: a model is evaluated in inference mode, or drops nothing."""
+
+    def check(ratio: Array, training: Array) -> None:
+        if training is not None and np.any(training) and (ratio is None or np.any(ratio)):
+            raise node.unsupported("is in training mode, which is random", "Export the model in inference mode.")
+
+    def run(x: Array, ratio: Array = None, training: Array = None) -> list[Array]:
+        check(ratio, training)
+        return [x, xp.ones_like(x) == 1]
+
+    if not node.has(1) or 1 in node.constants:
+        check(node.constants.get(1), node.constants.get(2))
+    return run

@@ -29,11 +29,8 @@ _BETA = {"HardSigmoid": 0.5, "Affine": 0.0, "ScaledTanh": 1.0}
 def rnn(node: Node, xp: Namespace) -> Run:
     """Evaluate `h = f(x Wᵀ + h Rᵀ + b)`."""
 
-    def cell(functions: list[Function], r: Array, bias: Array, _: Array) -> Cell:
-        def step(x: Array, h: Array, rest: Array) -> tuple[Array, Array]:
-            return functions[0](_plus(x + _product(xp, h, r), bias)), rest
-
-        return step
+    def cell(functions: list[Function], r: Array, *_: Array) -> Cell:
+        return lambda x, h, rest: (functions[0](x + xp.matmul(h, r)), rest)
 
     return _layer(node, xp, 1, cell)
 
@@ -45,24 +42,23 @@ def gru(node: Node, xp: Namespace) -> Run:
 
     def cell(functions: list[Function], r: Array, bias: Array, _: Array) -> Cell:
         f, g = functions
+        size = r.shape[0]
+        of_gates, of_candidate = r[:, : 2 * size], r[:, 2 * size :]
 
         def step(x: Array, h: Array, rest: Array) -> tuple[Array, Array]:
-            size = h.shape[-1]
             if late:
-                mixed = _plus(_product(xp, h, r), bias)
+                mixed = _plus(xp.matmul(h, r), bias)
                 gates = f(x[..., : 2 * size] + mixed[..., : 2 * size])
                 candidate = g(x[..., 2 * size :] + gates[..., size:] * mixed[..., 2 * size :])
             else:
-                part = None if bias is None else bias[: 2 * size]
-                gates = f(x[..., : 2 * size] + _plus(_product(xp, h, r[: 2 * size, :]), part))
-                part = None if bias is None else bias[2 * size :]
-                candidate = g(x[..., 2 * size :] + _plus(_product(xp, gates[..., size:] * h, r[2 * size :, :]), part))
+                gates = f(x[..., : 2 * size] + xp.matmul(h, of_gates))
+                candidate = g(x[..., 2 * size :] + xp.matmul(gates[..., size:] * h, of_candidate))
             z = gates[..., :size]
             return (1.0 - z) * candidate + z * h, rest
 
         return step
 
-    return _layer(node, xp, 3, cell)
+    return _layer(node, xp, 3, cell, late=bool(late))
 
 
 @operator("LSTM", since=7, many=True)
@@ -70,12 +66,12 @@ def lstm(node: Node, xp: Namespace) -> Run:
     """Evaluate gates i, o, f and the candidate, `c = f c + i g`, and `h = o · tanh(c)`; peepholes on demand."""
     coupled = node.attributes.get("input_forget", 0)
 
-    def cell(functions: list[Function], r: Array, bias: Array, peepholes: Array) -> Cell:
+    def cell(functions: list[Function], r: Array, _: Array, peepholes: Array) -> Cell:
         f, g, out = functions
+        size = r.shape[0]
 
         def step(x: Array, h: Array, c: Array) -> tuple[Array, Array]:
-            size = h.shape[-1]
-            gates = x + _plus(_product(xp, h, r), bias)
+            gates = x + xp.matmul(h, r)
             new = g(gates[..., 3 * size :])
             if peepholes is None:  # all gates at once
                 gates = f(gates[..., : 3 * size])
@@ -93,8 +89,13 @@ def lstm(node: Node, xp: Namespace) -> Run:
     return _layer(node, xp, 4, cell)
 
 
-def _layer(node: Node, xp: Namespace, gates: int, make: Callable[[list[Function], Array, Array, Array], Cell]) -> Run:
-    """Return the function of a layer: one or two directions, any initial state, sequences of unequal length."""
+def _layer(
+    node: Node, xp: Namespace, gates: int, make: Callable[[list[Function], Array, Array, Array], Cell], *, late: bool = False
+) -> Run:
+    """Return the function of a layer: one or two directions, any initial state, sequences of unequal length.
+
+    The cell takes the products of the input, all biases added, and makes the next state; with `late` it adds the state's biases.
+    """
     direction, swapped = node.attributes.get("direction", "forward"), node.attributes.get("layout", 0)
     turns = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}.get(direction)
     if turns is None:
@@ -107,18 +108,19 @@ def _layer(node: Node, xp: Namespace, gates: int, make: Callable[[list[Function]
         x = xp.permute_dims(x, (1, 0, 2)) if swapped else x
         steps, n, _ = x.shape
         size = r.shape[-1]
-        if w.shape[0] != len(turns) or w.shape[1] != gates * size or not steps:
+        width = gates * size
+        if w.shape[0] != len(turns) or w.shape[1] != width or not steps:
             raise node.damaged(f"has weights {tuple(w.shape)} and {tuple(r.shape)} for {steps} steps in direction {direction}")
         outputs, last_h, last_c = [], [], []
         for at, turn in enumerate(turns):
             start = xp.zeros((n, size), dtype=x.dtype)
             h = start if h0 is None else (h0[:, at, :] if swapped else h0[at, ...])
             c = start if c0 is None else (c0[:, at, :] if swapped else c0[at, ...])
-            bias = None if b is None else b[at, ...]
-            width = gates * size
-            ahead = _plus(_product(xp, x, w[at, ...]), None if bias is None else bias[:width])
-            late = None if bias is None or bias.shape[0] == width else bias[width:]  # zeros are left out, see `habits.halve`
-            cell = make(functions[at], r[at, ...], late, None if p is None else p[at, ...])
+            of_input = None if b is None else b[at, :width]
+            of_state = None if b is None or b.shape[1] == width else b[at, width:]  # zeros are left out, see `habits.halve`
+            ahead = _plus(xp.matmul(x, _turned(xp, w[at, ...])), of_input)
+            ahead = ahead if late else _plus(ahead, of_state)
+            cell = make(functions[at], _turned(xp, r[at, ...]), of_state, None if p is None else p[at, ...])
             found: list[Any] = [None] * steps
             for t in reversed(range(steps)) if turn else range(steps):
                 new_h, new_c = cell(ahead[t, ...], h, c)
@@ -139,8 +141,8 @@ def _layer(node: Node, xp: Namespace, gates: int, make: Callable[[list[Function]
     return run
 
 
-def _product(xp: Namespace, x: Array, weight: Array) -> Array:
-    return xp.matmul(x, xp.permute_dims(weight, (1, 0)))
+def _turned(xp: Namespace, weight: Array) -> Array:
+    return xp.permute_dims(weight, (1, 0))
 
 
 def _plus(x: Array, bias: Array) -> Array:

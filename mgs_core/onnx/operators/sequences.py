@@ -112,7 +112,7 @@ def has_element(node: Node, xp: Namespace) -> Run:
 
 
 def _place(node: Node, place: Array, count: int, last: int) -> int:
-    where = int(place)
+    where = int(place.item())
     if not -count <= where <= last:
         raise node.damaged(f"takes place {where} of a sequence of {count}")
     return where + count if where < 0 else where
