@@ -18,9 +18,6 @@ from typing import Any
 import torch
 
 import mgs_core as mgs
-from mgs_core._tree import select as select_names
-from mgs_core.gradient import weighted_gradient
-from mgs_core.statistics import contract, merge
 
 _backend: Any = mgs.get_backend("torch")
 Configured = _backend.Configured
@@ -239,23 +236,18 @@ class MGSLoss(torch.nn.Module):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
         """Return the kernel to weight by, and, where the same statistics give the gradient, what attaches it to the value."""
         model = _backend.evaluated(outputs, self._model[0], **self._graph)
-        if not (reuse and _backend.covers(model, losses)):
+        found = _backend.kernel_and_gradient(model, losses, self._chosen) if reuse else None
+        if found is None:
             return self._loss_kernel(outputs, losses), None
-        found = _backend.statistics(model, outputs, None, lambda *_: losses[:, None], None, differentiable=False)
-        chosen = select_names(model.parameters, self._chosen)
-        seen = merge(use for use in found if use.parameter in chosen)
-        if not seen:  # the losses do not depend on them
-            return self._loss_kernel(outputs, losses), None
+        kernel, gradient = found
 
         def attach(value: torch.Tensor) -> torch.Tensor:
             (slopes,) = torch.autograd.grad(value, losses, retain_graph=True)
-            with torch.no_grad():
-                gradients = weighted_gradient(found, slopes[:, None])
+            gradients = gradient(slopes)
             attach_to: Any = _Attach.apply
             attached: torch.Tensor = attach_to(value.detach(), losses, gradients, *(model.parameters[name] for name in gradients))
             return attached
 
-        kernel: torch.Tensor = contract(seen, seen)
         return kernel, attach
 
     def _take(self, outputs: Any) -> torch.Tensor:
@@ -284,7 +276,8 @@ class _Attach(torch.autograd.Function):
         if not gradients:
             raise mgs.ArgumentError("`reuse` must be False for a backward pass through the same loss a second time; got True.")
         # the None for the losses still walks their graph, which frees it and tells hooks that wait for it
-        torch._foreach_mul_(gradients, above[0])
+        if above[0].device.type != "cpu" or float(above[0]) != 1.0:
+            torch._foreach_mul_(gradients, above[0])
         return (None, None, None, *gradients)
 
 

@@ -23,6 +23,7 @@ class _Use:
         restore: maps rows in the coordinates of the use to those of the parameter.
         part: number of the part of the parameter that is used; parts share no element, so they have no cross terms. None when
             the uses of the parameter are not all divided into the same parts.
+        origin: uses of equal origin have the same gradients but for their shape, as a weight and its bias; None when unknown.
     """
 
     parameter: str
@@ -30,13 +31,20 @@ class _Use:
     view: tuple[Any, ...] = ()
     restore: Restore = None
     part: int | None = None
+    origin: Any = None
 
 
 @dataclass(frozen=True, eq=False)
 class Outer(_Use):
-    """A weight used as `y = a W`: gradients (n, k, g, s, o), inputs (n, g, s, i); the use is (g, i, o)."""
+    """A weight used as `y = a W`: gradients (n, k, g, s, o), inputs (n, g, s, i); the use is (g, i, o).
+
+    Attributes:
+        inputs: a.
+        one: count the bias in, as the weight of one more input, which is always 1; for contractions of pairs only.
+    """
 
     inputs: Array = None
+    one: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,10 +38,25 @@ def contract(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics], 
         `Σ_k` over heads, (n, m); or with `full` (n, k, m, k).
     """
     total: Array = None
-    for a, b in zip(left, right, strict=True):
+    for a, b in _with_biases(list(zip(left, right, strict=True))):
         part = contribution(a, b, full=full)
         total = part if total is None else total + part
     return total
+
+
+def _with_biases(pairs: list[tuple[LayerStatistics, LayerStatistics]]) -> list[tuple[LayerStatistics, LayerStatistics]]:
+    """Count biases in with their weights, where the products of gradients that they need are made for the weights anyway."""
+    weights = {
+        a.origin: (place, a, b)
+        for place, (a, b) in enumerate(pairs)
+        if isinstance(a, Outer) and isinstance(b, Outer) and a.origin is not None and prefers_pairwise(a, b)
+    }
+    counted = {a.origin: place for place, (a, _) in enumerate(pairs) if isinstance(a, Sum) and a.origin in weights}
+    for origin in counted:
+        place, left, right = weights[origin]
+        whole = replace(left, one=True)
+        pairs[place] = (whole, whole if right is left else replace(right, one=True))
+    return [pair for place, pair in enumerate(pairs) if place not in counted.values()]
 
 
 def contribution(left: LayerStatistics, right: LayerStatistics, *, full: bool = False) -> Array:
@@ -233,7 +248,7 @@ def _join(group: list[LayerStatistics]) -> LayerStatistics:
     if not same or isinstance(first, Rows):
         rows = [as_rows(use, restore=True) for use in group]
         return Rows(first.parameter, sum(rows[1:], start=rows[0]))
-    gradients = xp.concat([use.gradients for use in group], axis=-2)
+    gradients, first = xp.concat([use.gradients for use in group], axis=-2), replace(first, origin=None)
     if isinstance(first, Outer):
         return replace(first, gradients=gradients, inputs=xp.concat([u.inputs for u in group if isinstance(u, Outer)], axis=2))
     if isinstance(first, Scale):
@@ -302,6 +317,7 @@ def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     if isinstance(left, Outer) and isinstance(right, Outer):
         groups, inputs = left.inputs.shape[1], _inputs_by_group(left)
         a = _product(xp, inputs, inputs if same else _inputs_by_group(right))
+        a = a + 1.0 if left.one else a
     elif isinstance(left, Lookup) and isinstance(right, Lookup):
         groups = 1
         a = _equal(xp, xp.reshape(left.indices, (n * s,)), xp.reshape(right.indices, (m * t,)), left.gradients)

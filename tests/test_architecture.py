@@ -51,6 +51,14 @@ def test_imports_follow_the_rules(path):
     assert imported(path) - ALLOWED - extra - set(sys.stdlib_module_names) == set()
 
 
+@pytest.mark.parametrize("name", ["torch.py", "lightning.py", "huggingface.py"])
+def test_adapters_import_public_names_only(name):
+    tree = ast.parse((ROOT / "adapters" / name).read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert not [module for module in modules if module.startswith("mgs_core.")]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400

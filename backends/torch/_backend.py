@@ -16,6 +16,8 @@ from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, R
 from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
+from mgs_core.gradient import weighted_gradient
+from mgs_core.statistics import contract, merge
 
 from .collect import collect, weighted_pulls
 from .evaluated import Evaluated
@@ -43,7 +45,6 @@ class TorchBackend:
     name = "torch"
     namespace: Namespace = namespace
     evaluated = staticmethod(_evaluated)
-    covers = staticmethod(_covers)
     tensor = staticmethod(as_tensor)
     Configured = Configured
     twice_differentiable = staticmethod(_twice_differentiable)
@@ -98,6 +99,27 @@ class TorchBackend:
                 )
             heads = _heads(head(evaluated.outputs, targets), _batch.count(inputs))
             return _read(heads, evaluated, {name: leaves[name] for name in chosen}, differentiable)
+
+    def kernel_and_gradient(
+        self, model: Evaluated, losses: Array, parameters: ParameterChoice
+    ) -> tuple[Array, Callable[[Array], dict[str, Array]]] | None:
+        """Return the kernel of the losses (n,), and what gives `Σ_a w_a ∇loss_a` for weights w (n,) from the same statistics.
+
+        None where a backward pass would give more, or the losses do not depend on the chosen parameters.
+        """
+        if not _covers(model, losses):
+            return None
+        chosen = select(model.parameters, parameters)
+        found = self.statistics(model, model.outputs, None, lambda *_: losses[:, None], None, differentiable=False)
+        seen = merge(use for use in found if use.parameter in chosen)
+        if not seen:
+            return None
+
+        def gradient(weights: Array) -> dict[str, Array]:
+            with torch.no_grad():
+                return weighted_gradient(found, weights[:, None])
+
+        return contract(seen, seen), gradient
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""

@@ -18,6 +18,7 @@ from .graph import Edge, Graph
 from .layout import Layout
 from .plan import Plan, Use
 from .rules import Place, Site, site_of
+from .second import cheaper_second_derivatives
 
 
 def pull(graph: Graph, edges: list[Edge], seed: torch.Tensor, *, differentiable: bool = False) -> list[torch.Tensor | None]:
@@ -81,7 +82,8 @@ def collect(graph: Graph, plan: Plan, samples: int, *, differentiable: bool) -> 
         Statistics that together cover every chosen parameter that moves the heads.
     """
     edges = list(dict.fromkeys((use.site, output) for use in plan.uses for output in range(len(use.layouts))))
-    found = [dict(zip(edges, pulled, strict=True)) for pulled in _pull_heads(graph, edges, samples, differentiable)]
+    with cheaper_second_derivatives(graph.nodes if differentiable else ()):
+        found = [dict(zip(edges, pulled, strict=True)) for pulled in _pull_heads(graph, edges, samples, differentiable)]
     statistics: list[LayerStatistics] = []
     with torch.set_grad_enabled(differentiable):
         for use in plan.uses:
@@ -135,10 +137,15 @@ class _Reader:
         if layout is None:
             raise TypeError("`layouts` must give the layout of a site with a rule; got None.")
         some = next(gradient for gradient in gradients if gradient is not None)
-        split = [
-            self._split(layout, site.arrange(torch.zeros_like(some) if gradient is None else gradient)) for gradient in gradients
-        ]
-        d = torch.stack(split, dim=1) if len(split) > 1 else split[0].unsqueeze(1)
+        given = [torch.zeros_like(some) if gradient is None else gradient for gradient in gradients]
+
+        def split(gradient: torch.Tensor) -> torch.Tensor:
+            return self._split(layout, site.arrange(gradient))
+
+        by_head = [split(gradient) for gradient in given] if site.rows is None else [site.rows(split, each) for each in given]
+        d = torch.stack(by_head, dim=1) if len(by_head) > 1 else by_head[0].unsqueeze(1)
+        if site.shared:  # a bias that is broadcast has the sum of what its weight has
+            common = {**common, "origin": (self._use.site, layout, some.shape[-1] == d.shape[-1])}
         inputs = None
         if site.inputs is not None:
             at_layer = site.inputs()

@@ -46,6 +46,9 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
     heads = [_head(left, head) for head in range(left.gradients.shape[1])]
     if isinstance(left, Lookup):
         n, _, s, o = left.gradients.shape
+        pairs = _equal_pairs(left) if left.indices.device.type == "cpu" else None  # how many there are, only the host knows
+        if pairs is not None:
+            return pairs
         if n * s * s * (o + 60) <= left.size * o * (n + 60):  # pairs of positions cost less than tables
             return None
         return _sum_of([_apply(_LookupKernel, use.indices, use.gradients.flatten(0, 1), use.size) for use in heads])
@@ -130,7 +133,8 @@ class _OuterKernel(torch.autograd.Function):
         mixing = gradients_out[0] + gradients_out[0].T
         n = mixing.shape[0]
         wide, narrow, swapped = _wide_first(*ctx.saved_tensors)
-        to_wide, to_narrow = torch.empty_like(wide), torch.empty_like(narrow)
+        # contiguous, for products into anything else are made one by one
+        to_wide, to_narrow = wide.new_empty(wide.shape), narrow.new_empty(narrow.shape)
         buffers = _Buffers(wide)
         for where in _slices(wide, narrow):
             part = wide[:, :, where]
@@ -263,6 +267,28 @@ def _windows(use: Convolution, out: torch.Size) -> list[tuple[Any, ...]]:
         slices = (slice(at, at + (size - 1) * step + 1, step) for at, size, step in zip(starts, out, use.strides, strict=True))
         places.append((..., *slices))
     return places
+
+
+def _equal_pairs(use: Lookup) -> torch.Tensor | None:
+    """Return the kernel as a sum over pairs of samples that look up the same row; None where there are many such pairs."""
+    n, k, s, o = use.gradients.shape
+    row = (use.indices + use.size * torch.arange(n)[:, None]).reshape(-1)
+    seen, place = torch.unique(row, return_inverse=True)  # by sample, then by row
+    order = torch.argsort(seen % use.size, stable=True)
+    rows, samples, rank = (seen % use.size)[order], (seen // use.size)[order], torch.argsort(order)
+    later = torch.searchsorted(rows, rows, right=True) - torch.arange(1, len(rows) + 1)  # in the same group
+    count = int(later.sum())
+    if 8 * count > n * use.size or count * k * o > statistics.MEMORY_BUDGET:
+        return None
+    left = torch.arange(len(rows)).repeat_interleave(later)
+    right = left + 1 + torch.arange(count) - (later.cumsum(0) - later).repeat_interleave(later)
+    gradients = use.gradients.transpose(1, 2).reshape(n * s, k * o)
+    table = gradients.new_zeros(len(rows), k * o).index_add(0, rank[place], gradients)
+    products = (table.index_select(0, left) * table.index_select(0, right)).sum(1)
+    upper = products.new_zeros(n * n).index_add(0, samples[left] * n + samples[right], products).view(n, n)
+    diagonal = products.new_zeros(n).index_add(0, samples, (table * table).sum(1))
+    kernel: torch.Tensor = upper + upper.T + torch.diag(diagonal)
+    return kernel
 
 
 class _LookupKernel(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -113,3 +115,20 @@ def test_unknown_or_mixed_kinds_are_refused():
         statistics.as_rows(type("Use", (), {"gradients": np.zeros((2, 1, 1))})())
     with pytest.raises(TypeError, match="`left` must be Outer or Lookup"):
         statistics._pairwise(make("sum", compat, 2), make("sum", compat, 2), False)
+
+
+@pytest.mark.parametrize("pairwise", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_bias_is_counted_in_with_its_weight(pairwise, full, xp, monkeypatch):
+    monkeypatch.setattr(statistics, "prefers_pairwise", lambda left, right: pairwise)
+    sides, rows = [], []
+    for n, seed in ((5, 0), (4, 1)):
+        weight = replace(make("outer", xp, n, groups=3, seed=seed), origin="layer")
+        n, k, groups, s, o = weight.gradients.shape
+        flat = xp.reshape(xp.permute_dims(weight.gradients, (0, 1, 3, 2, 4)), (n, k, s, groups * o))
+        sides.append([weight, Sum("b", flat, origin="layer"), Sum("c", 2.0 * flat, origin="other")])
+        rows.append(np.concatenate([rows_of(use) for use in sides[-1]], axis=2))
+    kernel = np.asarray(statistics.contract(*sides, full=full))
+    np.testing.assert_allclose(kernel, np.einsum("acp,bdp->acbd" if full else "acp,bcp->ab", *rows), rtol=1e-12, atol=1e-12)
+    merged = statistics.merge([sides[0][0], sides[0][0]])[0]
+    assert merged.origin is None

@@ -155,6 +155,45 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         ),
         X(6, 3, 8, 8),
     ),
+    "rectified": lambda: (
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 3, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.LayerNorm(12),
+            nn.Linear(12, 3),
+        ),
+        X(5, 2, 8, 8),
+    ),
+    "normalised_frames": lambda: (  # group normalisation of frames merged with samples, layer normalisation of frames first
+        Model(
+            lambda s, x: s.out(
+                s.layer(torch.tanh(s.group(s.conv(x.flatten(0, 1)))).unflatten(0, x.shape[:2]).transpose(0, 1).flatten(2))
+            ).mean(0),
+            conv=nn.Conv2d(2, 4, 3),
+            group=nn.GroupNorm(2, 4),
+            layer=nn.LayerNorm(16),
+            out=nn.Linear(16, 2),
+        ),
+        X(5, 3, 2, 4, 4),
+    ),
+    "plain_norms": lambda: (
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.GroupNorm(2, 4, affine=False),
+            nn.Tanh(),
+            nn.LayerNorm((4, 4, 4)),
+            nn.Tanh(),
+            nn.LayerNorm(4, elementwise_affine=False),
+            nn.Flatten(),
+            nn.Linear(64, 2),
+        ),
+        X(5, 2, 6, 6),
+    ),
     "resnet_group_norm": lambda: (resnet(lambda c: nn.GroupNorm(2, c)), X(4, 3, 8, 8)),
     "resnet_batch_norm": lambda: (resnet(nn.BatchNorm2d).eval(), X(4, 3, 8, 8)),
     "weight_norm": lambda: (

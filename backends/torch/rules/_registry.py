@@ -15,6 +15,8 @@ from ..graph import Graph
 
 #: `(gradients (n, k, g, s, o), inputs (n, g, s, i) or None, **common) → statistics`.
 Make: TypeAlias = Callable[..., LayerStatistics]
+#: Takes an array of the output's shape to (n, 1, s, o).
+Split: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,17 @@ class Site:
         make: makes the statistics.
         inputs: gives the layer's input as (groups, *lead, i); None when there is none. Called only for statistics.
         transposed: the weight stands as (o, i) where the statistics have (i, o).
+        shared: whether the gradient is that at the output, only rearranged: then a weight and its bias have the same.
+        rows: makes (n, 1, 1, o), summed over the positions, from the function that splits an array by samples and the gradient;
+            None leaves the sum to the statistics.
     """
 
     arrange: Callable[[torch.Tensor], torch.Tensor]
     make: Make
     inputs: Callable[[], torch.Tensor] | None = None
     transposed: bool = False
+    shared: bool = False
+    rows: Callable[[Split, torch.Tensor], torch.Tensor] | None = None
 
 
 Rule: TypeAlias = Callable[[Place], Site | None]

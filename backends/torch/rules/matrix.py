@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ._registry import Place, Site, elementwise, outer, register
@@ -16,7 +18,8 @@ def matrix_product(place: Place) -> Site | None:
     node, (left, right) = place.node, _FACTORS[place.graph.name(place.number)]
     last = len(place.graph.inputs[place.number]) - 1
     if place.slot < last - 1:
-        return elementwise(place, float(node._saved_beta))
+        beta = float(node._saved_beta)
+        return replace(elementwise(place, beta), shared=beta == 1.0)
     alpha = float(getattr(node, "_saved_alpha", 1.0))
 
     def arranged(matrix: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
@@ -25,7 +28,14 @@ def matrix_product(place: Place) -> Site | None:
         return matrix if matrix.ndim == 3 else matrix[None]
 
     other = f"_saved_{left if place.slot == last else right}"
-    return Site(lambda d: arranged(d, alpha), outer, lambda: arranged(getattr(node, other)), transposed=place.slot != last)
+    right_side = place.slot == last
+    return Site(
+        lambda d: arranged(d, alpha),
+        outer,
+        lambda: arranged(getattr(node, other)),
+        transposed=not right_side,
+        shared=right_side and alpha == 1.0,
+    )
 
 
 @register("Linear")

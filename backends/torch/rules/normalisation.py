@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from ._registry import Place, Site, elementwise, register
+from mgs_core._protocol import Scale
+
+from ..second import normalised_rows
+from ._registry import Place, Site, Split, elementwise, register, scale
 
 #: Nodes of batch normalisations.
 BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
@@ -18,9 +23,8 @@ BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 @register("NativeLayerNorm")
 def layer_norm(place: Place) -> Site | None:
     """Normalise over the last axes."""
-    shape = tuple(place.node._saved_normalized_shape)
-    own = tuple(range(len(place.output) - len(shape), len(place.output)))
-    return _affine(place, own, lambda: _layer_normalised(place, len(shape)))
+    rank = len(place.node._saved_normalized_shape)
+    return _normalisation(place, tuple(range(len(place.output) - rank, len(place.output))))
 
 
 @register("FusedRmsNorm")
@@ -44,17 +48,7 @@ def rms_norm(place: Place) -> Site | None:
 @register("NativeGroupNorm")
 def group_norm(place: Place) -> Site | None:
     """Normalise over groups of channels."""
-    node = place.node
-
-    def normalised() -> torch.Tensor:
-        x: torch.Tensor = node._saved_input
-        groups = int(node._saved_group)
-        flat = x.reshape(x.shape[0], groups, -1)
-        centred = flat - flat.mean(-1, keepdim=True)
-        inverse = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + node._saved_eps)
-        return (centred * inverse).reshape(x.shape)
-
-    return _affine(place, (1,), normalised)
+    return _normalisation(place, (1,))
 
 
 @register(*BATCH_NORMS)
@@ -113,11 +107,49 @@ def _affine(place: Place, own: tuple[int, ...], normalised: Callable[[], torch.T
     return elementwise(place, 1.0, own) if place.slot == 2 else None
 
 
-def _layer_normalised(place: Place, rank: int) -> torch.Tensor:
-    x: torch.Tensor = place.node._saved_input
-    axes = tuple(range(-rank, 0))
-    centred = x - x.mean(axes, keepdim=True)
-    return centred * _inverse_root((centred * centred).mean(axes, keepdim=True), place.node._saved_result2)
+def _normalisation(place: Place, own: tuple[int, ...]) -> Site | None:
+    """Return the site of a gain or shift; the normalised input is made when it is needed, and not kept."""
+    if place.slot != 1:
+        return elementwise(place, 1.0, own) if place.slot == 2 else None
+
+    def rows(split: Split, gradient: torch.Tensor) -> torch.Tensor:
+        gain_rows: Any = _GainRows.apply
+        made: torch.Tensor = gain_rows(gradient, place.node._saved_input, place.node, split)
+        return made
+
+    return replace(elementwise(place, 1.0, own), make=_summed, rows=rows)
+
+
+def _summed(gradients: torch.Tensor, inputs: None, **common: Any) -> Scale:
+    """Make the statistics of a gain whose rows are known."""
+    return scale(gradients, torch.ones_like(gradients[:, 0]), **common)
+
+
+class _GainRows(torch.autograd.Function):
+    """Rows `Σ_s d x̂` of a gain, (n, 1, 1, o), from the gradient and the input of a layer or group normalisation."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, x: torch.Tensor, node: Any, split: Split) -> torch.Tensor:
+        ctx.save_for_backward(gradient, x)
+        ctx.split = split
+        flat, ctx.mean, ctx.inverse = normalised_rows(node, x)
+        normal = torch.sub(flat, ctx.mean).mul_(ctx.inverse).view(x.shape)
+        return split(normal.mul_(gradient)).sum(2, keepdim=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        gradient, x = ctx.saved_tensors
+        with torch.enable_grad():  # the derivative of a sum of rearranged elements rearranges and repeats
+            like = gradient.new_zeros(()).expand(x.shape).requires_grad_()
+            (spread,) = torch.autograd.grad(ctx.split(like).sum(2, keepdim=True), like, gradients[0])
+        flat = x.reshape(len(ctx.mean), -1)
+        weighted = (spread * gradient).reshape(flat.shape).to(flat.dtype)
+        to_x = torch.ops.aten.native_layer_norm_backward(
+            weighted, flat, [flat.shape[1]], ctx.mean, ctx.inverse, None, None, [True, False, False]
+        )[0]
+        normal = torch.sub(flat, ctx.mean).mul_(ctx.inverse).view(x.shape)
+        return normal.mul_(spread).to(gradient.dtype), to_x.view(x.shape), None, None
 
 
 def _inverse_root(variance: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:

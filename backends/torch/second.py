@@ -1,0 +1,138 @@
+"""Second derivatives of common operations that pass over their arrays less often, and keep less, than PyTorch's own.
+
+While a gradient is computed to be differentiated again, hooks put these in place of what autograd would record at the node. The
+gradient itself is the one that the node computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+_Replacement = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def cheaper_second_derivatives(nodes: Iterable[Any]) -> Iterator[None]:
+    """Within it, gradients that pass these nodes are recorded by the functions of this file.
+
+    Args:
+        nodes: autograd nodes.
+
+    Yields:
+        Nothing.
+    """
+    handles = []
+    try:
+        for node in nodes:
+            replacement = _REPLACEMENTS.get(node.name().partition("Backward")[0])
+            if replacement is not None:
+                handles.append(node.register_hook(partial(_replace, node, replacement)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def normalised_rows(node: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x as (rows, elements), a row for each mean of a layer or group normalisation, the means, and 1/deviation."""
+    mean, inverse = node._saved_result1.detach().reshape(-1, 1), node._saved_result2.detach().reshape(-1, 1)
+    return x.reshape(len(mean), -1), mean, inverse
+
+
+def _replace(node: Any, replacement: _Replacement, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if inputs[0] is None or outputs[0] is None:
+        return inputs
+    return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
+
+
+class _Masked(torch.autograd.Function):
+    """Gradient of a rectifier: linear in the gradient above, constant in the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, above: torch.Tensor, result: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(result)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return torch.ops.aten.threshold_backward(gradients[0], ctx.saved_tensors[0], 0), None, None
+
+
+class _Pooled(torch.autograd.Function):
+    """Gradient of a maximum over windows: linear in the gradient above, constant in the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, above: torch.Tensor, indices: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        indices: torch.Tensor = ctx.saved_tensors[0]
+        return gradients[0].flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices), None, None
+
+
+class _Normalised(torch.autograd.Function):
+    """Gradient of a normalisation without its shift, `r (u − mean(u) − x̂ mean(u x̂))` for u = gradient · gain."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, above: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, value: torch.Tensor, node: Any, axis: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(above, x, weight)
+        ctx.statistics, ctx.axis = normalised_rows(node, x)[1:], axis
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        above, x, weight = ctx.saved_tensors
+        (mean, inverse), shape, rows = ctx.statistics, x.shape, (len(ctx.statistics[0]), -1)
+        gain = None if weight is None else weight.reshape(*weight.shape, *(1,) * (x.ndim - ctx.axis - weight.ndim))
+        u = (above if gain is None else above * gain).reshape(rows)
+        v = gradients[0].reshape(rows).to(u.dtype)
+        normal = torch.sub(x.reshape(rows), mean).mul_(inverse)
+        products = torch.empty_like(u)
+
+        def average(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return torch.mul(left, right, out=products).mean(1, keepdim=True)
+
+        u_mean, v_mean = u.mean(1, keepdim=True), v.mean(1, keepdim=True)
+        along_u, along_v = average(u, normal), average(v, normal)
+        curvature = average(u, v) - u_mean * v_mean - 3.0 * along_u * along_v
+        to_x = torch.mul(normal, curvature, out=products).addcmul_(v, along_u).addcmul_(u, along_v)
+        to_x.sub_(along_u * v_mean + along_v * u_mean).mul_(-(inverse**2))
+        projected = (v - v_mean).addcmul_(normal, along_v, value=-1.0).mul_(inverse).view(shape)
+        to_weight = None
+        if gain is not None and ctx.needs_input_grad[2]:
+            to_weight = (above * projected).sum_to_size(gain.shape).reshape(weight.shape)
+        to_above = projected if gain is None else projected.mul_(gain)
+        return to_above.to(above.dtype), to_x.view(shape).to(x.dtype), to_weight, None, None, None
+
+
+def _apply(function: Any, *arguments: Any) -> torch.Tensor:
+    result: torch.Tensor = function.apply(*arguments)
+    return result
+
+
+def _of_layer_norm(node: Any, above: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    axis = value.ndim - len(node._saved_normalized_shape)
+    return _apply(_Normalised, above, node._saved_input, node._saved_weight, value, node, axis)
+
+
+_REPLACEMENTS: dict[str, _Replacement] = {
+    "Relu": lambda node, above, value: _apply(_Masked, above, node._saved_result, value),
+    "MaxPool2DWithIndices": lambda node, above, value: _apply(_Pooled, above, node._saved_result1, value),
+    "NativeLayerNorm": _of_layer_norm,
+    "NativeGroupNorm": lambda node, above, value: _apply(
+        _Normalised, above, node._saved_input, node._saved_weight, value, node, 1
+    ),
+}
