@@ -278,6 +278,9 @@ def _product(xp: Namespace, left: Array, right: Array) -> Array:
 
 def _outer_rows_tiled(left: Outer, right: Outer, full: bool) -> Array:
     """Form rows for a slice of the layer's inputs at a time, and add the slices' Gram matrices."""
+    if not full:
+        same, left = right is left, _heads_as_outputs(left)
+        right = left if same else _heads_as_outputs(right)
     n, k, groups, _, o = left.gradients.shape
     i = left.inputs.shape[3]
     step = max(1, MEMORY_BUDGET // max(1, max(n, right.gradients.shape[0]) * k * groups * o))
@@ -288,6 +291,15 @@ def _outer_rows_tiled(left: Outer, right: Outer, full: bool) -> Array:
         part = _gram(rows, rows if right is left else as_rows(replace(right, inputs=right.inputs[chosen])), full)
         total = part if total is None else total + part
     return total
+
+
+def _heads_as_outputs(use: Outer) -> Outer:
+    """Return a use whose heads are outputs of one: its rows' Gram matrix is the sum over the heads, by fewer, larger products."""
+    n, k, groups, s, o = use.gradients.shape
+    if k == 1:
+        return use
+    arranged = _arranged(array_namespace(use.gradients), use.gradients, (0, 2, 3, 1, 4), (n, 1, groups, s, k * o))
+    return replace(use, gradients=arranged, restore=None)
 
 
 def _pairwise_tiled(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:

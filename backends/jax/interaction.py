@@ -54,7 +54,9 @@ def refuse_interaction(
         )
 
 
-def _interact(whole: Callable[..., list[Any]], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]) -> bool:
+def _interact(
+    whole: Callable[..., list[Any]], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]
+) -> bool:
     n = samples[0].shape[0]
     places = np.linspace(0, n - 1, min(n, _FEW)).astype(int)
     shapes = [jax.ShapeDtypeStruct((len(places), *value.shape[1:]), value.dtype) for value in samples]

@@ -90,8 +90,8 @@ def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str])
     """Return the program of a traced sample.
 
     Args:
-        jaxpr: from the parameters and the leaves of one sample to its heads (k,) and whatever is to come out besides; its constants
-            are given when it runs.
+        jaxpr: from the parameters and the leaves of one sample to its heads (k,) and whatever is to come out besides; its
+            constants are given when it runs.
         names: of the parameters, the first inputs of the jaxpr.
         chosen: those that belong to the kernel.
 

@@ -166,6 +166,11 @@ class TensorFlowNamespace:
         dtype = tf.as_dtype(dtype)
         return SimpleNamespace(max=int(dtype.max), min=int(dtype.min), dtype=dtype)
 
+    @staticmethod
+    def mgs_product(left: Array, right: Array) -> Array:
+        """Return `left rightᵀ` over the last axis, (..., n, p) and (..., m, p) to (..., n, m)."""
+        return _gram(left) if left is right else tf.matmul(left, right, transpose_b=True)
+
     # what ONNX operators ask for beyond the standard: mgs_core/onnx/extensions.py says what each must do
 
     mgs_relu, mgs_erf, mgs_einsum = map(staticmethod, (tf.nn.relu, tf.math.erf, tf.einsum))
@@ -219,6 +224,16 @@ class TensorFlowNamespace:
 
             return portable(self, "average_pool")(x, window=window, strides=strides, pads=pads, dilations=dilations)
         return _pool("AVG", self.mgs_pad(x, ((0, 0), (0, 0), *pads)), window, strides, dilations)
+
+
+@tf.custom_gradient  # type: ignore[untyped-decorator]  # tensorflow is not followed
+def _gram(rows: Array) -> Any:
+    """Return `R Rᵀ`; its derivative is `(G + Gᵀ) R`, one product where the product rule has two."""
+
+    def gradient(upstream: Array) -> Array:
+        return tf.matmul(upstream + tf.linalg.matrix_transpose(upstream), rows)
+
+    return tf.matmul(rows, rows, transpose_b=True), gradient
 
 
 def _channels_last(x: Array) -> Array:

@@ -47,6 +47,27 @@ def test_kinds_are_those_that_the_other_backends_name(build):
     assert {name for name, route in routes.items() if route == "rows"} == {"v", "g", "a", "c", "left", "right"}
 
 
+def test_windows_are_stacked_where_pairs_of_positions_cost_less(build):
+    for name, parameter, uses in (("few_positions", "w", 1), ("convolutions", "twice", 8)):
+        function, parameters, x = build(name)
+        model = mgs.FunctionalModel(function, parameters)
+        found = mgs.get_backend("jax").statistics(model, x, None, lambda outputs, _: outputs, parameter, differentiable=False)
+        assert len(found) >= uses
+        assert (len(found) == 1) == (uses == 1)
+
+
+def test_outputs_come_from_the_same_pass(build):
+    function, parameters, x = build("mlp")
+    model, backend = mgs.FunctionalModel(function, parameters), mgs.get_backend("jax")
+    heads, outputs, found = backend.one_pass(
+        model, x, None, lambda outputs, _: outputs[:, :1], None, differentiable=False, outputs=True
+    )
+    close(outputs, function(parameters, x))
+    close(heads, outputs[:, :1])
+    assert backend.one_pass(model, x, None, lambda o, _: o, None, differentiable=False)[1] is None
+    assert {use.parameter for use in found} == set(parameters)
+
+
 def test_the_same_computation_is_planned_compiled_and_checked_once(build, monkeypatch):
     function, parameters, x = build("rules_of_their_own")
     checks = []

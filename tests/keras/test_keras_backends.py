@@ -36,9 +36,10 @@ def network():
     return model
 
 
-found = {"full": mgs.kernel(network(), [image, ids]), "loss": mgs.kernel(network(), [image, ids], labels, output="loss", loss=sample_loss(loss))}
-regularizers = {"none": None, "penalty": MGSRegularizer("log_determinant", 0.5), "agreement": MGSRegularizer(None, weighting="agreement")}
-for name, regularizer in regularizers.items():
+of_loss = {"output": "loss", "loss": sample_loss(loss)}
+found = {"full": mgs.kernel(network(), [image, ids]), "loss": mgs.kernel(network(), [image, ids], labels, **of_loss)}
+regularizers = {"penalty": MGSRegularizer("log_determinant", 0.5), "agreement": MGSRegularizer(None, weighting="agreement")}
+for name, regularizer in {"none": None, **regularizers}.items():
     model = regularize(network(), regularizer)
     model.compile(keras.optimizers.SGD(0.05, momentum=0.9), loss, jit_compile=keras.backend.backend() == "jax")
     history = model.fit([image, ids], labels, batch_size=8, epochs=5, verbose=0, shuffle=False).history

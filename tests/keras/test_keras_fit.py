@@ -181,11 +181,24 @@ def test_compiled_steps_and_several_steps_at_once():
     curves = []
     for options in ({}, {"jit_compile": True}, {"steps_per_execution": 2}, {"run_eagerly": True}):
         if BACKEND == "jax" and "run_eagerly" in options:
-            continue  # takes a minute
+            continue  # below
         model = compiled(regularize(network(), REGULARIZERS["loss"]), **options)
         curves.append(fit(model, epochs=2)["loss"])
     for curve in curves[1:]:
         np.testing.assert_allclose(curve, curves[0], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "jax", reason="the others are above")
+def test_eager_steps_on_jax():
+    """Keras then differentiates each step without compiling it, and keeps `jit_compile` for later."""
+    curves = []
+    for options in ({"jit_compile": True}, {"jit_compile": True, "run_eagerly": True}):
+        model = compiled(regularize(network(), REGULARIZERS["loss"]), **options)
+        curves.append(fit(model, X[:10], Y[:10]))
+    assert curves[0].keys() == curves[1].keys()
+    for key, value in curves[0].items():
+        assert curves[1][key] == pytest.approx(value, rel=1e-4)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's compiler alone lacks second derivatives")

@@ -68,6 +68,17 @@ def test_callbacks_see_the_figures_in_any_order(tmp_path):
         assert given[-1] is callbacks[-1] or last  # the user's own list stays as it was
 
 
+def test_tensorboard_sees_the_figures(tmp_path):
+    pytest.importorskip("tensorboard")
+    tf = pytest.importorskip("tensorflow")
+    history = fit(network(), [keras.callbacks.TensorBoard(tmp_path), MGSMonitor(X[:4])])
+    written = {}
+    for path in tmp_path.rglob("events*"):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            written |= {value.tag: float(tf.make_ndarray(value.tensor)) for value in event.summary.value if value.tag != "keras"}
+    assert written["epoch_mgs_trace"] == pytest.approx(history["mgs_trace"][0])
+
+
 def test_schedule_repeats_the_last_figures_and_batches_go_to_the_history():
     records = []
     sink = mgs.CallbackSink(lambda numbers, step: records.append((step, numbers)))

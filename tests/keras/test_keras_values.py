@@ -54,7 +54,39 @@ def test_weights_of_the_user_act_on_the_loss_alone(options):
 def test_kernel_is_that_of_inference(between):
     model = regularize(network(*[type(layer).from_config(layer.get_config()) for layer in between]), MGSRegularizer("trace", 1.0))
     expected = penalty_of(model, X, Y)
-    assert history(model, batch_size=20)["mgs_penalty"][0] == pytest.approx(expected, rel=1e-4)
+    found = history(model, batch_size=20)
+    assert found["mgs_penalty"][0] == pytest.approx(expected, rel=1e-4)
+    trained = found["loss"][0] - found["mgs_penalty"][0]  # of the training pass, with dropout and the batch's statistics
+    assert (abs(trained - model.evaluate(X, Y, verbose=0)[0]) > 1e-3) == bool(between)
+
+
+def test_masked_outputs_keep_their_mask():
+    ids, y = RANDOM.integers(0, 3, (20, 5)), RANDOM.integers(0, 3, (20, 5))
+
+    def sequence():
+        parts = [layers.Embedding(3, 4, mask_zero=True), layers.Dense(3, activation="softmax")]
+        return draw_weights(keras.Sequential([keras.Input((5,), dtype="int32"), *parts]))
+
+    plain = history(sequence(), ids, y)["loss"][0]
+    found = history(regularize(sequence(), MGSRegularizer("trace", 0.1, output="trace")), ids, y)
+    assert found["loss"][0] - found["mgs_penalty"][0] == pytest.approx(plain, rel=1e-4)
+
+
+def test_values_given_stand_in_for_those_held():
+    """The monitor on JAX hands over the state of the step; fixed variables count as much as trainable ones."""
+    model, backend = network(layers.BatchNormalization()), mgs.get_backend("keras")
+    trainable, fixed = (backend.values(v) for v in (model.trainable_variables, model.non_trainable_variables))
+    moved = [1.0 + 2.0 * value for value in trainable], [1.0 + 2.0 * value for value in fixed]
+    x, before = keras.ops.convert_to_tensor(X), numpy(mgs.kernel(model, X))
+    for given in ((trainable, moved[1]), (moved[0], fixed)):
+        found = numpy(mgs.kernel(backend.functional(model, *given), x))
+        other = network(layers.BatchNormalization())
+        for variables, values in zip((other.trainable_variables, other.non_trainable_variables), given, strict=True):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+        np.testing.assert_allclose(found, numpy(mgs.kernel(other, X)), rtol=0, atol=1e-5 * np.max(found))
+        assert np.max(np.abs(found - before)) > 1e-2 * np.max(before)
+    np.testing.assert_array_equal(numpy(mgs.kernel(model, X)), before)
 
 
 def test_partial_last_batch_has_its_own_kernel():

@@ -297,8 +297,15 @@ def test_grouped_convolution():  # whose gradient TensorFlow lacks on a CPU: aga
         return tf.reduce_sum(tf.tanh(tf.concat([tf.nn.conv2d(part, w, 1, "SAME") for part, w in pairs], axis=-1)), (1, 2))
 
     grouped = model_of(lambda p, x: tf.reduce_sum(tf.tanh(tf.nn.conv2d(x, p["w"], 1, "SAME")), (1, 2)), {"w": window})
-    expected = mgs.kernel(model_of(apart, {"first": window[..., :3], "second": window[..., 3:]}), x)
-    close(mgs.kernel(grouped, x), expected)
+    parts = {"first": window[..., :3], "second": window[..., 3:]}
+    close(mgs.kernel(grouped, x), mgs.kernel(model_of(apart, parts), x))
+
+    def plainly(w, x):  # each element times its own datum: cross terms with the convolution show the order of the elements
+        return tf.reshape(x, (x.shape[0], -1))[:, : tf.size(w)] * tf.reshape(w, (1, -1))
+
+    twice = model_of(lambda p, x: tf.concat([grouped.function(p, x), plainly(p["w"], x)], 1), {"w": window})
+    both = model_of(lambda p, x: tf.concat([apart(p, x), plainly(tf.concat([p["first"], p["second"]], -1), x)], 1), parts)
+    close(mgs.kernel(twice, x, output="sum"), mgs.kernel(both, x, output="sum"))
 
 
 def test_dilated_convolution():  # whose gradient TensorFlow lacks on a CPU: against the same window with zeros between
