@@ -7,6 +7,7 @@ from onnx import defs
 from mgs_core.onnx.graph import Graph, Node
 
 _NAMES = {"float": "float32", "double": "float64"}
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
 
 def check_types(graph: Graph, known: dict[str, str] | None = None) -> None:
@@ -37,7 +38,8 @@ def _check(node: Node, known: dict[str, str]) -> None:
         if name not in known:
             continue
         found, allowed = known[name], {_plain(each, node) for each in formal.types}
-        if _widened(found, node) not in allowed:
+        # what takes one floating-point type is evaluated in all: derivatives are checked in double precision
+        if found not in allowed and not (found in _FLOATS and allowed & _FLOATS):
             raise node.damaged(f"takes {name!r} of the type {found}; {', '.join(sorted(filter(None, allowed)))} are allowed")
         if not formal.is_homogeneous:
             continue
@@ -62,4 +64,4 @@ def _plain(kind: str, node: Node) -> str:
 
 def _widened(name: str, node: Node) -> str:
     """Return the precision that replaces a floating-point type, where the model is loaded in one."""
-    return node.precision if node.precision and name in ("float16", "bfloat16", "float32", "float64") else name
+    return node.precision if node.precision and name in _FLOATS else name

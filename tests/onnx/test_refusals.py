@@ -139,10 +139,11 @@ def test_node_is_refused_by_name(message, operator, constants, x, kind, outputs,
             operator, [first, *(f"c{at}" for at in range(len(constants)))], names, "odd one", domain=domain, **attributes
         ),
         helper.make_node("SequenceAt" if not tail else "Identity", [names[0], *(() if tail else ("zero",))], ["out"]),
-        helper.make_node("Add" if outputs == 1 else "Sum", ["out", *names[1:]] if outputs > 1 else ["out", "extra"], ["late"]),
+        *(helper.make_node("Cast", [name], [f"{name} real"], to=TensorProto.FLOAT) for name in ("out", *names[1:])),
+        helper.make_node("Sum", [f"{name} real" for name in ("out", *names[1:])], ["late"]),
         helper.make_node("Mul", ["late", "w"], ["y"]),
     ]
-    stored |= {"zero": np.array(0), "extra": np.float32(0)}
+    stored |= {"zero": np.array(0)}
     kind_in = helper.np_dtype_to_tensor_dtype(x.dtype)
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("x", kind_in, [None] * x.ndim)],

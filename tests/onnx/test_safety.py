@@ -99,7 +99,7 @@ def test_operators_domains_and_versions():
     refused(random, r"node 'noise' \(RandomNormalLike, opset 17\) is random", mgs.UnsupportedModelError)
     dynamic = model([node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"], "small")])
     refused(dynamic, "node 'small' .* is quantised", mgs.UnsupportedModelError)
-    boxes = model([node("RoiAlign", ["x", "x", "x"], ["y"], "boxes")])
+    boxes = model([node("MaxRoiPool", ["x", "x"], ["y"], "boxes", pooled_shape=[1, 1])])
     refused(boxes, "node 'boxes' .* has no implementation here", mgs.UnsupportedModelError)
     trees = helper.make_node("TreeEnsembleRegressor", ["x"], ["y"], "trees", domain="ai.onnx.ml")
     refused(model([trees], domains=["ai.onnx.ml"]), "node 'trees' .* is a tree ensemble", mgs.UnsupportedModelError)
