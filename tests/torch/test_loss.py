@@ -129,6 +129,20 @@ def test_max_samples_takes_the_kernel_of_the_first(mlp):
     torch.testing.assert_close(few.last.kernel, all_of_them.last.kernel[:5, :5])
 
 
+@pytest.mark.parametrize("name", ["mlp", "rectified", "normalised_frames"])
+def test_max_samples_has_the_gradient_of_the_first(of, name):
+    model, x = of(name)
+    y = torch.arange(len(x)) % 2
+    criterion = MGSLoss(nn.CrossEntropyLoss(reduction="sum"), penalty=TRACE, max_samples=3)
+    value = criterion(model(x), y)
+    expected = cross_entropy(model(x), y, reduction="sum") + TRACE(
+        mgs.kernel(model, x[:3], y[:3], output="loss", differentiable=True)
+    )
+    gradients = (torch.autograd.grad(each, list(model.parameters())) for each in (value, expected))
+    for part, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("output", ["trace", "target", "sum", "random"])
 def test_other_heads_are_those_of_kernel(mlp, output):
     model, x, y = mlp
