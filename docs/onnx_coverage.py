@@ -295,8 +295,8 @@ one.
 | LSTM, 12 steps | 1.35 ms | 1.84 ms | 0.37 ms |
 | depthwise separable, 16×16 | 6.9 ms | 22.5 ms | 1.3 ms |
 
-A kernel through ONNX takes 1.05 (PyTorch), 1.01 (JAX), 0.99 (TensorFlow) and 1.03 (NumPy) of the time of the same function written
-in the framework. `benchmarks/onnx_route.py` measures this; benchmarks/results/onnx.md has the conditions.
+A kernel through ONNX takes 1.05 (PyTorch), 1.01 (JAX), 0.99 (TensorFlow) and 1.03 (NumPy) of the time of the same function
+written in the framework. `benchmarks/onnx_route.py` measures this; benchmarks/results/onnx.md has the conditions.
 
 ## Operators
 
