@@ -243,7 +243,8 @@ class Training:
 
     def _kernel_and_outputs(self, x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
         """Return the kernel and the outputs of one pass; of the outputs that are there already, JAX has no graph."""
-        regularizer, backend = self.regularizer, mgs.get_backend(self._model)
+        backend: Any = mgs.get_backend(self._model)
+        regularizer = self.regularizer
         loss = compiled_loss(self._model, y_pred) if regularizer.output == "loss" else None
         head = make_head(regularizer.output, regularizer.transform, loss, regularizer.probes, regularizer.seed, y)
         _, outputs, found = backend.framework.one_pass(
