@@ -239,9 +239,7 @@ def table() -> str:
             defined.append(name)
     every = [case for own in tests.values() for case in own]
     lines += ["", "By the definition that ONNX itself gives, from other operators: " + ", ".join(defined) + ".", ""]
-    lines += [
-        f"Of the {len(every)} node tests of onnx {onnx.__version__}, {len(tests[''])} are of several operators. There pass"
-    ]
+    lines += [f"Of the {len(every)} node tests of onnx {onnx.__version__}, {len(tests[''])} are of several operators. There pass"]
     lines += [
         ", ".join(f"{sum(not why_skipped(case, backend) for case in every)} on {title}" for backend, title in BACKENDS.items())
         + ". `python docs/onnx_coverage.py --skipped` lists the others, each with its reason."
