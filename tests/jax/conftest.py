@@ -121,7 +121,7 @@ def convolutions():
 @model
 def few_positions():  # of which pairs cost less than rows: the windows are stacked
     def function(p, x):
-        h = jnp.tanh(lax.conv_general_dilated(x, p["w"], (1, 2), [(0, 1), (1, 0)], feature_group_count=2))
+        h = jnp.tanh(lax.conv_general_dilated(x, p["w"], (1, 2), [(0, 1), (0, 0)], feature_group_count=2))
         return jnp.mean(h * p["gain"], (2, 3)) @ p["out"]
 
     return function, {"w": draw(32, 16, 3, 3), "gain": draw(32, 1, 1), "out": draw(32, 3)}, draw(5, 32, 3, 4)

@@ -78,7 +78,9 @@ def test_agreement_weighted_loss(p, batch):
     close(some[2], jax.grad(lambda p: jnp.mean(weights * losses(p, batch)))(p))
 
 
-@pytest.mark.parametrize("name", ["cnn", "tied", "views", "several_inputs", pytest.param("loops", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["cnn", "few_positions", "tied", "views", "several_inputs", pytest.param("loops", marks=pytest.mark.slow)]
+)
 def test_agreement_weighted_gradient_of_every_kind_of_statistics(build, name):
     function, parameters, x = build(name)
 

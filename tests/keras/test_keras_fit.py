@@ -191,11 +191,11 @@ def test_compiled_steps_and_several_steps_at_once():
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="the others are above")
 def test_eager_steps_on_jax():
-    """Keras then differentiates each step without compiling it, and keeps `jit_compile` for later."""
-    curves = []
-    for options in ({"jit_compile": True}, {"jit_compile": True, "run_eagerly": True}):
-        model = compiled(regularize(network(), REGULARIZERS["loss"]), **options)
-        curves.append(fit(model, X[:10], Y[:10]))
+    """Keras then evaluates each step operation by operation, and turns `jit_compile` off."""
+    eager, usual = (regularize(network(), REGULARIZERS["loss"]) for _ in range(2))
+    with pytest.warns(UserWarning, match="If `run_eagerly` is True, then `jit_compile` cannot also be True"):
+        compiled(eager, jit_compile=True, run_eagerly=True)
+    curves = [fit(model, X[:10], Y[:10]) for model in (compiled(usual, jit_compile=True), eager)]
     assert curves[0].keys() == curves[1].keys()
     for key, value in curves[0].items():
         assert curves[1][key] == pytest.approx(value, rel=1e-4)
