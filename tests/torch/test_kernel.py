@@ -10,6 +10,7 @@ import mgs_core as mgs
 torch = pytest.importorskip("torch")
 
 from mgs_core.adapters.torch import twice_differentiable  # noqa: E402  # after the skip
+from mgs_core.backends.torch import contraction  # noqa: E402  # after the skip
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402  # after the skip
 
 PENALTY = mgs.Penalty("log_determinant", strength=1.0, scale=2.0)
@@ -132,6 +133,20 @@ def test_gradient_of_a_penalty_is_that_of_a_loop(case, request):
         rows = torch.stack(rows)
         loop = torch.autograd.grad(PENALTY(rows @ rows.T), trainable(model), allow_unused=True, materialize_grads=True)
     close(torch.cat([part.reshape(-1) for part in gradients]), torch.cat([part.reshape(-1) for part in loop]), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "grouped", "three_dimensions", "frames", "embedding", "tied", "transformer"])
+@pytest.mark.parametrize("output", ["loss", "trace"])
+def test_slices_and_other_ways_of_large_layers_change_nothing(of, name, output, monkeypatch):
+    model, x = of(name)
+    expected = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
+    monkeypatch.setattr("mgs_core.statistics.prefers_pairwise", lambda left, right: False)
+    monkeypatch.setattr(contraction, "_equal_pairs", lambda use: None)
+    for constant, value in (("_SLICE", 1), ("_LEAST", 1), ("_GROUPED", 0)):
+        monkeypatch.setattr(contraction, constant, value)
+    found = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
+    for part, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-8, atol=1e-10)
 
 
 def test_central_differences_find_the_weight_norm_of_pytorch_wrong(of):

@@ -38,6 +38,13 @@ def lazily(model: nn.Module, x: Any) -> tuple[nn.Module, Any]:
     return model, x
 
 
+def varied(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
 X = torch.randn
 
 
@@ -195,7 +202,7 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         X(5, 2, 6, 6),
     ),
     "resnet_group_norm": lambda: (resnet(lambda c: nn.GroupNorm(2, c)), X(4, 3, 8, 8)),
-    "resnet_batch_norm": lambda: (resnet(nn.BatchNorm2d).eval(), X(4, 3, 8, 8)),
+    "resnet_batch_norm": lambda: (varied(resnet(nn.BatchNorm2d)).eval(), X(4, 3, 8, 8)),
     "weight_norm": lambda: (
         nn.Sequential(
             parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
@@ -204,6 +211,15 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
             parametrizations.weight_norm(nn.Linear(64, 3)),
         ),
         X(6, 3, 6, 6),
+    ),
+    "twice_through_weight_norm": lambda: (
+        Model(
+            lambda s, x: torch.tanh(x @ (torch._weight_norm(s.v, s.g, 0) + s.v * s.g).T) @ s.o,
+            v=weight(6, 5),
+            g=weight(6, 1),
+            o=weight(6, 2),
+        ),
+        X(6, 5),
     ),
     "parametrised": lambda: (
         nn.Sequential(
@@ -223,6 +239,7 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         X(6, 5),
     ),
     "embedding": lambda: (nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)), torch.randint(0, 9, (6, 3))),
+    "rare_words": lambda: (nn.Sequential(nn.Embedding(60, 4), nn.Flatten(), nn.Linear(16, 3)), torch.randint(0, 60, (6, 4))),
     "bag": lambda: (
         Model(
             lambda s, x: torch.tanh(torch.cat([s.mean(x), s.sum(x)], 1)) @ s.o,
@@ -305,6 +322,10 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "sliced": lambda: (
         Model(lambda s, x: torch.tanh(x @ s.w[:, :3]) * (x @ s.w[:, 3:]) + s.b[0], w=weight(5, 6), b=weight(2, 3)),
         X(6, 5),
+    ),
+    "sliced_wide": lambda: (  # more elements than a byte can number
+        Model(lambda s, x: torch.tanh(x @ s.w[:, 30:]) @ s.o + (x @ s.w[:, :30]).sin()[:, ::15], w=weight(9, 36), o=weight(6, 2)),
+        X(4, 9),
     ),
     "recurrent": lambda: (
         Model(lambda s, x: s.l(torch.tanh(s.l(torch.tanh(s.l(x))))) @ s.l.weight.T, l=nn.Linear(4, 4)),
