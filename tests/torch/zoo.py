@@ -38,13 +38,6 @@ def lazily(model: nn.Module, x: Any) -> tuple[nn.Module, Any]:
     return model, x
 
 
-def varied(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
-
-
 X = torch.randn
 
 
@@ -127,6 +120,15 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         ),
         X(6, 4, 4, 4),
     ),
+    "transposed_unevenly": lambda: lazily(
+        nn.Sequential(
+            nn.ConvTranspose2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(0, 1), dilation=(1, 2)),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        ),
+        X(5, 2, 3, 4),
+    ),
     "one_dimension": lambda: lazily(
         nn.Sequential(
             nn.Conv1d(3, 4, 3, padding="same"),
@@ -202,7 +204,7 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         X(5, 2, 6, 6),
     ),
     "resnet_group_norm": lambda: (resnet(lambda c: nn.GroupNorm(2, c)), X(4, 3, 8, 8)),
-    "resnet_batch_norm": lambda: (varied(resnet(nn.BatchNorm2d)).eval(), X(4, 3, 8, 8)),
+    "resnet_batch_norm": lambda: (resnet(nn.BatchNorm2d).eval(), X(4, 3, 8, 8)),
     "weight_norm": lambda: (
         nn.Sequential(
             parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
@@ -363,6 +365,9 @@ def build(name: str) -> tuple[nn.Module, Any]:
             model, x = ZOO[name]()
             if name == "tiled":
                 model.i = torch.randint(0, 4, (6,))
+            for module in model.modules():  # a gain of one would hide its absence
+                if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
             return model, x
     finally:
         torch.set_default_dtype(before)
