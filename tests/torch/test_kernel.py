@@ -189,6 +189,13 @@ def test_linear_model_has_the_gram_matrix_of_its_inputs():
     close(mgs.kernel(model, x, parameters="weight"), x @ x.T, 1e-14)
 
 
+def test_the_padding_of_an_embedding_has_no_gradient():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 2, padding_idx=2), torch.nn.Flatten(), torch.nn.Linear(6, 2)).double()
+    x = torch.tensor([[0, 2, 2], [2, 2, 4], [1, 2, 3]])
+    rows = jacobian_rows(model, x)
+    close(mgs.kernel(model, x), torch.einsum("acp,bcp->ab", rows, rows))
+
+
 def test_one_sample_duplicates_and_fewer_parameters_than_samples(of):
     model, x = of("mlp")
     whole = mgs.kernel(model, x)

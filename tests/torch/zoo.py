@@ -251,6 +251,33 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         ),
         torch.randint(0, 9, (6, 3)),
     ),
+    "padded_bag": lambda: (
+        Model(
+            lambda s, x: torch.tanh(torch.cat([s.mean(x), s.sum(x, per_sample_weights=0.1 * x.double() + 0.5)], 1)) @ s.o,
+            mean=nn.EmbeddingBag(5, 3, padding_idx=2),
+            sum=nn.EmbeddingBag(5, 3, mode="sum"),
+            o=weight(6, 2),
+        ),
+        torch.randint(0, 5, (6, 3)),
+    ),
+    "negative": lambda: (
+        Model(
+            lambda s, x: torch.tanh(s.t[x - 9]).mean(1) @ s.o + s.u.index_select(1, x[:, 0]).T.sin(),
+            **{"t": weight(9, 4), "o": weight(4, 2), "u": weight(2, 9)},
+        ),
+        torch.randint(0, 9, (6, 3)),
+    ),
+    "arithmetic": lambda: (
+        Model(
+            lambda s, x: (
+                torch.sub(torch.add(torch.tanh(x @ s.w), s.b, alpha=2.0), s.c, alpha=3.0)
+                + s.d / (1.0 + x[:, :3] ** 2)
+                + s.e.expand(len(x), 3).index_select(1, torch.tensor([2, 0, 2])) * x[:, 2:]
+            ).sin(),
+            **{"w": weight(5, 3), "b": weight(3), "c": weight(3), "d": weight(3), "e": weight(3)},
+        ),
+        X(6, 5),
+    ),
     "tied": lambda: (  # a language model whose embedding is its output layer, sequences first
         Model(lambda s, x: (torch.tanh(s.table(x.T)) @ s.w @ s.table.weight.T).mean(0), table=nn.Embedding(9, 4), w=weight(4, 4)),
         torch.randint(0, 9, (6, 3)),
