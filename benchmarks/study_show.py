@@ -11,6 +11,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,13 +25,13 @@ from mgs_core.experiments import RECIPES
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 BEST = "none, best epoch"
 Figures = dict[str, dict[str, list[float]]]
+Records = list[dict[str, Any]]
 
 
-def read(path: Path) -> Figures:
+def accuracies(records: Records) -> Figures:
     """Return percent of last test accuracy of each run, by cell and recipe; what has not run from three seeds is left out."""
     found: Figures = defaultdict(lambda: defaultdict(list))
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in records:
         if record["event"] != "run" or record["regularizer"] not in RECIPES:
             continue
         cell = found[record["cell"]]
@@ -41,9 +42,8 @@ def read(path: Path) -> Figures:
     return {name: cell for name, cell in whole.items() if "none" in cell}
 
 
-def cost(path: Path) -> str:
+def cost(records: Records) -> str:
     """Return in a sentence what all runs and trials took; the clock ran while the machine did other work too."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     hours = {event: sum(r["seconds"] for r in records if r["event"] == event) / 3600 for event in ("run", "tuning")}
     counts = {event: sum(r["event"] == event for r in records) for event in hours}
     return f"{counts['run']} runs took {hours['run']:.1f} hours, {counts['tuning']} trials of strengths {hours['tuning']:.1f}."
@@ -134,7 +134,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
-    figures = read(options.results)
+    records = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+    figures = accuracies(records)
     kinds = ("MNIST, wrong labels", "MNIST, clean labels", "held out")
     cells = {name: [cell for cell in figures if kind(cell) == name] for name in kinds}
     for name in kinds:
@@ -142,7 +143,7 @@ def main() -> None:
     most = max(map(len, figures.values()))
     full = {name: cell for name, cell in figures.items() if len(cell) > most / 2}  # few recipes were run on the CNN
     print(f"\n## Mean rank\n\n{ranks(full)}")
-    print(f"\n## Cost\n\n{cost(options.results)}")
+    print(f"\n## Cost\n\n{cost(records)}")
     if options.figure:
         picture(full, [cell for name in kinds for cell in cells[name] if cell in full], options.figure)
 

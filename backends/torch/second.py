@@ -51,33 +51,32 @@ def _replace(node: Any, replacement: _Replacement, inputs: tuple[Any, ...], outp
     return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
 
 
-class _Masked(torch.autograd.Function):
-    """Gradient of a rectifier: linear in the gradient above, constant in the rest."""
+class _Linear(torch.autograd.Function):
+    """Gradient that is linear in the gradient above and constant in the rest; `adjoint(gradient, saved)` is its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, above: torch.Tensor, result: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(result)
+    def forward(
+        ctx: Any, above: torch.Tensor, saved: torch.Tensor, value: torch.Tensor, adjoint: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(saved)
+        ctx.adjoint = adjoint
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return torch.ops.aten.threshold_backward(gradients[0], ctx.saved_tensors[0], 0), None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.adjoint(gradients[0], ctx.saved_tensors[0]), None, None, None
 
 
-class _Pooled(torch.autograd.Function):
-    """Gradient of a maximum over windows: linear in the gradient above, constant in the rest."""
+def _masked(gradient: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Return the gradient where a rectifier let its input through."""
+    passed: torch.Tensor = torch.ops.aten.threshold_backward(gradient, result, 0)
+    return passed
 
-    @staticmethod
-    def forward(ctx: Any, above: torch.Tensor, indices: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(indices)
-        return value.view_as(value)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        indices: torch.Tensor = ctx.saved_tensors[0]
-        return gradients[0].flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices), None, None
+def _pooled(gradient: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the gradient at the maximum of each window."""
+    return gradient.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
 
 
 class _Normalised(torch.autograd.Function):
@@ -129,8 +128,8 @@ def _of_layer_norm(node: Any, above: torch.Tensor, value: torch.Tensor) -> torch
 
 
 _REPLACEMENTS: dict[str, _Replacement] = {
-    "Relu": lambda node, above, value: _apply(_Masked, above, node._saved_result, value),
-    "MaxPool2DWithIndices": lambda node, above, value: _apply(_Pooled, above, node._saved_result1, value),
+    "Relu": lambda node, above, value: _apply(_Linear, above, node._saved_result, value, _masked),
+    "MaxPool2DWithIndices": lambda node, above, value: _apply(_Linear, above, node._saved_result1, value, _pooled),
     "NativeLayerNorm": _of_layer_norm,
     "NativeGroupNorm": lambda node, above, value: _apply(
         _Normalised, above, node._saved_input, node._saved_weight, value, node, 1
