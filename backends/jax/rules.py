@@ -100,18 +100,19 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
     features, i = shape[numbers.rhs_spec[0]], shape[numbers.rhs_spec[1]]
     space = tuple(out[axis] for axis in numbers.out_spec[2:])
     s, o = out[numbers.out_spec[0]] * prod(space), features // groups
-    offsets = list(product(*(range(size) for size in window)))
+    rows, across = window[:1], list(product(*(range(size) for size in window[1:])))
     stack = i < _THIN
-    pieces = 1 if stack else len(offsets)
+    pieces, width = (1, prod(window) * i) if stack else (prod(rows), len(across) * i)
     channels_last = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
 
     def arrange(weight: Array) -> Array:
         weight = jnp.transpose(weight, (*numbers.rhs_spec[2:], *numbers.rhs_spec[:2]))
-        by_offset = jnp.swapaxes(jnp.reshape(weight, (len(offsets), groups, o, i)), 2, 3)
-        return jnp.reshape(jnp.swapaxes(by_offset, 0, 1), (groups, len(offsets) * i, o)) if stack else by_offset
+        weight = jnp.reshape(weight, (pieces, prod(window) // pieces, groups, o, i))
+        weight = jnp.reshape(jnp.transpose(weight, (0, 2, 1, 4, 3)), (pieces, groups, width, o))
+        return weight[0] if stack else weight
 
-    def by_group(array: Array, width: int) -> Array:
-        return jnp.moveaxis(jnp.reshape(array, (s, groups, width)), 1, 0)
+    def by_group(array: Array, features: int) -> Array:
+        return jnp.moveaxis(jnp.reshape(array, (s, groups, features)), 1, 0)
 
     def gradient(d: Array) -> Array:
         return by_group(jnp.transpose(d, channels_last), o)
@@ -120,14 +121,17 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
         x = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
         margins = [(low, high, factor - 1) for (low, high), factor in zip(params["padding"], params["lhs_dilation"], strict=True)]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
-        strides, dilations = params["window_strides"], params["rhs_dilation"]
-        found = []
-        for offset in offsets:
-            start = [at * d for at, d in zip(offset, dilations, strict=True)]
-            stop = [at + (size - 1) * stride + 1 for at, size, stride in zip(start, space, strides, strict=True)]
-            x_at = lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
-            found.append(by_group(x_at, i))
+        x = jnp.reshape(x, (*x.shape[:-1], groups, i))
+        x = jnp.concatenate([cut(x, 1 + len(rows), offset) for offset in across], axis=-1)
+        found = [by_group(cut(x, 1, (at,) if rows else ()), len(across) * i) for at in range(prod(rows))]
         return [jnp.concatenate(found, axis=-1)] if stack else found
+
+    def cut(x: Array, first: int, offset: tuple[int, ...]) -> Array:
+        """Take what the window's place sees, along the axes that begin with the first."""
+        for axis, at in enumerate(offset, start=first):
+            stride, start = params["window_strides"][axis - 1], at * params["rhs_dilation"][axis - 1]
+            x = lax.slice_in_dim(x, start, start + (space[axis - 1] - 1) * stride + 1, stride, axis)
+        return x
 
     def by_products(x: Array, weight: Array) -> Array:
         weight = arrange(weight)
