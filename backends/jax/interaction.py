@@ -71,14 +71,16 @@ def _interact(
         ]
         constants = [[known.setdefault(id(c), _value(c, draw)) for c in jaxpr.consts] for jaxpr in (single, batch)]
 
-        def compare(theta: list[Array], data: list[Array], constants: list[list[Array]]) -> tuple[Array, Array]:
-            one = jaxpr_as_fun(ClosedJaxpr(_open(single), ()))
-            alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)
-            together, *_ = jaxpr_as_fun(ClosedJaxpr(_open(batch), ()))(*constants[1], *theta, *data)
-            return alone, together
 
-        compared = jax.jit(compare, compiler_options=_QUICKLY)(theta, data, constants)
-        alone, together = (np.asarray(value, np.float64) for value in compared)
+    def compare(theta: list[Array], data: list[Array], constants: list[list[Array]]) -> tuple[Array, Array]:
+        one = jaxpr_as_fun(ClosedJaxpr(_open(single), ()))
+        alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)
+        together, *_ = jaxpr_as_fun(ClosedJaxpr(_open(batch), ()))(*constants[1], *theta, *data)
+        return alone, together
+
+    # a compiled program takes values even where a call would become part of the function that is being traced
+    compiled = jax.jit(compare).lower(theta, data, constants).compile(_QUICKLY)
+    alone, together = (np.asarray(value, np.float64) for value in compiled(theta, data, constants))
     eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
     defined = np.isfinite(alone) | np.isfinite(together)
     size = float(np.max(np.abs(together), initial=0.0, where=np.isfinite(together)))
@@ -117,4 +119,4 @@ def _made_up(like: Array | jax.ShapeDtypeStruct, draw: np.random.Generator, *, s
 
 
 def _array(value: Any, dtype: Any) -> Array:
-    return jnp.asarray(value.astype(dtype))  # cast by NumPy, for JAX would compile a program for each shape
+    return value.astype(dtype)  # by NumPy, for JAX would compile a program for each shape

@@ -135,7 +135,8 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
 
     def by_products(x: Array, weight: Array) -> Array:
         weight = arrange(weight)
-        y = sum(a @ b for a, b in zip(inputs(x), weight[None] if stack else weight, strict=True))
+        whole = weight if stack else jnp.reshape(jnp.swapaxes(weight, 0, 1), (groups, pieces * width, o))
+        y = jnp.concatenate(inputs(x), axis=-1) @ whole
         y = jnp.reshape(jnp.moveaxis(y, 0, 1), (out[numbers.out_spec[0]], *space, features))
         return jnp.transpose(y, tuple(np.argsort(channels_last).tolist()))
 
