@@ -71,7 +71,6 @@ def _interact(
         ]
         constants = [[known.setdefault(id(c), _value(c, draw)) for c in jaxpr.consts] for jaxpr in (single, batch)]
 
-
     def compare(theta: list[Array], data: list[Array], constants: list[list[Array]]) -> tuple[Array, Array]:
         one = jaxpr_as_fun(ClosedJaxpr(_open(single), ()))
         alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)

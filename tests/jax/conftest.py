@@ -119,6 +119,19 @@ def convolutions():
 
 
 @model
+def along_lines_and_volumes():
+    """Strided convolutions of one and three axes, with enough channels for products of each row of the window."""
+
+    def function(p, x):
+        h = jnp.tanh(lax.conv_general_dilated(x, p["volume"], (2, 1, 2), [(1, 1), (0, 1), (1, 0)], rhs_dilation=(1, 2, 1)))
+        h = jnp.reshape(jnp.moveaxis(h, 1, -1), (len(h), -1, 16))
+        h = lax.conv_general_dilated(h, p["line"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        return jnp.mean(jnp.sin(h), 1) @ p["out"]
+
+    return function, {"volume": draw(16, 16, 2, 2, 3), "line": draw(3, 16, 5), "out": draw(5, 3)}, draw(3, 16, 3, 3, 4)
+
+
+@model
 def few_positions():  # of which pairs cost less than rows: the windows are stacked
     def function(p, x):
         h = jnp.tanh(lax.conv_general_dilated(x, p["w"], (1, 2), [(0, 1), (0, 0)], feature_group_count=2))

@@ -48,12 +48,11 @@ def test_kinds_are_those_that_the_other_backends_name(build):
 
 
 def test_windows_are_stacked_where_pairs_of_positions_cost_less(build):
-    for name, parameter, uses in (("few_positions", "w", 1), ("convolutions", "twice", 8)):
+    for name, parameter, uses in (("few_positions", "w", 1), ("convolutions", "twice", 5)):
         function, parameters, x = build(name)
         model = mgs.FunctionalModel(function, parameters)
         found = mgs.get_backend("jax").statistics(model, x, None, lambda outputs, _: outputs, parameter, differentiable=False)
-        assert len(found) >= uses
-        assert (len(found) == 1) == (uses == 1)
+        assert len(found) == uses  # each convolution one for each row of the window, and a matrix
 
 
 def test_outputs_come_from_the_same_pass(build):
