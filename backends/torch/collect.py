@@ -16,6 +16,7 @@ from mgs_core.statistics import MEMORY_BUDGET, as_rows
 from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
 from .graph import Edge, Graph
 from .layout import Layout
+from .order import follow_each_contraction, next_number
 from .plan import Plan, Use
 from .rules import Place, Site, site_of
 from .second import cheaper_second_derivatives
@@ -82,14 +83,17 @@ def collect(graph: Graph, plan: Plan, samples: int, *, differentiable: bool) -> 
         Statistics that together cover every chosen parameter that moves the heads.
     """
     edges = list(dict.fromkeys((use.site, output) for use in plan.uses for output in range(len(use.layouts))))
+    first = next_number() if differentiable else 0
     with cheaper_second_derivatives(graph.nodes if differentiable else ()):
         found = [dict(zip(edges, pulled, strict=True)) for pulled in _pull_heads(graph, edges, samples, differentiable)]
     statistics: list[LayerStatistics] = []
     with torch.set_grad_enabled(differentiable):
-        for use in plan.uses:
+        for use in reversed(plan.uses):  # the layers next to the data come last
             at_outputs = [[gradients[use.site, output] for gradients in found] for output in range(len(use.layouts))]
             if any(gradient is not None for by_head in at_outputs for gradient in by_head):
                 statistics += _Reader(graph, use, samples, differentiable).read(at_outputs)
+    if differentiable:
+        follow_each_contraction(statistics, first)
     return _divided(statistics)
 
 

@@ -21,7 +21,7 @@ from mgs_core import statistics
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer
 
 #: Elements of a slice of rows, chosen to stay in the processor's cache; a slice has at least so many columns for each sample.
-_SLICE, _LEAST = 1 << 18, 64
+_SLICE, _LEAST = 1 << 19, 64
 #: Elements of one sample's gradient up to which a convolution in groups, a group for each sample, is fastest (on CPU).
 _GROUPED = 1 << 16
 

@@ -117,6 +117,29 @@ class _Normalised(torch.autograd.Function):
         return to_above.to(above.dtype), to_x.view(shape).to(x.dtype), to_weight, None, None, None
 
 
+class _Convolved(torch.autograd.Function):
+    """Gradient in the input of a convolution, which is linear in the gradient above and in the weight.
+
+    Its scalar product with v is that of the gradient above with the convolution of v, so its derivatives are those of a
+    convolution. PyTorch's own derivative in the weight is a convolution with a window as large as the image, which is slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, above: torch.Tensor, weight: torch.Tensor, value: torch.Tensor, settings: list[Any]) -> torch.Tensor:
+        ctx.save_for_backward(above, weight)
+        ctx.settings = settings
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        (above, weight), v = ctx.saved_tensors, gradients[0]
+        to_above, to_weight = torch.convolution(v, weight, None, *ctx.settings), None
+        if ctx.needs_input_grad[1]:
+            to_weight = torch.ops.aten.convolution_backward(above, v, weight, None, *ctx.settings, [False, True, False])[1]
+        return to_above, to_weight, None, None
+
+
 def _apply(function: Any, *arguments: Any) -> torch.Tensor:
     result: torch.Tensor = function.apply(*arguments)
     return result
@@ -127,9 +150,15 @@ def _of_layer_norm(node: Any, above: torch.Tensor, value: torch.Tensor) -> torch
     return _apply(_Normalised, above, node._saved_input, node._saved_weight, value, node, axis)
 
 
+def _of_convolution(node: Any, above: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    return _apply(_Convolved, above, node._saved_weight, value, [getattr(node, f"_saved_{name}") for name in names])
+
+
 _REPLACEMENTS: dict[str, _Replacement] = {
     "Relu": lambda node, above, value: _apply(_Linear, above, node._saved_result, value, _masked),
     "MaxPool2DWithIndices": lambda node, above, value: _apply(_Linear, above, node._saved_result1, value, _pooled),
+    "Convolution": _of_convolution,
     "NativeLayerNorm": _of_layer_norm,
     "NativeGroupNorm": lambda node, above, value: _apply(
         _Normalised, above, node._saved_input, node._saved_weight, value, node, 1
