@@ -18,6 +18,9 @@ Others: TypeAlias = list[torch.Tensor | None]
 #: `(parameters, others) → scalar`
 Function: TypeAlias = Callable[[Tensors, Others], torch.Tensor]
 
+#: Shapes of batches that are traced: the whole one, the last of an epoch, and some more, but not all lengths of sequences.
+_SHAPES = 4
+
 
 class Replay:
     """Evaluate a function with its gradient in the parameters.
@@ -56,7 +59,7 @@ class Replay:
             return value.detach(), list(gradients)
 
         value, gradients = both(parameters, others)
-        if key not in self._graphs:
+        if key not in self._graphs and len(self._graphs) < _SHAPES:
             self._graphs[key] = _trace(both, parameters, others)
         elif graph is not None:
             if _gives(graph, parameters, others, [value, *gradients]):

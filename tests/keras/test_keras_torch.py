@@ -86,3 +86,13 @@ def test_another_loss_is_traced_anew():
         found.append(model.fit(X, X[:, :3], batch_size=7, epochs=2, verbose=0).history["mgs_penalty"][1])
     assert found[0] == pytest.approx(found[2], rel=1e-5)
     assert abs(found[0] - found[1]) > 0.1 * found[0]
+
+
+def test_shapes_without_end_are_not_traced():
+    model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(3)]))
+    regularize(model, MGSRegularizer("trace", strength=0.5))
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
+    found = [model.fit(X[:n], X[:n, :3], batch_size=n, epochs=4, verbose=0).history["mgs_penalty"] for n in range(2, 9)]
+    assert len(model._mgs._replay._graphs) == 4
+    for curve in found:
+        assert curve == pytest.approx([curve[0]] * 4, rel=1e-5)
