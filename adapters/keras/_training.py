@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from keras.src.models.functional import Functional  # the class of `keras.Model(inputs, outputs)` has no public name
 
@@ -215,9 +215,7 @@ class Training:
 
     def _replayed(self, model: mgs.FunctionalModel, x: Any, y: Any, y_pred: Any) -> Any:
         """Return the penalty on PyTorch, from a graph that is traced once for each shape."""
-        from ._torch import Replay
-
-        function: Any = model.function
+        function, backend = cast(Any, model.function), cast(Any, mgs.get_backend(self._model))
         data, fixed = keras.tree.flatten((x, y)), [variable.value for variable in function.others]
 
         def penalty(parameters: Any, others: Any) -> Any:
@@ -229,7 +227,7 @@ class Training:
             finally:
                 function.fixed = None
 
-        self._replay = self._replay or Replay()
+        self._replay = self._replay or backend.replay()
         return self._replay(penalty, list(model.parameters.values()), [*data, *fixed])
 
     def _functional(self) -> mgs.FunctionalModel:

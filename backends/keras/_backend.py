@@ -121,6 +121,12 @@ class KerasBackend:
         targets = None if targets is None else keras.tree.map_structure(self.asarray, targets)
         return self.framework.statistics(functional, inputs, targets, head, chosen, differentiable=differentiable)
 
+    def replay(self) -> Any:
+        """Return what evaluates a function with its gradient on PyTorch, traced once for each shape."""
+        from .replay import Replay
+
+        return Replay()
+
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""
         return self.framework.value_and_gradient(function)
