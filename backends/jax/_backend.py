@@ -83,7 +83,7 @@ class JaxBackend:
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
         slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
         jaxpr, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
-        program = program_for(jaxpr, list(leaves), chosen)
+        program = program_for(jaxpr, list(leaves), chosen, differentiable)
         if n > 1:
             refuse_interaction(program.key, batch, jaxpr, list(leaves.values()), samples)
         given = (leaves, samples, jaxpr.consts)

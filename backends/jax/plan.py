@@ -137,6 +137,21 @@ def make_plan(jaxpr: Jaxpr | ClosedJaxpr, inputs: Sequence[Origin], *, close: bo
     return _Planner(jaxpr, inputs, close).plan
 
 
+def undifferentiated(plan: Plan) -> Plan:
+    """Return the plan for statistics that are not differentiated again: all is left to JAX, whose first derivatives are fast.
+
+    Args:
+        plan: the plan.
+    """
+    operations = [
+        replace(operation, bind=None, plan=undifferentiated(operation.plan))
+        if isinstance(operation, Nested)
+        else replace(operation, bind=None)
+        for operation in plan.operations
+    ]
+    return replace(plan, operations=operations)
+
+
 class _Planner:
     """Walk one jaxpr."""
 

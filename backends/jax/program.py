@@ -19,7 +19,7 @@ from mgs_core.statistics import ELEMENT_COST
 
 from .execute import Parameterised, execute
 from .fingerprint import fingerprint
-from .plan import DATA, Plan, Site, make_plan
+from .plan import DATA, Plan, Site, make_plan, undifferentiated
 from .views import View
 
 #: Programs that are kept, and verdicts on them: the last used ones.
@@ -86,7 +86,7 @@ class Program:
         return sum(site.rule.weight.parameter == parameter for site in self.plan.sites) == 1
 
 
-def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str]) -> Program:
+def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str], differentiable: bool) -> Program:
     """Return the program of a traced sample.
 
     Args:
@@ -94,13 +94,14 @@ def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str])
             constants are given when it runs.
         names: of the parameters, the first inputs of the jaxpr.
         chosen: those that belong to the kernel.
+        differentiable: whether the statistics will be differentiated.
 
     Returns:
         The program, a known one when the same computation came before.
     """
     trace = fingerprint(jaxpr.jaxpr)
-    key = (trace, tuple(names), tuple(chosen))
-    program = _programs.get(key) or _make(jaxpr, trace, tuple(names), frozenset(chosen))
+    key = (trace, tuple(names), tuple(chosen), differentiable)
+    program = _programs.get(key) or _make(jaxpr, trace, tuple(names), frozenset(chosen), differentiable)
     remember(_programs, key, program)
     return program
 
@@ -113,7 +114,7 @@ def remember(cache: OrderedDict[Any, Any], key: Hashable, value: Any) -> None:
         cache.popitem(last=False)
 
 
-def _make(closed: ClosedJaxpr, key: Hashable, names: tuple[str, ...], chosen: frozenset[str]) -> Program:
+def _make(closed: ClosedJaxpr, key: Hashable, names: tuple[str, ...], chosen: frozenset[str], differentiable: bool) -> Program:
     jaxpr = closed.jaxpr
     variables = jaxpr.invars[: len(names)]
     shapes = {name: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for name, v in zip(names, variables, strict=True)}
@@ -121,6 +122,7 @@ def _make(closed: ClosedJaxpr, key: Hashable, names: tuple[str, ...], chosen: fr
     whole = jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
     origins = [View(name) if name in chosen else None for name in names]
     plan = make_plan(whole, [*[None] * len(jaxpr.constvars), *origins, *[DATA] * (len(jaxpr.invars) - len(names))])
+    plan = plan if differentiable else undifferentiated(plan)
     heads = jaxpr.outvars[0].aval
 
     def one(parameters: dict[str, Array], sample: list[Array], constants: list[Array]) -> Any:

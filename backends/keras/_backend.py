@@ -21,11 +21,13 @@ class Function:
 
     Attributes:
         variables: the trainable variables by path.
+        others: the other variables.
+        fixed: values for the others; None for those they have at the call.
     """
 
     def __init__(self, model: Any, fixed: Sequence[Array] | None = None) -> None:
         self.variables = _names(model)
-        self._model, self._others, self._fixed = model, model.non_trainable_variables, fixed
+        self._model, self.others, self.fixed = model, model.non_trainable_variables, fixed
 
     def named(self, values: Iterable[Array]) -> dict[str, Array]:
         """Return values of the trainable variables by path."""
@@ -34,9 +36,9 @@ class Function:
     def __call__(self, parameters: dict[str, Array], inputs: Any) -> Array:
         """Return the outputs (n, c)."""
         # read only here, in the graph that needs them
-        held = [variable.value for variable in self._others] if self._fixed is None else self._fixed
+        held = [variable.value for variable in self.others] if self.fixed is None else self.fixed
         state = [(variable, parameters[name]) for name, variable in self.variables.items()]
-        with keras.StatelessScope(state_mapping=[*state, *zip(self._others, held, strict=True)]), _differentiable_twice():
+        with keras.StatelessScope(state_mapping=[*state, *zip(self.others, held, strict=True)]), _differentiable_twice():
             return flat_outputs(call(self._model, inputs, training=False))
 
 
@@ -118,6 +120,12 @@ class KerasBackend:
         inputs = keras.tree.map_structure(self.asarray, inputs)
         targets = None if targets is None else keras.tree.map_structure(self.asarray, targets)
         return self.framework.statistics(functional, inputs, targets, head, chosen, differentiable=differentiable)
+
+    def replay(self) -> Any:
+        """Return what evaluates a function with its gradient on PyTorch, traced once for each shape."""
+        from .replay import Replay
+
+        return Replay()
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""

@@ -36,6 +36,12 @@ def network(*hidden) -> keras.Model:
     return draw_weights(keras.Sequential([keras.Input((5,)), *hidden, layers.Dense(3, activation="softmax")]))
 
 
+def functional() -> keras.Model:
+    x = keras.Input((5,))
+    outputs = layers.Dense(3, activation="softmax")(layers.Dense(6, activation="tanh")(x))
+    return draw_weights(keras.Model(x, outputs))
+
+
 def recurrent() -> keras.Model:
     return network(layers.Reshape((5, 1)), layers.LSTM(3))
 
@@ -97,6 +103,14 @@ def test_logs_show_the_penalty_and_validation_does_not():
         losses = -np.log(numpy(model(X)))[np.arange(20), Y]
         assert history["val_loss"][0] == pytest.approx(np.mean(losses), rel=1e-4)  # without the penalty
         assert "mgs_penalty" not in model.evaluate(X, Y, verbose=0, return_dict=True)
+
+
+def test_progress_bar_shows_the_penalty_and_not_that_of_validation(capsys):
+    fit(compiled(regularize(network(), REGULARIZERS["loss"])), validation_data=(X, Y), verbose=1)
+    shown = capsys.readouterr().out
+    assert "mgs_penalty: " in shown
+    assert "val_loss: " in shown
+    assert "val_mgs_penalty" not in shown
 
 
 def test_both_routes_and_zero_strength():
@@ -302,20 +316,33 @@ print(json.dumps(found))
 
 def test_saved_model_goes_on_in_a_new_process(tmp_path):
     np.savez(tmp_path / "data.npz", x=X, y=Y)
-    paths, here = [tmp_path / "plain.keras", tmp_path / "regularised.keras"], []
-    for route, path in zip((attach, regularize), paths, strict=True):
-        model = compiled(route(network(), REGULARIZERS["loss"]), optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
+    paths, here = [tmp_path / f"{name}.keras" for name in ("plain", "regularised", "functional")], []
+    for route, make, path in zip((attach, regularize, regularize), (network, network, functional), paths, strict=True):
+        model = compiled(route(make(), REGULARIZERS["loss"]), optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
         fit(model)
         model.save(path)
         here.append(fit(model))
     command = [sys.executable, "-P", "-W", "ignore", "-c", CONTINUE, str(tmp_path / "data.npz"), *map(str, paths)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    (plain, without, _), (regularised, history, iterations) = json.loads(result.stdout.splitlines()[-1])
-    assert (plain, regularised, iterations) == ("Sequential", "MGSSequential", 4)
+    (plain, without, _), *regularised = json.loads(result.stdout.splitlines()[-1])
+    assert plain == "Sequential"
     assert "mgs_penalty" not in without
-    assert history["mgs_penalty"] == pytest.approx(here[1]["mgs_penalty"], rel=1e-4)
-    assert history["loss"] == pytest.approx(here[1]["loss"], rel=1e-4)
+    for name, expected, found in zip(("MGSSequential", "MGSFunctional"), here[1:], regularised, strict=True):
+        assert (found[0], found[2]) == (name, 4)
+        assert found[1]["mgs_penalty"] == pytest.approx(expected["mgs_penalty"], rel=1e-4)
+        assert found[1]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_subclass_comes_back_from_its_file(tmp_path):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    net = compiled(regularize(Net(5), REGULARIZERS["loss"]), loss=loss)
+    fit(net)
+    net.save(tmp_path / "net.keras")
+    again = keras.models.load_model(tmp_path / "net.keras", custom_objects={"Net": Net})
+    assert (type(again), again.mgs_regularizer.get_config()) == (Net, REGULARIZERS["loss"].get_config())
+    found, expected = fit(again), fit(net)
+    assert found["mgs_penalty"] == pytest.approx(expected["mgs_penalty"], rel=1e-4)
 
 
 def test_configurations_come_back(tmp_path):

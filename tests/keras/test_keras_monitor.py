@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from keras_oracle import draw_weights, kernel
+from keras_oracle import BACKEND, draw_weights, kernel
 from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize
 
 import mgs_core as mgs
@@ -37,6 +37,14 @@ def test_figures_are_the_summary_of_the_kernel():
         assert history[f"mgs_{name}"][1] == pytest.approx(value, rel=1e-3, abs=1e-4)
     assert monitor.history[1]["mgs_trace"] == history["mgs_trace"][1]
     assert monitor.history[0]["mgs_trace"] != monitor.history[1]["mgs_trace"]
+
+
+def test_measurement_is_compiled_once(monkeypatch):
+    """PyTorch does not compile it: there each measurement evaluates the kernel."""
+    calls, kernel_of = [], mgs.kernel
+    monkeypatch.setattr(mgs, "kernel", lambda *arguments, **options: calls.append(1) or kernel_of(*arguments, **options))
+    fit(network(), [MGSMonitor(X[:4], batches=1)], epochs=3)
+    assert len(calls) == (3 + 6 if BACKEND == "torch" else 1)
 
 
 class Spy(keras.callbacks.Callback):

@@ -1,0 +1,98 @@
+"""PyTorch: the penalty is replayed from a traced graph where that gives the same."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras_oracle import BACKEND, draw_weights, numpy
+from mgs_core.adapters.keras import MGSRegularizer, _training, regularize
+
+pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="TensorFlow and JAX trace by themselves")
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(28, 5)).astype("float32")
+Y = RANDOM.integers(0, 3, 28)
+
+
+class ByValue(layers.Layer):
+    """A layer whose Python reads values, openly or past the tracing."""
+
+    def __init__(self, read, **options):
+        super().__init__(**options)
+        self.read = read
+
+    def call(self, x):
+        return x * (2.0 if self.read(x) > 0.0 else 0.5)
+
+
+def openly(x):
+    return float(keras.ops.stop_gradient(keras.ops.sum(x[0])))
+
+
+def past(x):
+    return float(x.detach().numpy()[0].sum())
+
+
+def train(*between, regularizer=None):
+    """Return the histories of two runs of `fit`, of 3 batches of 8 and one of 4, and the graphs that were replayed."""
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(6, activation="tanh"), *between, layers.Dense(3, activation="softmax")]
+    model = draw_weights(keras.Sequential([keras.Input((5,)), *hidden]))
+    regularize(model, regularizer or MGSRegularizer("log_determinant", strength=0.5, max_samples=6))
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", jit_compile=False)
+    history = [model.fit(X, Y, batch_size=8, epochs=3, verbose=0, shuffle=False).history for _ in range(2)]
+    replay = model._mgs._replay
+    graphs = [] if replay is None else [graph for key, graph in replay._graphs.items() if key in replay._proven]
+    return history, [numpy(variable) for variable in model.trainable_variables], graphs
+
+
+@pytest.mark.parametrize("name", ["plain", "dropout", "batch norm", "lstm"])
+def test_replayed_steps_are_those_that_are_evaluated(name, monkeypatch):
+    between = {
+        "plain": lambda: [],
+        "dropout": lambda: [layers.Dropout(0.3)],
+        "batch norm": lambda: [layers.BatchNormalization(momentum=0.5)],  # whose statistics move from step to step
+        "lstm": lambda: [layers.Reshape((3, 2)), layers.LSTM(4)],
+    }[name]
+    curves, weights, graphs = train(*between())
+    assert len(graphs) == 2  # one for each size of batch
+    monkeypatch.setattr(_training, "_TRACED", 0)
+    expected, expected_weights, none = train(*between())
+    assert none == []
+    for one, other in zip(curves, expected, strict=True):
+        for key, value in one.items():
+            assert other[key] == pytest.approx(value, rel=1e-4)
+    for one, other in zip(weights, expected_weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("read", [openly, past])
+def test_a_model_that_reads_values_is_evaluated(read, monkeypatch):
+    curves, _, graphs = train(ByValue(read))
+    assert graphs == []
+    monkeypatch.setattr(_training, "_TRACED", 0)
+    expected, _, _ = train(ByValue(read))
+    for one, other in zip(curves, expected, strict=True):
+        assert one["mgs_penalty"] == pytest.approx(other["mgs_penalty"], rel=1e-4)
+
+
+def test_another_loss_is_traced_anew():
+    model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(3)]))
+    regularize(model, MGSRegularizer("trace", strength=0.5))
+    found = []
+    for loss in ("mse", "mae", "mse"):
+        model.compile(keras.optimizers.SGD(0.0), loss, jit_compile=False)
+        found.append(model.fit(X, X[:, :3], batch_size=7, epochs=2, verbose=0).history["mgs_penalty"][1])
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
+    assert abs(found[0] - found[1]) > 0.1 * found[0]
+
+
+def test_shapes_without_end_are_not_traced():
+    model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(3)]))
+    regularize(model, MGSRegularizer("trace", strength=0.5))
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
+    found = [model.fit(X[:n], X[:n, :3], batch_size=n, epochs=4, verbose=0).history["mgs_penalty"] for n in range(2, 9)]
+    assert len(model._mgs._replay._graphs) == 4
+    for curve in found:
+        assert curve == pytest.approx([curve[0]] * 4, rel=1e-5)
