@@ -138,7 +138,7 @@ def main() -> None:
     figures = accuracies(records)
     kinds = ("MNIST, wrong labels", "MNIST, clean labels", "held out")
     cells = {name: [cell for cell in figures if kind(cell) == name] for name in kinds}
-    for name in kinds:
+    for name in filter(cells.get, kinds):
         print(f"\n## {name}\n\n{table(figures, cells[name])}")
     most = max(map(len, figures.values()))
     full = {name: cell for name, cell in figures.items() if len(cell) > most / 2}  # few recipes were run on the CNN
