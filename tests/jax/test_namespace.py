@@ -65,3 +65,16 @@ def test_symmetric_product_has_the_derivatives_of_the_product():
     np.testing.assert_allclose(jax.jit(jax.hessian(symmetric))(rows), jax.jit(jax.hessian(plain))(rows), rtol=1e-11, atol=1e-12)
     other = draw(5, 2)
     np.testing.assert_allclose(XP.mgs_product(rows, other), rows @ jnp.swapaxes(other, -1, -2), rtol=1e-12)
+
+
+def test_log_determinant_has_the_derivatives_of_the_determinant():
+    rows = draw(5, 4)
+
+    def of(log_determinant):
+        return lambda rows: log_determinant(jnp.eye(5) + rows @ rows.T)
+
+    ours, plain = of(XP.mgs_log_determinant), of(lambda matrix: jnp.linalg.slogdet(matrix)[1])
+    np.testing.assert_allclose(ours(rows), plain(rows), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(ours)(rows), jax.grad(plain)(rows), rtol=1e-10)
+    np.testing.assert_allclose(jax.hessian(ours)(rows), jax.hessian(plain)(rows), rtol=1e-8, atol=1e-10)
+    assert jnp.isnan(XP.mgs_log_determinant(-jnp.eye(3)))
