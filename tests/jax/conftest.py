@@ -120,15 +120,16 @@ def convolutions():
 
 @model
 def along_lines_and_volumes():
-    """Strided convolutions of one and three axes, with enough channels for products of each row of the window."""
+    """Strided convolutions of three axes and of one, in groups, with enough channels for products of each row of the window."""
 
     def function(p, x):
         h = jnp.tanh(lax.conv_general_dilated(x, p["volume"], (2, 1, 2), [(1, 1), (0, 1), (1, 0)], rhs_dilation=(1, 2, 1)))
-        h = jnp.reshape(jnp.moveaxis(h, 1, -1), (len(h), -1, 16))
-        h = lax.conv_general_dilated(h, p["line"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        h = jnp.reshape(jnp.moveaxis(h, 1, -1), (len(h), -1, 32))
+        numbers = ("NWC", "WIO", "NWC")
+        h = lax.conv_general_dilated(h, p["line"], (2,), "SAME", dimension_numbers=numbers, feature_group_count=2)
         return jnp.mean(jnp.sin(h), 1) @ p["out"]
 
-    return function, {"volume": draw(16, 16, 2, 2, 3), "line": draw(3, 16, 5), "out": draw(5, 3)}, draw(3, 16, 3, 3, 4)
+    return function, {"volume": draw(32, 16, 2, 2, 3), "line": draw(3, 16, 6), "out": draw(6, 3)}, draw(3, 16, 3, 3, 4)
 
 
 @model
