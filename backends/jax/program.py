@@ -20,6 +20,7 @@ from mgs_core.statistics import ELEMENT_COST
 from .execute import Parameterised, execute
 from .fingerprint import fingerprint
 from .plan import DATA, Plan, Site, make_plan, undifferentiated
+from .rules import stacked
 from .views import View
 
 #: Programs that are kept, and verdicts on them: the last used ones.
@@ -73,9 +74,9 @@ class Program:
         if rule.pieces == 1:
             return [Outer(**common, view=view.keys, restore=view.restore(like), inputs=inputs[0])]
         if separate and self._used_once(view.parameter) and _prefers_pairs(gradients, inputs):
-            stacked = view.then("stacked", _stacked)
-            whole = jnp.concatenate(inputs, axis=-1)
-            return [Outer(**common, view=stacked.keys, restore=stacked.restore(like), inputs=whole)]
+            whole = view.then("stacked", stacked)
+            windows = jnp.concatenate(inputs, axis=-1)
+            return [Outer(**common, view=whole.keys, restore=whole.restore(like), inputs=windows)]
         pieces = [view.then(("piece", place), partial(_piece, place=place)) for place in range(rule.pieces)]
         return [
             Outer(**common, view=piece.keys, restore=piece.restore(like), inputs=x, part=place if separate else None)
@@ -157,11 +158,6 @@ def _prefers_pairs(gradients: Array, inputs: list[Array]) -> bool:
     """Say whether pairs of positions, whose gradients' products serve all pieces, cost less than rows; the same for every n."""
     (k, _, s, o), i = gradients.shape[1:], sum(x.shape[-1] for x in inputs)
     return bool(s * s * (i + k * o + 2 * ELEMENT_COST) <= i * o * k)
-
-
-def _stacked(weight: Array) -> Array:
-    pieces, g, i, o = weight.shape
-    return jnp.reshape(jnp.swapaxes(weight, 0, 1), (g, pieces * i, o))
 
 
 def _arranged(site: Site, gradients: Array, record: Array) -> tuple[Array, list[Array]]:

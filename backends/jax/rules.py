@@ -100,16 +100,17 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
     features, i = shape[numbers.rhs_spec[0]], shape[numbers.rhs_spec[1]]
     space = tuple(out[axis] for axis in numbers.out_spec[2:])
     s, o = out[numbers.out_spec[0]] * prod(space), features // groups
-    rows, across = window[:1], list(product(*(range(size) for size in window[1:])))
-    stack = i < _THIN
-    pieces, width = (1, prod(window) * i) if stack else (prod(rows), len(across) * i)
+    rows, across = range(window[0] if window else 1), list(product(*(range(size) for size in window[1:])))
+    width, stack = len(across) * i, i < _THIN
     channels_last = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
 
-    def arrange(weight: Array) -> Array:
+    def by_row(weight: Array) -> Array:
         weight = jnp.transpose(weight, (*numbers.rhs_spec[2:], *numbers.rhs_spec[:2]))
-        weight = jnp.reshape(weight, (pieces, prod(window) // pieces, groups, o, i))
-        weight = jnp.reshape(jnp.transpose(weight, (0, 2, 1, 4, 3)), (pieces, groups, width, o))
-        return weight[0] if stack else weight
+        weight = jnp.reshape(weight, (len(rows), len(across), groups, o, i))
+        return jnp.reshape(jnp.transpose(weight, (0, 2, 1, 4, 3)), (len(rows), groups, width, o))
+
+    def arrange(weight: Array) -> Array:
+        return stacked(by_row(weight)) if stack else by_row(weight)
 
     def by_group(array: Array, features: int) -> Array:
         return jnp.moveaxis(jnp.reshape(array, (s, groups, features)), 1, 0)
@@ -122,8 +123,8 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
         margins = [(low, high, factor - 1) for (low, high), factor in zip(params["padding"], params["lhs_dilation"], strict=True)]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
         x = jnp.reshape(x, (*x.shape[:-1], groups, i))
-        x = jnp.concatenate([cut(x, 1 + len(rows), offset) for offset in across], axis=-1)
-        found = [by_group(cut(x, 1, (at,) if rows else ()), len(across) * i) for at in range(prod(rows))]
+        x = jnp.concatenate([cut(x, 2, offset) for offset in across], axis=-1)
+        found = [by_group(cut(x, 1, (at,) if window else ()), width) for at in rows]
         return [jnp.concatenate(found, axis=-1)] if stack else found
 
     def cut(x: Array, first: int, offset: tuple[int, ...]) -> Array:
@@ -134,22 +135,26 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
         return x
 
     def by_products(x: Array, weight: Array) -> Array:
-        weight = arrange(weight)
-        whole = weight if stack else jnp.reshape(jnp.swapaxes(weight, 0, 1), (groups, pieces * width, o))
-        y = jnp.concatenate(inputs(x), axis=-1) @ whole
+        y = jnp.concatenate(inputs(x), axis=-1) @ stacked(by_row(weight))
         y = jnp.reshape(jnp.moveaxis(y, 0, 1), (out[numbers.out_spec[0]], *space, features))
         return jnp.transpose(y, tuple(np.argsort(channels_last).tolist()))
 
     key = ("convolution", numbers.rhs_spec, groups, stack)
     bind = _strided(equation, by_products) if max(params["window_strides"]) > 1 else None
-    return Rule("outer", view.then(key, arrange), gradient, inputs, pieces, bind=bind)
+    return Rule("outer", view.then(key, arrange), gradient, inputs, 1 if stack else len(rows), bind=bind)
+
+
+def stacked(weight: Array) -> Array:
+    """Return a weight in pieces (pieces, g, i, o) as one, (g, pieces · i, o)."""
+    pieces, g, i, o = weight.shape
+    return jnp.reshape(jnp.swapaxes(weight, 0, 1), (g, pieces * i, o))
 
 
 def _strided(equation: Any, by_products: Callable[[Array, Array], Array]) -> Callable[..., Array]:
-    """Return a strided convolution whose derivative in the data is written as products, one for each place of the window.
+    """Return a strided convolution whose derivative in the data is written as a product with the windows.
 
     A penalty needs that derivative's own derivative in the weight. Left to JAX it becomes a convolution that XLA for CPU (0.10)
-    takes 15 to 50 times as long for as for a weight's ordinary gradient; made of products, it takes no longer.
+    takes 15 to 50 times as long for as for a weight's ordinary gradient; of a product, it takes no longer.
     """
 
     @jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed

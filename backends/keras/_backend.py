@@ -95,10 +95,6 @@ class KerasBackend:
         """
         return FunctionalModel(function, function.named(self.values(function.variables.values())))
 
-    def flat(self, outputs: Any) -> Array:
-        """Return a model's outputs of any structure as (n, c)."""
-        return flat_outputs(outputs)
-
     def values(self, variables: Iterable[Any]) -> list[Array]:
         """Return the values that Keras variables have now, differentiable in them.
 
