@@ -140,7 +140,7 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
         return jnp.transpose(y, tuple(np.argsort(channels_last).tolist()))
 
     key = ("convolution", numbers.rhs_spec, groups, stack)
-    bind = _strided(equation, by_products) if max(params["window_strides"]) > 1 else None
+    bind = _strided(equation, by_products) if max(params["window_strides"], default=1) > 1 else None
     return Rule("outer", view.then(key, arrange), gradient, inputs, 1 if stack else len(rows), bind=bind)
 
 

@@ -55,6 +55,15 @@ def test_windows_are_stacked_where_pairs_of_positions_cost_less(build):
         assert len(found) == uses  # each convolution one for each row of the window, and a matrix
 
 
+def test_a_convolution_without_space_is_a_dense_layer():
+    weight, x = (
+        jnp.asarray(np.random.default_rng(0).normal(size=(4, 20))),
+        jnp.asarray(np.random.default_rng(1).normal(size=(3, 20))),
+    )
+    model = mgs.FunctionalModel(lambda p, x: jax.lax.conv_general_dilated(x, p["w"], (), []), {"w": weight})
+    close(mgs.kernel(model, x), 4.0 * x @ x.T)
+
+
 def test_outputs_come_from_the_same_pass(build):
     function, parameters, x = build("mlp")
     model, backend = mgs.FunctionalModel(function, parameters), mgs.get_backend("jax")
