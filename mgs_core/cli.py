@@ -128,9 +128,10 @@ def audit(
     data: Annotated[str, typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train; or digits.")],
     model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file that takes x and returns a score a class.")] = "mlp",
     backend: _BackendOption = "numpy",
+    networks: Annotated[int, typer.Option(help="Networks that are trained; their kernels are averaged.")] = 2,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the samples; 8 by default, more where samples are few: wrong labels stay unlearnt."),
+        typer.Option(help="Passes over the samples; 4 by default, more where samples are few: wrong labels stay unlearnt."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="The first so many samples are audited; all by default.")] = None,
     shown: Annotated[int, typer.Option(help="Samples in the gallery.")] = 200,
@@ -149,10 +150,11 @@ def audit(
     mgs.get_backend(backend)
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
         epochs = usual_epochs(len(labels)) if epochs is None else epochs
-        task = bar.add_task("", total=epochs)
+        task = bar.add_task("", total=networks * epochs)
         found = mgs.audit(
-            images, labels, model=model, backend=backend, epochs=epochs, seed=seed, on_epoch=lambda _: bar.advance(task)
-        )
+            images, labels, model=model, backend=backend, networks=networks, epochs=epochs, seed=seed,
+            on_epoch=lambda _: bar.advance(task),
+        )  # fmt: skip
     from mgs_core.report import headline, write_audit  # needs Matplotlib and Jinja, which measuring a model does not
 
     page = write_audit(found, images, out, shown=shown)

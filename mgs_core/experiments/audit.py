@@ -1,4 +1,4 @@
-"""Audit labels: train a network for a few epochs, and let its kernel say which labels the other samples contradict."""
+"""Audit labels: train networks for a few epochs, and let their kernel say which labels the other samples contradict."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from mgs_core import onnx
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.experiments.models import build
+from mgs_core.experiments.models import MODELS, build
 from mgs_core.experiments.optimizer import adam, schedule, start
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
-from mgs_core.suspicion import Suspicion, suspicion
+from mgs_core.summary import _cosine
+from mgs_core.suspicion import suspicion
 
-_LEAST_STEPS = 60
+_EPOCHS, _LEAST_STEPS = 4, 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,7 @@ def audit(
     *,
     model: Any = "mlp",
     backend: str = "numpy",
+    networks: int = 2,
     epochs: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
@@ -73,7 +75,8 @@ def audit(
 ) -> Audit:
     """Rank labels by how far the gradients of all other samples contradict them.
 
-    The network is trained for a few epochs, before it can learn wrong labels by heart, and its kernel goes through `suspicion`.
+    Networks are trained for a few epochs, before they can learn wrong labels by heart, and the mean of their cosine kernels goes
+    through `suspicion`.
 
     Args:
         inputs: (n, …), real numbers; scaled here to mean 0 and standard deviation 1.
@@ -81,12 +84,13 @@ def audit(
         model: "mlp", "cnn", or a model in ONNX (path or proto) that takes a batch of the inputs, scaled, and returns (n, c);
             or a `FunctionalModel` on the backend that does.
         backend: name of the backend that trains.
-        epochs: passes over the samples; None for 8, or as many as make 60 steps where samples are few.
+        networks: how many are trained; each from weights and in an order of its own, those of a model of yours from its weights.
+        epochs: passes of each over the samples; None for 4, or as many as make 24 steps where samples are few.
         batch_size: samples a step.
         learning_rate: of Adam, at the start.
         block: samples that are judged together, at least 2: more samples are split at random into blocks of at most this many.
         seed: seed of weights, order and blocks.
-        on_epoch: called with the number of each finished epoch.
+        on_epoch: called with the number of each finished epoch, of `networks · epochs`.
 
     Returns:
         The audit; NumPy arrays in the order of the samples.
@@ -95,8 +99,8 @@ def audit(
         ArgumentError: when inputs, labels or another argument do not fit.
 
     Cost:
-        The training, with one kernel a step (about twice plain training), one kernel of the c outputs of each block, and about
-        `16 · n · block²` operations for the regression; memory for `block²` numbers.
+        For each network its training, with one kernel a step (about twice plain training), and one kernel of the c outputs of
+        each block; about `16 · n · block²` operations for the regression; memory for `block²` numbers.
 
     Example:
         >>> import mgs_core as mgs
@@ -107,6 +111,7 @@ def audit(
     """
     x, given = _checked(inputs, labels)
     for name, value, least in (
+        ("networks", networks, 1),
         ("epochs", 1 if epochs is None else epochs, 1),
         ("batch_size", batch_size, 2),
         ("block", block, 2),
@@ -116,29 +121,44 @@ def audit(
     if epochs is None:
         epochs = usual_epochs(len(given), batch_size)
     classes = int(given.max()) + 1
-    if not isinstance(model, FunctionalModel):
-        proto = build(model, x.shape[1:], classes, seed=seed).plain if model in ("mlp", "cnn") else model
-        model = onnx.load(proto, backend=backend)
-    else:
-        classes = max(classes, model(get_backend(backend).asarray(x[:1])).shape[1])
-    found = _Training(model, backend, x, given, classes)
+    starts = [_start(model, backend, x, classes, seed, number) for number in range(networks)]
+    outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
+    if len(outputs) != 2 or outputs[1] < classes:
+        raise ArgumentError(f"`model` must return (n, c), c ≥ {classes} for these labels; for one sample it returned {outputs}.")
+    classes = outputs[1]
     random = np.random.default_rng([seed, 3])
-    for epoch in range(epochs):
-        found.epoch(epoch, epochs, batch_size, learning_rate, random.permutation(len(given)))
-        on_epoch(epoch + 1)
+    trained = []
+    for number, own in enumerate(starts):
+        training = _Training(own, backend, x, given, classes)
+        for epoch in range(epochs):
+            training.epoch(epoch, epochs, batch_size, learning_rate, random.permutation(len(given)))
+            on_epoch(number * epochs + epoch + 1)
+        trained.append(training)
     parts = np.array_split(random.permutation(len(given)), -(-len(given) // block))
-    judged = [found.judge(np.sort(part)) for part in parts]
+    judged = [
+        suspicion(np.mean([own.cosine(part) for own in trained], axis=0), given[part], classes=classes)
+        for part in map(np.sort, parts)
+    ]
     back = np.argsort(np.concatenate([np.sort(part) for part in parts]))
     fields = {
         name: np.concatenate([getattr(one, name) for one in judged])[back]
         for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
-    return Audit(given=given, agreement=found.agreement, **fields)
+    return Audit(given=given, agreement=np.mean([own.agreement for own in trained], axis=0), **fields)
 
 
 def usual_epochs(samples: int, batch_size: int = 64) -> int:
-    """Return the epochs of an audit that is not told how many: 8, or as many as make 60 steps."""
-    return max(8, -(-_LEAST_STEPS // max(1, samples // batch_size)))
+    """Return the epochs of an audit that is not told how many: 4, or as many as make 24 steps."""
+    return max(_EPOCHS, -(-_LEAST_STEPS // max(1, samples // batch_size)))
+
+
+def _start(model: Any, backend: str, x: Array, classes: int, seed: int, number: int) -> FunctionalModel:
+    """Return the network of this number before its training."""
+    if isinstance(model, FunctionalModel):
+        return model
+    if model in MODELS:
+        model = build(model, x.shape[1:], classes, seed=[seed, number] if number else seed).plain
+    return onnx.load(model, backend=backend)
 
 
 class _Training:
@@ -178,11 +198,12 @@ class _Training:
             )
             self._agree(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
 
-    def judge(self, samples: Array) -> Suspicion:
-        """Return what the samples say of each other's labels."""
+    def cosine(self, samples: Array) -> Array:
+        """Return the cosine kernel of the outputs at samples."""
         model = FunctionalModel(self._function, self._parameters)
         matrix = kernel(model, self._backend.asarray(self._x[samples]), chunk_size=min(256, len(samples)))
-        return suspicion(matrix, self._given[samples], classes=self._classes)
+        matrix = np.asarray(self._backend.to_numpy(matrix), dtype=np.float64)
+        return _cosine(matrix, np.diagonal(matrix))
 
     def _loss(self, parameters: Any, inputs: Array, targets: Array) -> Array:
         losses = cross_entropy(self._function(parameters, inputs), targets)

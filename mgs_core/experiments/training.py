@@ -93,8 +93,8 @@ class Run:
         self._model = network.plain
         if recipe.relabel or recipe.select:
             found = audit(
-                self._inputs, self._targets, model=self._model, backend=settings.backend,
-                batch_size=settings.batch_size, seed=seed,
+                self._inputs, self._targets, model=self._model if is_file(settings.model) else settings.model,
+                backend=settings.backend, batch_size=settings.batch_size, seed=seed,
             )  # fmt: skip
             if recipe.relabel:
                 self._targets = found.suggested

@@ -47,7 +47,7 @@ def test_clean_labels_are_hardly_contradicted():
 def test_blocks_and_seeds_and_epochs(found):
     done = []
     blocks = mgs.audit(IMAGES, LABELS, block=200, on_epoch=done.append)
-    assert done == list(range(1, 9))
+    assert done == list(range(1, 9))  # two networks, four epochs each
     assert roc_auc_score(WRONG, blocks.scores) > 0.95
     assert np.corrcoef(blocks.scores, found.scores)[0, 1] > 0.9  # in the order of the samples
     again = mgs.audit(IMAGES, LABELS, epochs=1, seed=5)
@@ -63,8 +63,11 @@ def test_backends_agree(backend):
 
 def test_a_model_of_ones_own(tmp_path):
     onnx.save(mgs.experiments.models.build("cnn", (8, 8), 10, seed=0).plain, tmp_path / "mine.onnx")
-    mine = mgs.audit(IMAGES[:200], LABELS[:200], epochs=1, model=tmp_path / "mine.onnx")
-    np.testing.assert_array_equal(mine.scores, mgs.audit(IMAGES[:200], LABELS[:200], epochs=1, model="cnn").scores)
+    mine = mgs.audit(IMAGES[:200], LABELS[:200], networks=1, epochs=1, model=tmp_path / "mine.onnx")
+    theirs = mgs.audit(IMAGES[:200], LABELS[:200], networks=1, epochs=1, model="cnn")
+    np.testing.assert_array_equal(mine.scores, theirs.scores)
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must return \(n, c\), c ≥ 11 for these labels; .* \(1, 10\)"):
+        mgs.audit(IMAGES[:200], LABELS[:200] + 1, model=tmp_path / "mine.onnx")
 
 
 def test_files_hold_every_sample(found, tmp_path):
@@ -103,6 +106,7 @@ def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
         (lambda: mgs.audit(np.zeros((5, 2)), np.arange(4)), r"`labels` must be integers from 0.*shape \(5,\)"),
         (lambda: mgs.audit(np.zeros((5, 2)), np.zeros(5, int)), "of at least 2 classes"),
         (lambda: mgs.audit(IMAGES, LABELS, epochs=0), "`epochs` must be an integer of at least 1; got 0"),
+        (lambda: mgs.audit(IMAGES, LABELS, networks=0), "`networks` must be an integer of at least 1; got 0"),
         (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 2; got 1"),
         (lambda: mgs.audit(IMAGES, LABELS, model="oracle.onnx"), "oracle.onnx"),
     ],
