@@ -1,9 +1,9 @@
-"""How well wrong labels are found: `mgs_core.audit` beside the usual scores, from the same network and the same training.
+"""How well wrong labels are found: `mgs_core.audit` beside the usual scores, from the same networks and the same training.
 
 Run with `python -P benchmarks/audit.py` (digits), or `--data PATH.npz --samples 2000`; JSON lines go to `--out`. Labels are made
 wrong at random, so the truth is known. The peers: cleanlab's self-confidence and normalised margin (`pip install cleanlab`) on
 five-fold out-of-sample and on in-sample probabilities; small loss; AUM (Pleiss et al. 2020) and EL2N (Paul et al. 2021), averaged
-over the epochs.
+over the epochs. Probabilities are means over as many networks as the audit trains; `--epochs` trains those of the peers longer.
 """
 
 from __future__ import annotations
@@ -24,25 +24,31 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import mgs_core as mgs
 from mgs_core.experiments import RECIPES
+from mgs_core.experiments.audit import usual_epochs
 from mgs_core.experiments.data import corrupt, load_dataset
 from mgs_core.experiments.models import build
 from mgs_core.experiments.optimizer import schedule, start
 from mgs_core.experiments.step import make_step
 
-EPOCHS, BATCH, RATE = 8, 64, 2e-3  # those of the audit
+NETWORKS, BATCH, RATE = 2, 64, 2e-3  # those of the audit
 
 
-def probabilities(x: Any, y: Any, classes: int, at: Any, seed: int) -> list[Any]:
-    """Train as the audit does, and return the probabilities at `at` after each epoch."""
+def probabilities(x: Any, y: Any, classes: int, at: Any, seed: int, epochs: int | None) -> Any:
+    """Train as the audit does, and return the probabilities at `at` after each epoch, mean over the networks."""
+    epochs = epochs or usual_epochs(len(y), BATCH)
+    return np.mean([_one(x, y, classes, at, [seed, number], epochs) for number in range(NETWORKS)], axis=0)
+
+
+def _one(x: Any, y: Any, classes: int, at: Any, seed: list[int], epochs: int) -> list[Any]:
     backend = mgs.get_backend("numpy")
     model = mgs.onnx.load(build("mlp", x.shape[1:], classes, seed=seed).plain)
     step, parameters, moments = make_step(RECIPES["none"], backend, model.function), model.parameters, start(model.parameters)
-    random, steps, found = np.random.default_rng([seed, 3]), len(y) // BATCH, []
-    for epoch in range(EPOCHS):
+    random, steps, found = np.random.default_rng([*seed, 3]), max(1, len(y) // BATCH), []
+    for epoch in range(epochs):
         order = random.permutation(len(y))
         for number in range(steps):
             batch = order[number * BATCH : (number + 1) * BATCH]
-            now = schedule(epoch * steps + number, EPOCHS * steps, RATE)
+            now = schedule(epoch * steps + number, epochs * steps, RATE)
             _, parameters, moments = step(parameters, moments, {"x": x[batch]}, np.eye(classes, dtype=np.float32)[y[batch]], now)
         outputs = model.function(parameters, at).astype(np.float64)
         outputs = np.exp(outputs - outputs.max(axis=1, keepdims=True))
@@ -50,7 +56,7 @@ def probabilities(x: Any, y: Any, classes: int, at: Any, seed: int) -> list[Any]
     return found
 
 
-def scores(x: Any, y: Any, classes: int, seed: int) -> dict[str, Any]:
+def scores(x: Any, y: Any, classes: int, seed: int, epochs: int | None) -> dict[str, Any]:
     """Return the suspicion of every method, high where a label looks wrong."""
     n, one_hot = len(y), np.eye(classes)[y]
 
@@ -58,10 +64,11 @@ def scores(x: Any, y: Any, classes: int, seed: int) -> dict[str, Any]:
         return np.where(one_hot > 0, -np.inf, p).max(axis=1) - p[np.arange(n), y]
 
     audited = mgs.audit(x, y, seed=seed)
-    inside = probabilities(x, y, classes, x, seed)
+    inside = probabilities(x, y, classes, x, seed, epochs)
     outside, folds = np.zeros((n, classes)), np.random.default_rng(seed).permutation(n) % 5
     for fold in range(5):
-        outside[folds == fold] = probabilities(x[folds != fold], y[folds != fold], classes, x[folds == fold], seed)[-1]
+        rest = folds != fold
+        outside[~rest] = probabilities(x[rest], y[rest], classes, x[~rest], seed, epochs)[-1]
     found = {
         "mgs audit": audited.scores,
         "small loss": -np.log(np.maximum(np.mean(inside, axis=0)[np.arange(n), y], 1e-300)),
@@ -84,6 +91,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="passes over the samples of the peers; those of the audit by default")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     records = []
@@ -92,7 +100,8 @@ def main() -> None:
             for seed in range(options.seeds):
                 data = corrupt(load_dataset(options.data, samples=options.samples, seed=seed), rate, kind, seed=seed)
                 count = int(data.wrong.sum())
-                for name, value in scores(data.train_inputs, data.train_labels, data.classes, seed).items():
+                found = scores(data.train_inputs, data.train_labels, data.classes, seed, options.epochs)
+                for name, value in found.items():
                     first = np.argsort(-value)[:count]
                     records.append({
                         "data": data.name, "samples": len(data.train_labels), "kind": kind, "rate": rate, "seed": seed,

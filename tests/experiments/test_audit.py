@@ -11,6 +11,7 @@ import mgs_core as mgs
 
 onnx = pytest.importorskip("onnx")
 roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
+load_wine = pytest.importorskip("sklearn.datasets").load_wine
 load_digits_arrays = pytest.importorskip("mgs_core.experiments.data").load_digits_arrays
 write_audit = pytest.importorskip("mgs_core.report").write_audit
 
@@ -42,6 +43,17 @@ def test_clean_labels_are_hardly_contradicted():
     clean = mgs.audit(IMAGES, TRUE)
     assert clean.contradicted.sum() <= 1
     assert (clean.scores > 0).sum() > 2  # though others fit better here and there
+
+
+def test_few_samples_most_of_them_wrong():
+    inputs, true = load_wine(return_X_y=True)
+    random = np.random.default_rng(0)
+    wrong = random.random(len(true)) < 0.55
+    labels = np.where(wrong, (true + random.integers(1, 3, len(true))) % 3, true)
+    found = mgs.audit((inputs - inputs.mean(axis=0)) / inputs.std(axis=0), labels)
+    assert roc_auc_score(wrong, found.scores) > 0.97
+    assert np.mean(found.suggested == true) > 0.9
+    assert wrong[~found.contradicted].mean() < 0.15  # of the given labels 0.55
 
 
 def test_blocks_and_seeds_and_epochs(found):
