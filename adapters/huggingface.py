@@ -98,7 +98,7 @@ class MGSTrainerMixin:
     ) -> Any:
         """Return the loss, and the outputs if asked for."""
         labels = inputs["labels"]
-        fused = self.mgs_loss.penalty is None or not model.training
+        fused = self.mgs_loss.penalty is None or not model.training or labels.device.type == "cpu"
         with nullcontext() if fused else twice_differentiable(recurrent=False):
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         self.mgs_loss.train(model.training)

@@ -40,7 +40,7 @@ class Outer(_Use):
 
     Attributes:
         inputs: a.
-        one: count the bias in, as the weight of one more input, which is always 1; for contractions of pairs only.
+        one: count the bias in, as the weight of one more input, which is always 1; see `contract`.
     """
 
     inputs: Array = None

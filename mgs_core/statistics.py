@@ -38,18 +38,26 @@ def contract(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics], 
         `Σ_k` over heads, (n, m); or with `full` (n, k, m, k).
     """
     total: Array = None
-    for a, b in _with_biases(list(zip(left, right, strict=True))):
+    for a, b in _with_biases(list(zip(left, right, strict=True)), full):
         part = contribution(a, b, full=full)
         total = part if total is None else total + part
     return total
 
 
-def _with_biases(pairs: list[tuple[LayerStatistics, LayerStatistics]]) -> list[tuple[LayerStatistics, LayerStatistics]]:
-    """Count biases in with their weights, where the products of gradients that they need are made for the weights anyway."""
+def _with_biases(
+    pairs: list[tuple[LayerStatistics, LayerStatistics]], full: bool
+) -> list[tuple[LayerStatistics, LayerStatistics]]:
+    """Count biases in with their weights, where the products of gradients that they need are made for the weights anyway.
+
+    So in contractions of pairs, and in those of a namespace that says so by `mgs_counts_biases`.
+    """
     weights = {
         a.origin: (place, a, b)
         for place, (a, b) in enumerate(pairs)
-        if isinstance(a, Outer) and isinstance(b, Outer) and a.origin is not None and prefers_pairwise(a, b)
+        if isinstance(a, Outer)
+        and isinstance(b, Outer)
+        and a.origin is not None
+        and (prefers_pairwise(a, b) or (b is a and not full and hasattr(array_namespace(a.gradients), "mgs_counts_biases")))
     }
     counted = {a.origin: place for place, (a, _) in enumerate(pairs) if isinstance(a, Sum) and a.origin in weights}
     for origin in counted:

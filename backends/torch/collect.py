@@ -204,6 +204,8 @@ class _Reader:
 
     def _restore(self, rows: torch.Tensor) -> torch.Tensor:
         rows = self._to_source(rows)  # not flat yet: that may copy
+        if self._views and len(self._views) == 1 and self._views[0][0] == "T":  # of every nn.Linear
+            return rows.mT.flatten(2)
         if self._views and rows.shape[:2] == (1, 1):
             (pulled,) = pull_chain(self._graph, self._use.source, rows[0, 0], self._names, differentiable=False)
             return pulled.reshape(1, 1, -1)

@@ -54,7 +54,9 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
         return _sum_of([_apply(_LookupKernel, use.indices, use.gradients.flatten(0, 1), use.size) for use in heads])
     if statistics.prefers_pairwise(left, left):
         return None
-    return _sum_of([_apply(_OuterKernel, use.inputs, use.gradients.squeeze(1)) for use in heads if isinstance(use, Outer)])
+    return _sum_of(
+        [_apply(_OuterKernel, use.inputs, use.gradients.squeeze(1), use.one) for use in heads if isinstance(use, Outer)]
+    )
 
 
 @full_precision()
@@ -111,44 +113,55 @@ def _apply(function: Any, *arguments: Any) -> torch.Tensor:
 
 
 class _OuterKernel(torch.autograd.Function):
-    """Kernel of rows `Σ_s a ⊗ d`, from (n, g, s, i) and (n, g, s, o): the same in both, sliced along the wider."""
+    """Kernel of rows `Σ_s a ⊗ d`, from (n, g, s, i) and (n, g, s, o): the same in both, sliced along the wider.
+
+    With `bias`, that of rows `Σ_s d` is added.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, gradients: torch.Tensor, bias: bool) -> torch.Tensor:
         ctx.save_for_backward(inputs, gradients)
         n = inputs.shape[0]
+        ctx.sums = gradients.sum(2).view(n, -1) if bias else None
         wide, narrow, _ = _wide_first(inputs, gradients)
-        kernel = wide.new_zeros(n, n)
+        kernel = wide.new_zeros(n, n) if ctx.sums is None else ctx.sums @ ctx.sums.T
         buffers = _Buffers(wide)
         for where in _slices(wide, narrow):
             part = wide[:, :, where]
-            rows = torch.bmm(part.mT, narrow, out=buffers.take(0, len(part), part.shape[2], narrow.shape[2]))
+            rows = torch.bmm(narrow.mT, part, out=buffers.take(0, len(part), narrow.shape[2], part.shape[2]))
             _add_gram(kernel, rows.view(n, -1))
         return kernel
 
     @staticmethod
     @once_differentiable
     @full_precision()
-    def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         mixing = gradients_out[0] + gradients_out[0].T
         n = mixing.shape[0]
-        wide, narrow, swapped = _wide_first(*ctx.saved_tensors)
+        inputs, gradients = ctx.saved_tensors
+        wide, narrow, swapped = _wide_first(inputs, gradients)
         # contiguous, for products into anything else are made one by one
         to_wide, to_narrow = wide.new_empty(wide.shape), narrow.new_empty(narrow.shape)
         buffers = _Buffers(wide)
         for where in _slices(wide, narrow):
             part = wide[:, :, where]
-            shape = (len(part), part.shape[2], narrow.shape[2])
-            rows = torch.bmm(part.mT, narrow, out=buffers.take(0, *shape))
+            shape = (len(part), narrow.shape[2], part.shape[2])
+            rows = torch.bmm(narrow.mT, part, out=buffers.take(0, *shape))
             mixed = buffers.take(1, *shape)
             torch.mm(mixing, rows.view(n, -1), out=mixed.view(n, -1))
-            to_wide[:, :, where] = torch.bmm(narrow, mixed.mT, out=buffers.take(2, *part.shape))
-            if where.start == 0:
-                torch.bmm(part, mixed, out=to_narrow)
+            if part.shape == wide.shape:
+                torch.bmm(narrow, mixed, out=to_wide)
             else:
-                to_narrow.baddbmm_(part, mixed)
+                to_wide[:, :, where] = torch.bmm(narrow, mixed, out=buffers.take(2, *part.shape))
+            if where.start == 0:
+                torch.bmm(part, mixed.mT, out=to_narrow)
+            else:
+                to_narrow.baddbmm_(part, mixed.mT)
         of_inputs, of_gradients = (to_narrow, to_wide) if swapped else (to_wide, to_narrow)
-        return of_inputs.view_as(ctx.saved_tensors[0]), of_gradients.view_as(ctx.saved_tensors[1])
+        to_gradients = of_gradients.view_as(gradients)
+        if ctx.sums is not None:
+            to_gradients += (mixing @ ctx.sums).view_as(gradients[:, :, 0]).unsqueeze(2)
+        return of_inputs.view_as(inputs), to_gradients, None
 
 
 class _Buffers:

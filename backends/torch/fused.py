@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mgs_core._errors import UnsupportedModelError
 
+from .attention import FUSED_ATTENTION
 from .graph import Graph
 
 _CONTEXT = "Run the model within `mgs_core.adapters.torch.twice_differentiable()`."
@@ -40,7 +41,7 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
     for number in range(len(graph.nodes)):
         name = graph.name(number)
         for beginning, (what, remedy) in _ONCE.items():
-            if name.startswith(beginning) and (beginning != "EmbeddingBag" or number in rows):
+            if name.startswith(beginning) and name != FUSED_ATTENTION and (beginning != "EmbeddingBag" or number in rows):
                 raise UnsupportedModelError(
                     f"`model` must be twice differentiable for a penalty; got {what} ({name}), which is not. {remedy}"
                 )

@@ -24,6 +24,7 @@ class TorchNamespace:
     """Offer array-API names; those not defined here are array-api-compat's."""
 
     mgs_contribution = staticmethod(contribution)
+    mgs_counts_biases = True
     mgs_product = staticmethod(symmetric_product)
     mgs_weighted_gradient = staticmethod(weighted_gradient)
     mgs_sum_by_index = staticmethod(lambda values, at, size: values.new_zeros(size, values.shape[1]).index_add(0, at, values))

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .attention import FUSED_ATTENTION, replace_attention
+
+# (node, gradient above, gradient of the first input) → the same gradient, recorded anew
 _Replacement = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -30,9 +33,11 @@ def cheaper_second_derivatives(nodes: Iterable[Any]) -> Iterator[None]:
     handles = []
     try:
         for node in nodes:
-            replacement = _REPLACEMENTS.get(node.name().partition("Backward")[0])
-            if replacement is not None:
-                handles.append(node.register_hook(partial(_replace, node, replacement)))
+            name = node.name().partition("Backward")[0]
+            if name == FUSED_ATTENTION:
+                handles.append(node.register_hook(partial(replace_attention, node)))
+            elif name in _REPLACEMENTS:
+                handles.append(node.register_hook(partial(_replace, node, _REPLACEMENTS[name])))
         yield
     finally:
         for handle in handles:
@@ -80,41 +85,44 @@ def _pooled(gradient: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 class _Normalised(torch.autograd.Function):
-    """Gradient of a normalisation without its shift, `r (u − mean(u) − x̂ mean(u x̂))` for u = gradient · gain."""
+    """Gradient of a normalisation without its shift, `g(u) = r (u − mean(u) − x̂ mean(u x̂))` for u = gradient · gain.
+
+    Its scalar product with v is that of u with g(v), and changes with x by
+    `−r (mean(u x̂) g(v) + mean(v x̂) g(u) + mean(u g(v)) x̂)`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, above: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, value: torch.Tensor, node: Any, axis: int
     ) -> torch.Tensor:
-        ctx.save_for_backward(above, x, weight)
+        ctx.save_for_backward(above, x, weight, value)
         ctx.statistics, ctx.axis = normalised_rows(node, x)[1:], axis
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        above, x, weight = ctx.saved_tensors
-        (mean, inverse), shape, rows = ctx.statistics, x.shape, (len(ctx.statistics[0]), -1)
+        above, x, weight, value = ctx.saved_tensors
+        mean, inverse = ctx.statistics
         gain = None if weight is None else weight.reshape(*weight.shape, *(1,) * (x.ndim - ctx.axis - weight.ndim))
-        u = (above if gain is None else above * gain).reshape(rows)
-        v = gradients[0].reshape(rows).to(u.dtype)
-        normal = torch.sub(x.reshape(rows), mean).mul_(inverse)
+        arrays = (above if gain is None else above * gain, gradients[0], value, x)
+        u, v, of_u, flat = (array.reshape(len(mean), -1).to(mean.dtype) for array in arrays)
+        of_v: torch.Tensor = torch.ops.aten.native_layer_norm_backward(
+            v, flat, [flat.shape[1]], mean, inverse, None, None, [True, False, False]
+        )[0]
+        normal = torch.sub(flat, mean).mul_(inverse)
         products = torch.empty_like(u)
 
         def average(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
             return torch.mul(left, right, out=products).mean(1, keepdim=True)
 
-        u_mean, v_mean = u.mean(1, keepdim=True), v.mean(1, keepdim=True)
-        along_u, along_v = average(u, normal), average(v, normal)
-        curvature = average(u, v) - u_mean * v_mean - 3.0 * along_u * along_v
-        to_x = torch.mul(normal, curvature, out=products).addcmul_(v, along_u).addcmul_(u, along_v)
-        to_x.sub_(along_u * v_mean + along_v * u_mean).mul_(-(inverse**2))
-        projected = (v - v_mean).addcmul_(normal, along_v, value=-1.0).mul_(inverse).view(shape)
-        to_weight = None
+        along_u, along_v, both = (average(*pair).mul_(-inverse) for pair in ((u, normal), (v, normal), (u, of_v)))
+        to_x = normal.mul_(both).addcmul_(of_v, along_u).addcmul_(of_u, along_v)
+        projected, to_weight = of_v.view(x.shape), None
         if gain is not None and ctx.needs_input_grad[2]:
-            to_weight = (above * projected).sum_to_size(gain.shape).reshape(weight.shape)
+            to_weight = torch.mul(above, projected, out=products.view(x.shape)).sum_to_size(gain.shape).reshape(weight.shape)
         to_above = projected if gain is None else projected.mul_(gain)
-        return to_above.to(above.dtype), to_x.view(shape).to(x.dtype), to_weight, None, None, None
+        return to_above.to(above.dtype), to_x.view(x.shape).to(x.dtype), to_weight, None, None, None
 
 
 class _Convolved(torch.autograd.Function):

@@ -130,5 +130,9 @@ def test_a_bias_is_counted_in_with_its_weight(pairwise, full, xp, monkeypatch):
         rows.append(np.concatenate([rows_of(use) for use in sides[-1]], axis=2))
     kernel = np.asarray(statistics.contract(*sides, full=full))
     np.testing.assert_allclose(kernel, np.einsum("acp,bdp->acbd" if full else "acp,bcp->ab", *rows), rtol=1e-12, atol=1e-12)
+    kernel = np.asarray(statistics.contract(sides[0], sides[0], full=full))
+    np.testing.assert_allclose(
+        kernel, np.einsum("acp,bdp->acbd" if full else "acp,bcp->ab", rows[0], rows[0]), rtol=1e-12, atol=1e-12
+    )
     merged = statistics.merge([sides[0][0], sides[0][0]])[0]
     assert merged.origin is None

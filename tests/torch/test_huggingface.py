@@ -52,8 +52,8 @@ def predict(outputs, targets):
 def test_kernel_and_penalty_are_those_of_a_loop(make, loss):
     model, inputs = make().double().eval(), words()
     targets = torch.arange(5) % 3 if loss is classify else inputs["input_ids"]
+    kernel = mgs.kernel(model, inputs, targets, output="loss", loss=loss, differentiable=True)  # through fused attention
     with twice_differentiable():
-        kernel = mgs.kernel(model, inputs, targets, output="loss", loss=loss, differentiable=True)
         rows = []
         for a in range(5):
             each = {name: value[a : a + 1] for name, value in inputs.items()}

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from mgs_core.adapters.torch import twice_differentiable  # noqa: E402  # after the skip
 from mgs_core.backends.torch import contraction  # noqa: E402  # after the skip
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402  # after the skip
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402  # after the skip
 
 PENALTY = mgs.Penalty("log_determinant", strength=1.0, scale=2.0)
 
@@ -76,7 +77,7 @@ def test_permuting_samples_permutes_the_kernel_and_parameters_add_up(case):
 
 def penalty_of(model, x, output, **options):
     targets = torch.arange(count(x))
-    with twice_differentiable():
+    with twice_differentiable(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # attention stays fused
         return PENALTY(mgs.kernel(model, x, targets, output=output, transform="softmax", loss=squared, **options))
 
 

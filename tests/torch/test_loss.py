@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 
@@ -298,13 +299,35 @@ def test_inputs_that_need_gradients_are_data(mlp):
     torch.testing.assert_close(criterion.last.kernel, expected)
 
 
-def test_fused_attention_is_refused_with_its_remedy(of):
+class ScaledDotProductEfficientAttention(torch.autograd.Function):
+    """Stand in for what GPUs use: an operation of that name."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_fused_attention_without_second_derivative_is_refused_with_its_remedy(mlp):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    with pytest.raises(mgs.UnsupportedModelError, match=r"fused attention .*twice_differentiable"):
+        criterion(ScaledDotProductEfficientAttention.apply(model(x)), y)
+
+
+def test_fused_attention_on_cpu_is_penalised_as_plain_attention(of):
     model, x = of("transformer")
     criterion, y = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE), torch.arange(len(x)) % 3
-    with pytest.raises(mgs.UnsupportedModelError, match=r"fused attention .*twice_differentiable"):
-        criterion(model(x), y)
-    with twice_differentiable(recurrent=False):
-        criterion(model(x), y).backward()
+    gradients = []
+    for context in (nullcontext(), twice_differentiable(recurrent=False)):
+        model.zero_grad()
+        with context:
+            criterion(model(x), y).backward()
+        gradients.append(torch.cat([value.grad.reshape(-1) for value in model.parameters()]))
+    torch.testing.assert_close(*gradients)
     weighted = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement")
     weighted(model(x), y).backward()
     torch.testing.assert_close(weighted.last.kernel, criterion.last.kernel)

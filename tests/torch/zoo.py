@@ -329,6 +329,10 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         X(8, 4, 4),
     ),
     "lstm": lambda: (Model(lambda s, x: s.r(x)[0][:, -1], r=nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)), X(6, 5, 3)),
+    "sequence_first_lstm": lambda: (
+        Model(lambda s, x: s.r(x.transpose(0, 1))[0][-1], r=nn.LSTM(3, 4, proj_size=2)),
+        X(6, 5, 3),
+    ),
     "gru": lambda: (Model(lambda s, x: s.r(x.transpose(0, 1))[1].mean(0), r=nn.GRU(3, 4, bidirectional=True)), X(6, 5, 3)),
     "cell": lambda: (Model(unrolled, cell=nn.LSTMCell(3, 4)), X(6, 3, 3)),
     "bilinear": lambda: (
