@@ -128,27 +128,33 @@ class _Regularized:
         result = self.loss_fn(params, batch, *rest)
         return result if isinstance(result, tuple) else (result, None)
 
-    def _losses(self, params: Any, rest: tuple[Any, ...]) -> FunctionalModel:
-        """Return the losses (n, 1) of a batch, as the model whose samples are batches of one."""
-        loss = _backend.pure(lambda params, batch: self._loss(params, batch, rest)[0], params)
+    def _one_pass(
+        self, params: Any, batch: Any, rest: tuple[Any, ...], parameters: Any, *, differentiable: bool
+    ) -> tuple[Any, list[Any], bool]:
+        """Return losses (n,), merged statistics of the same pass, and whether the loss function returns more than a loss."""
+        more: list[bool] = []
 
-        def losses(values: Any, batch: Any) -> Any:
-            if _count(batch) == 1:
-                return jnp.reshape(loss.function(values, batch), (1, 1))
-            alone = jax.vmap(lambda sample: loss.function(values, jax.tree.map(lambda leaf: leaf[None], sample)))(batch)
-            # only the test of whether samples interact sees this: it differs from `alone` where the loss is no mean over them
-            return (alone + loss.function(values, batch) - jnp.mean(alone))[:, None]
+        def loss(params: Any, batch: Any) -> Any:
+            value, aux = self._loss(params, batch, rest)
+            more.append(aux is not None)
+            return jnp.reshape(value, (1, 1))
 
-        return FunctionalModel(losses, loss.parameters)
+        head = make_head("sum", "identity", None, 1, 0, None).function
+        losses, _, found = _backend.one_pass(
+            _backend.pure(loss, params), batch, None, head, parameters, differentiable=differentiable, mean=True
+        )
+        return losses[:, 0], merge(found), more[0]
 
     def _penalised(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
         if self.weighting is not None and self.penalty is None:
             return self._weighted(params, batch, rest)
         if self.output == "loss" and self.samples is None:
-            losses, found = _one_pass(self._losses(params, rest), batch, self.options.get("parameters"), differentiable=True)
+            chosen = self.options.get("parameters")
+            losses, found, more = self._one_pass(params, batch, rest, chosen, differentiable=True)
             matrix = contract(found, found)
             weights = None if self.weighting is None else _weights(matrix, losses)
-            value, aux = jnp.mean(losses if weights is None else weights * losses), self._loss(params, batch, rest)[1]
+            value = jnp.mean(losses if weights is None else weights * losses)
+            aux = self._loss(params, batch, rest)[1] if more else None
         else:
             (value, aux), weights = self._loss(params, batch, rest), None
             matrix = self._kernel(params, jax.tree.map(lambda leaf: leaf[: self.samples], batch), rest)
@@ -157,23 +163,24 @@ class _Regularized:
 
     def _kernel(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> Any:
         if self.output == "loss":
-            return kernel(self._losses(params, rest), batch, output="sum", differentiable=True, **self.options)
+            _, found, _ = self._one_pass(params, batch, rest, self.options.get("parameters"), differentiable=True)
+            return contract(found, found)
         model = _backend.pure(lambda params, batch: self.outputs(params, batch, *rest), params)
         targets = None if self.targets is None else self.targets(batch)
         return kernel(model, batch, targets, output=self.output, differentiable=True, **self.options)
 
     def _weighted(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
         """Take losses, kernel and gradient from one backward pass."""
-        model = self._losses(params, rest)
-        losses, found = _one_pass(model, batch, None, differentiable=False)
-        parameters = _backend.parameters(model)
+        losses, found, more = self._one_pass(params, batch, rest, None, differentiable=False)
+        parameters = _backend.parameters(_backend.pure(self.loss_fn, params))
         chosen = select(parameters, self.options.get("parameters"))
         seen = [use for use in found if use.parameter in chosen]
         matrix = contract(seen, seen)
         weights = _weights(matrix, losses)
         gradient = weighted_gradient(found, weights[:, None] / len(losses))
         value = _attach(jnp.mean(weights * losses), parameters, gradient)
-        return value, Parts(value, jnp.zeros_like(value), matrix, weights, self._loss(params, batch, rest)[1])
+        aux = self._loss(params, batch, rest)[1] if more else None
+        return value, Parts(value, jnp.zeros_like(value), matrix, weights, aux)
 
     def _skipped(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
         value, aux = self._loss(params, batch, rest)
@@ -294,13 +301,6 @@ def _refuse(penalty: Any, output: Any, outputs: Any, weighting: Any, every: Any,
 
 def _count(batch: Any) -> int:
     return len(jax.tree.leaves(batch)[0])
-
-
-def _one_pass(model: FunctionalModel, batch: Any, parameters: Any, *, differentiable: bool) -> tuple[Any, list[Any]]:
-    """Return the losses (n,) and the merged statistics of one forward and backward pass."""
-    head = make_head("sum", "identity", None, 1, 0, None).function
-    losses, _, found = _backend.one_pass(model, batch, None, head, parameters, differentiable=differentiable)
-    return losses[:, 0], merge(found)
 
 
 def _weights(matrix: Any, losses: Any) -> Any:

@@ -128,12 +128,12 @@ def _log_determinant(kernel: Array, identity: Array) -> Array:
     """Return log det(I + K) by Cholesky; a ridge of rounding size keeps it defined where K has lost definiteness to rounding."""
     xp = array_namespace(kernel)
     n = identity.shape[0]
-    ridge = 1.0 + 4.0 * n * float(xp.finfo(kernel.dtype).eps) * (1.0 + _trace(kernel, identity) / n)
-    matrix = kernel + ridge * identity
+    rounding = 4.0 * n * float(xp.finfo(kernel.dtype).eps)
     native = getattr(xp, "mgs_log_determinant", None)
     if native is not None:
-        return native(matrix)
-    diagonal = xp.sum(xp.linalg.cholesky(matrix) * identity, axis=1)
+        return native(kernel, rounding)
+    ridge = 1.0 + rounding * (1.0 + _trace(kernel, identity) / n)
+    diagonal = xp.sum(xp.linalg.cholesky(kernel + ridge * identity) * identity, axis=1)
     return 2.0 * xp.sum(xp.log(diagonal))
 
 

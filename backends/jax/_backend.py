@@ -62,8 +62,12 @@ class JaxBackend:
         *,
         differentiable: bool,
         outputs: bool = False,
+        mean: bool = False,
     ) -> tuple[Array, Any, list[LayerStatistics]]:
-        """Return the heads (n, k), the model's outputs if they are asked for, and the layer statistics of the same pass."""
+        """Return the heads (n, k), the model's outputs if they are asked for, and the layer statistics of the same pass.
+
+        With `mean` the model returns the mean over a batch, (1, c), so that a sample's outputs are those of a batch of one.
+        """
         model = functional(model)
         leaves = named(model.parameters)
         chosen = select(leaves, parameters)
@@ -74,7 +78,7 @@ class JaxBackend:
         def batch(leaves: list[Array], samples: list[Array]) -> list[Any]:
             inputs, targets = jax.tree.unflatten(layout, samples)
             found = model.function(jax.tree.unflatten(tree, leaves), inputs)
-            return [scalars(found, head, targets, samples[0].shape[0]), *([found] if outputs else [])]
+            return [scalars(found, head, targets, 1 if mean else samples[0].shape[0]), *([found] if outputs else [])]
 
         def one(leaves: list[Array], sample: list[Array]) -> list[Any]:
             found: list[Any] = jax.tree.map(lambda leaf: leaf[0], batch(leaves, [leaf[None] for leaf in sample]))

@@ -36,7 +36,7 @@ def refuse_interaction(
 
     Args:
         key: of the program; the verdict holds whichever of its parameters are chosen.
-        whole: `(parameters, samples) → [(m, k), …]`, of m samples; the first is compared.
+        whole: `(parameters, samples) → [(m, k), …]`, of m samples; the first is compared. It may be (1, k), the mean over them.
         single: the jaxpr of one sample: parameters and the leaves of a sample to (k,) and the rest.
         parameters: values or traced arrays.
         samples: leaves of the batch, at least two samples.
@@ -75,7 +75,7 @@ def _interact(
         one = jaxpr_as_fun(ClosedJaxpr(_open(single), ()))
         alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)
         together, *_ = jaxpr_as_fun(ClosedJaxpr(_open(batch), ()))(*constants[1], *theta, *data)
-        return alone, together
+        return alone if len(together) == len(data[0]) else jnp.mean(alone, 0, keepdims=True), together
 
     # a compiled program takes values even where a call would become part of the function that is being traced
     compiled = jax.jit(compare).lower(theta, data, constants).compile(_QUICKLY)

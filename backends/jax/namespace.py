@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -61,9 +62,9 @@ class JaxNamespace:
         return _gram(left) if left is right else _product(left, right)
 
     @staticmethod
-    def mgs_log_determinant(matrix: Array) -> Array:
-        """Return the log determinant of a symmetric positive definite matrix (n, n); NaN when it is not definite."""
-        return _log_determinant(matrix)
+    def mgs_log_determinant(kernel: Array, rounding: float) -> Array:
+        """Return `log det(I + K)` of a kernel (n, n) plus `rounding · (1 + tr K / n)` on its diagonal; NaN if not definite."""
+        return _log_determinant(kernel, rounding)
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -84,22 +85,24 @@ def _gram_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
     return _gram(rows), half + jnp.swapaxes(half, -1, -2)
 
 
-@jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed
-def _log_determinant(matrix: Array) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _log_determinant(kernel: Array, rounding: float) -> Array:
     """Use `d log det M = tr(M⁻¹ dM)`; two calls of LAPACK, where the derivative of Cholesky's factor makes it three."""
-    return _of_factor(_factor(matrix))
+    return _of_factor(_factor(kernel, rounding))
 
 
 @_log_determinant.defjvp  # type: ignore[untyped-decorator]  # jax is not followed
-def _log_determinant_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (matrix,), (change,) = primals, tangents
-    factor = _factor(matrix)
-    root = lax.linalg.triangular_solve(factor, jnp.eye(matrix.shape[0], dtype=matrix.dtype), left_side=True, lower=True)
-    return _of_factor(factor), jnp.vdot(root.T @ root, change)
+def _log_determinant_tangent(rounding: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (kernel,), (change,) = primals, tangents
+    factor = _factor(kernel, rounding)
+    root = lax.linalg.triangular_solve(factor, jnp.eye(kernel.shape[0], dtype=kernel.dtype), left_side=True, lower=True)
+    return _of_factor(factor), jnp.vdot(root.T @ root, change)  # the ridge's own change is below rounding
 
 
-def _factor(matrix: Array) -> Array:
-    factor: Array = lax.linalg.cholesky(matrix, symmetrize_input=False)
+def _factor(kernel: Array, rounding: float) -> Array:
+    n = kernel.shape[0]
+    ridge = 1.0 + rounding * (1.0 + jnp.trace(kernel) / n)
+    factor: Array = lax.linalg.cholesky(kernel + ridge * jnp.eye(n, dtype=kernel.dtype), symmetrize_input=False)
     return factor
 
 

@@ -133,6 +133,8 @@ def test_without_differentiable_no_gradient_flows(build):
 def test_outputs_may_be_any_tree_that_the_transform_picks_from():
     model = mgs.FunctionalModel(lambda p, x: {"logits": x @ p, "other": x}, jnp.ones((3, 2)))
     close(mgs.kernel(model, jnp.eye(3), transform=lambda outputs: outputs["logits"]), 2.0 * np.eye(3))
+    pair = mgs.FunctionalModel(lambda p, x: (x, x @ p), jnp.ones((3, 2)))
+    close(mgs.kernel(pair, jnp.eye(3), transform=lambda outputs: outputs[1]), 2.0 * np.eye(3))
     with pytest.raises(mgs.ArgumentError, match="`transform` must pick outputs of shape"):
         mgs.kernel(model, jnp.eye(3))
     with pytest.raises(mgs.ArgumentError, match="`transform` must pick outputs of shape"):
@@ -247,6 +249,11 @@ def test_sharded_inputs_give_the_kernel_of_one_device():
     for a, b in zip(jax.tree.leaves(step(p, x)), jax.tree.leaves(step(everywhere, spread)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(mgs.kernel(mgs.FunctionalModel(f, everywhere), spread), step(p, x)[0][1], rtol=1e-4)
+    from mgs_core.adapters.flax import regularized
+    loss = regularized(lambda p, x: jnp.mean(f(p, x) ** 2), mgs.Penalty("trace", 1.0), weighting="agreement")
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    for a, b in zip(jax.tree.leaves(step(p, x)), jax.tree.leaves(step(everywhere, spread)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=flags)

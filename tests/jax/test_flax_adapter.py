@@ -130,6 +130,25 @@ def test_rest_is_the_same_for_all_samples(p, batch):
     close(evaluate(function, p, batch, 2.0)[1].kernel, 4.0 * kernel(p, batch))
 
 
+def test_regularized_loss_maps_over_parameters(p, batch):
+    step = jax.value_and_grad(regularized(loss_fn, PENALTY), has_aux=True)
+    other = jax.tree.map(lambda leaf: 0.5 * leaf, p)
+    mapped = jax.jit(jax.vmap(step, in_axes=(0, None)))(jax.tree.map(lambda *leaves: jnp.stack(leaves), p, other), batch)
+    for place, one in enumerate((p, other)):
+        close(jax.tree.map(lambda leaf, place=place: leaf[place], mapped), jax.jit(step)(one, batch))
+
+
+def test_loss_function_without_aux_is_evaluated_for_the_losses_alone(p, batch):
+    shapes = []
+
+    def loss(p, batch):
+        shapes.append(len(batch["x"]))
+        return jnp.mean(losses(p, batch))
+
+    parts = evaluate(regularized(loss, PENALTY), p, batch)[1]
+    assert (parts.aux, shapes) == (None, [1, 4])  # one sample, and the few on which samples are seen not to interact
+
+
 def test_training_with_optax_and_train_state(p, batch):
     step = jax.jit(jax.value_and_grad(regularized(loss_fn, PENALTY), has_aux=True))
     state = TrainState.create(apply_fn=outputs, params=p, tx=optax.adam(0.03))

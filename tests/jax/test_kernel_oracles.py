@@ -66,6 +66,26 @@ def test_chunks_change_nothing(build, name):
     close(*kernels(parameters, x))
 
 
+def test_heads_are_those_of_the_jacobian(build):
+    function, parameters, x = build("mlp")
+    rows, labels = jacobian_rows(function, parameters, x), jnp.asarray([0, 2, 1, 1, 0, 2])
+    outputs, hot = np.asarray(function(parameters, x)), np.eye(3)[np.asarray(labels)]
+    error = np.asarray(jax.nn.softmax(outputs)) - hot  # the gradient of cross-entropy in the outputs
+    directions = {
+        "sum": np.ones_like(hot),
+        "target": hot,
+        "loss": error,
+        "squares": 2.0 * outputs,
+    }
+    heads = {"squares": lambda outputs, _: jnp.sum(outputs**2, axis=1)}
+    model = mgs.FunctionalModel(function, parameters)
+    for name, direction in directions.items():
+        g = np.einsum("ac,acp->ap", direction, rows)
+        close(mgs.kernel(model, x, labels, output=heads.get(name, name)), g @ g.T)
+    probes = mgs.kernel(model, x, output="random", probes=400)
+    close(probes, mgs.kernel(model, x), 0.2)
+
+
 def test_gradient_of_a_penalty_is_that_of_central_differences(light_case):
     function, parameters, x = light_case
     penalty = mgs.Penalty("log_determinant", strength=1.0, scale=2.0)
