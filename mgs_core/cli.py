@@ -149,7 +149,7 @@ def audit(
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
-        epochs = usual_epochs(len(labels)) if epochs is None else epochs
+        epochs = usual_epochs(len(labels), model=model) if epochs is None else epochs
         task = bar.add_task("", total=networks * epochs)
         found = mgs.audit(
             images, labels, model=model, backend=backend, networks=networks, epochs=epochs, seed=seed,

@@ -150,8 +150,10 @@ def test_a_missing_framework_says_which_extra_to_install(mgs_command, monkeypatc
 def test_an_interrupt_leaves_what_was_done_readable_and_resumable(tmp_path, jobs, mgs_command):
     out = tmp_path / "run"
     command = ["compare", "--samples", "200", "--epochs", "4", "--probe-samples", "20", "--seeds", "40", "--regularizers", "none"]
+    # what a job in the background starts ignores interrupts
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mgs_core.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from mgs_core.cli import main; main()", *command, "--jobs", str(jobs), "--out", str(out)],
+        [sys.executable, "-c", program, *command, "--jobs", str(jobs), "--out", str(out)],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
     )  # fmt: skip
     until = time.monotonic() + 60

@@ -20,7 +20,8 @@ from mgs_core.kernel import kernel
 from mgs_core.summary import _cosine
 from mgs_core.suspicion import suspicion
 
-_EPOCHS, _LEAST_STEPS = 4, 24
+_EPOCHS = 4
+_LEAST_STEPS, _LEAST_STEPS_OF_OTHERS = 24, 84  # convolutions learn more slowly what to look at than "mlp"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ def audit(
             or a `FunctionalModel` on the backend that does.
         backend: name of the backend that trains.
         networks: how many are trained; each from weights and in an order of its own, those of a model of yours from its weights.
-        epochs: passes of each over the samples; None for 4, or as many as make 24 steps where samples are few.
+        epochs: passes of each over the samples; None for 4, or, where samples are few, as many as make 24 steps
+            of "mlp" and 84 of others.
         batch_size: samples a step.
         learning_rate: of Adam, at the start.
         block: samples that are judged together, at least 2: more samples are split at random into blocks of at most this many.
@@ -119,7 +121,7 @@ def audit(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
     if epochs is None:
-        epochs = usual_epochs(len(given), batch_size)
+        epochs = usual_epochs(len(given), batch_size, model)
     classes = int(given.max()) + 1
     starts = [_start(model, backend, x, classes, seed, number) for number in range(networks)]
     outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
@@ -147,9 +149,10 @@ def audit(
     return Audit(given=given, agreement=np.mean([own.agreement for own in trained], axis=0), **fields)
 
 
-def usual_epochs(samples: int, batch_size: int = 64) -> int:
-    """Return the epochs of an audit that is not told how many: 4, or as many as make 24 steps."""
-    return max(_EPOCHS, -(-_LEAST_STEPS // max(1, samples // batch_size)))
+def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
+    """Return the epochs of an audit that is not told how many: 4, or as many as make 24 steps, or 84 of models but the MLP."""
+    least = _LEAST_STEPS if model == "mlp" else _LEAST_STEPS_OF_OTHERS
+    return max(_EPOCHS, -(-least // max(1, samples // batch_size)))
 
 
 def _start(model: Any, backend: str, x: Array, classes: int, seed: int, number: int) -> FunctionalModel:
