@@ -105,6 +105,7 @@ def main() -> None:
                     first = np.argsort(-value)[:count]
                     records.append({
                         "data": data.name, "samples": len(data.train_labels), "kind": kind, "rate": rate, "seed": seed,
+                        "epochs": options.epochs,
                         "method": name,
                         "auroc": float(roc_auc_score(data.wrong, value)),
                         "average_precision": float(average_precision_score(data.wrong, value)),
