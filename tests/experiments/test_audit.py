@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx")
 roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
 load_wine = pytest.importorskip("sklearn.datasets").load_wine
 load_digits_arrays = pytest.importorskip("mgs_core.experiments.data").load_digits_arrays
+module = pytest.importorskip("mgs_core.experiments.audit")
 write_audit = pytest.importorskip("mgs_core.report").write_audit
 
 IMAGES, TRUE = (array[:600] for array in load_digits_arrays())
@@ -54,6 +55,32 @@ def test_few_samples_most_of_them_wrong():
     assert roc_auc_score(wrong, found.scores) > 0.97
     assert np.mean(found.suggested == true) > 0.9
     assert wrong[~found.contradicted].mean() < 0.15  # of the given labels 0.55
+
+
+def test_kernels_of_different_networks_are_averaged(monkeypatch):
+    made, judged = [], []
+    cosine, suspicion = module._Training.cosine, module.suspicion
+
+    def keep(training, samples):
+        made.append(cosine(training, samples))
+        return made[-1]
+
+    monkeypatch.setattr(module._Training, "cosine", keep)
+    monkeypatch.setattr(
+        module, "suspicion", lambda kernel, *rest, **options: suspicion(judged.append(kernel) or kernel, *rest, **options)
+    )
+    mgs.audit(IMAGES[:100], LABELS[:100], networks=2, epochs=1)
+    first, second = made
+    np.testing.assert_allclose(np.diagonal(first), 1.0)
+    assert abs(first - second).max() > 0.05  # their weights are drawn apart
+    np.testing.assert_allclose(judged, [(first + second) / 2])
+
+
+def test_short_trainings_have_enough_steps():
+    assert module.usual_epochs(1000) == 4
+    assert module.usual_epochs(106) == 24  # one step an epoch
+    assert module.usual_epochs(500, model="cnn") == module.usual_epochs(500, model="my.onnx") == 12
+    assert module.usual_epochs(500, batch_size=10, model="cnn") == 4
 
 
 def test_blocks_and_seeds_and_epochs(found):
