@@ -76,7 +76,7 @@ def regularized(
         every: penalise each `every`-th step only, `every` times as much; the function then takes the step's
             number as its third argument.
         samples: number of samples, the first of each batch, that are penalised; None for all.
-        **kernel_options: passed to `mgs_core.kernel`: `transform`, `probes`, `seed`, `parameters`.
+        **kernel_options: passed to `mgs_core.kernel`: `transform`, `probes`, `seed`, `parameters`; the last alone for the losses.
 
     Returns:
         `(params, batch, *rest) → (loss, Parts)`, for `jax.value_and_grad(..., has_aux=True)` or `nnx.value_and_grad`.
@@ -97,6 +97,9 @@ def regularized(
         (3.0, 1.0, 2.0)
     """
     _refuse(penalty, output, outputs, weighting, every, samples)
+    unused = sorted(set(kernel_options) - {"parameters"})
+    if output == "loss" and unused:
+        raise ArgumentError(f"`kernel_options` must be `parameters` alone for the losses' own kernel; got {', '.join(unused)}.")
     return _Regularized(loss_fn, penalty, output, outputs, targets, weighting, every, samples, kernel_options)
 
 

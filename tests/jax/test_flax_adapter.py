@@ -242,6 +242,7 @@ def test_monitor_measures_linen_nnx_and_functions(p, batch):
         ({"penalty": PENALTY, "output": "full", "outputs": outputs}, "`output` must give one scalar a pair"),
         ({"penalty": PENALTY, "output": "sum"}, "`outputs` must be given for output='sum'"),
         ({"weighting": "agreement", "every": 2}, "`weighting` must go with the losses of all samples"),
+        ({"penalty": PENALTY, "samples": 4, "paramters": "w"}, "must be `parameters` alone for the losses.*got paramters"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
