@@ -14,6 +14,10 @@ from mgs_core.summary import _cosine, _to_numpy
 _RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 _STEEPNESS = 3.0
 _LEAST_WEIGHT = 1e-3
+#: Share of what is usual for a class that is taken off its predictions before a label is trusted.
+_USUAL = 0.75
+#: Change of the largest weight below which no further round is made.
+_SETTLED = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,24 +45,27 @@ class Suspicion:
     weights: Array
 
 
-def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None = None, rounds: int = 3) -> Suspicion:
+def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None = None, rounds: int = 6) -> Suspicion:
     """Rank labels by leave-one-out kernel regression, which trusts a label the less the more the others contradict it.
 
     With the cosine kernel C, centred one-hot labels Y and weights w, the prediction for a sample from all others is
 
         `q_a = y_a − α_a / M_aa`,  `M = (C + λ W⁻¹)⁻¹`,  `α = M Y`,
 
-    where λ is, of a grid, the one with the least leave-one-out error. The score is `max_{k ≠ y_a} q_ak − q_{a y_a}`. Then
-    `w_a ∝ σ(−3 · score_a / std(score))`, and again: a wrong label should not testify against others.
+    where λ is, of a grid, the one with the least leave-one-out error. The score is `max_{k ≠ y_a} q_ak − q_{a y_a}`.
 
-    A label is contradicted when some class k has `q_ak > q_{a y_a}` and `q_ak ≥ mean of q_bk over the b with y_b = k`: where
-    samples are few and hard to predict but clean, hardly any is.
+    A wrong label should not testify against others, so weights follow from predictions, and predictions from weights, until both
+    settle: `w_a ∝ σ(−3 · t_a / std(t))`, where t is the score of `q_ak − ¾ u_k`. What is usual for a class, `u_k = mean of q_bk
+    over the b with y_b = k`, is taken off, so that of two classes that are confused neither wins the other's samples.
+
+    A label is contradicted when some class k has `q_ak > q_{a y_a}` and `q_ak ≥ u_k`: where samples are few and hard to predict
+    but clean, hardly any is.
 
     Args:
         kernel: (n, n), of samples whose outputs tell the classes apart; `output="trace"` of a network after a few epochs is good.
         labels: integers (n,), from 0.
         classes: their number c; None for the largest label + 1.
-        rounds: how often the weights are found anew; 0 is plain kernel regression.
+        rounds: how often at most the weights are found anew, until they settle; 0 is plain kernel regression.
 
     Returns:
         Scores, suggested labels, neighbours and weights, NumPy arrays.
@@ -67,7 +74,7 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         ArgumentError: when the kernel is not square or finite, labels do not fit, or there are fewer than 2 samples or classes.
 
     Cost:
-        One eigendecomposition and `rounds` inversions on the host in float64, about (10 + 2·rounds) n³ operations; not
+        One eigendecomposition and at most `rounds` inversions on the host in float64, about (10 + 2·rounds) n³ operations; not
         differentiable.
 
     References:
@@ -89,7 +96,7 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     if n < 2:
         raise ArgumentError("`kernel` must have at least 2 samples, for labels are judged by others; got 1. Use more samples.")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-        raise ArgumentError(f"`rounds` must be an integer of at least 0; got {rounds!r}. The default is 3.")
+        raise ArgumentError(f"`rounds` must be an integer of at least 0; got {rounds!r}. The default is 6.")
     matrix = np.asarray(_to_numpy(kernel), dtype=np.float64)
     if not bool(np.all(np.isfinite(matrix))):
         raise ArgumentError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
@@ -98,15 +105,16 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     one_hot = np.astype(given[:, None] == np.arange(c)[None, :], np.float64)
     centre = np.mean(one_hot, axis=0)
     ridge, residual = _best_ridge(cosine, one_hot - centre)
-    scores = _scores(one_hot - residual, one_hot)
-    weights = _trust(scores)
+    predicted = one_hot - residual
+    weights = _trust(predicted, one_hot)
     for _ in range(rounds):
         inverse = np.linalg.inv(cosine + np.eye(n) * (ridge / np.maximum(weights, _LEAST_WEIGHT)))
-        residual = (inverse @ (one_hot - centre)) / np.linalg.diagonal(inverse)[:, None]
-        scores = _scores(one_hot - residual, one_hot)
-        weights = _trust(scores)
-    predicted = one_hot - residual
-    return Suspicion(scores, np.argmax(predicted, axis=1), _contradicted(predicted, one_hot), _neighbours(cosine, given), weights)
+        predicted = one_hot - (inverse @ (one_hot - centre)) / np.linalg.diagonal(inverse)[:, None]
+        before, weights = weights, _trust(predicted, one_hot)
+        if float(np.max(np.abs(weights - before))) < _SETTLED:
+            break
+    scores, suggested = _scores(predicted, one_hot), np.argmax(predicted, axis=1)
+    return Suspicion(scores, suggested, _contradicted(predicted, one_hot), _neighbours(cosine, given), weights)
 
 
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
@@ -138,21 +146,27 @@ def _best_ridge(cosine: Array, centred: Array) -> tuple[float, Array]:
     return best[1], best[2]
 
 
+def _usual(predicted: Array, one_hot: Array) -> Array:
+    """Return the mean prediction of each class for the samples that bear it, (c,); infinite for a class that none bears."""
+    members = np.sum(one_hot, axis=0)
+    return np.where(members > 0, np.sum(predicted * one_hot, axis=0) / np.maximum(members, 1.0), np.inf)
+
+
 def _scores(predicted: Array, one_hot: Array) -> Array:
     others = np.max(np.where(one_hot > 0, -np.inf, predicted), axis=1)
     return others - np.sum(np.where(one_hot > 0, predicted, 0.0), axis=1)
 
 
 def _contradicted(predicted: Array, one_hot: Array) -> Array:
-    members = np.sum(one_hot, axis=0)
-    usual = np.sum(predicted * one_hot, axis=0) / np.maximum(members, 1.0)
-    sure = (predicted >= usual) & (members > 0) & (predicted > np.sum(predicted * one_hot, axis=1, keepdims=True))
+    sure = (predicted >= _usual(predicted, one_hot)) & (predicted > np.sum(predicted * one_hot, axis=1, keepdims=True))
     return np.any(sure, axis=1)
 
 
-def _trust(scores: Array) -> Array:
-    spread = float(np.std(scores)) or 1.0
-    weights = 0.5 - 0.5 * np.tanh(0.5 * _STEEPNESS * scores / spread)
+def _trust(predicted: Array, one_hot: Array) -> Array:
+    usual = _usual(predicted, one_hot)
+    usual = np.where(np.isfinite(usual), usual, np.max(usual[np.isfinite(usual)]))  # a class without samples must not seem likely
+    measured = _scores(predicted - _USUAL * usual, one_hot)
+    weights = 0.5 - 0.5 * np.tanh(0.5 * _STEEPNESS * measured / (float(np.std(measured)) or 1.0))
     return weights / np.mean(weights)
 
 

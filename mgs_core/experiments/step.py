@@ -57,7 +57,7 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         return value
 
     def with_jacobian(parameters: Parameters, inputs: Any, targets: Array, weights: Array) -> Array:
-        probe, inputs = inputs[PROBE], {name: array for name, array in inputs.items() if name != PROBE}
+        probe, inputs = inputs[PROBE], _of_network(inputs)
         xp = array_namespace(probe)
         slope = input_slope(lambda x: xp.sum(probe * function(parameters, x), axis=1), inputs)
         return objective(parameters, inputs, targets, weights) + recipe.jacobian_penalty * probe.shape[1] * slope
@@ -75,19 +75,20 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
 
     def of_two(parameters: Parameters, inputs: Any, targets: Array, weights: Any) -> Array:
         own, peer = _networks(parameters)
-        return objective(own, inputs, targets, weights[0]) + objective(peer, inputs, targets, weights[1])
+        return of_one(own, inputs, targets, weights[0]) + of_one(peer, inputs, targets, weights[1])
 
-    chosen = of_two if recipe.forgotten else with_jacobian if recipe.jacobian_penalty else objective
-    value_and_gradient = backend.value_and_gradient(chosen)
+    of_one = with_jacobian if recipe.jacobian_penalty else objective
+    value_and_gradient = backend.value_and_gradient(of_two if recipe.forgotten else of_one)
 
     def step(
         parameters: Parameters, moments: Moments, inputs: Any, targets: Array, now: Array, kept: Array = None
     ) -> tuple[Array, Parameters, Moments]:
         weights: Any = None
+        given = _of_network(inputs)
         if recipe.agreement:
-            weights = agreement_weights(kernel(FunctionalModel(function, parameters), inputs, targets, output="loss"))
+            weights = agreement_weights(kernel(FunctionalModel(function, parameters), given, targets, output="loss"))
         if recipe.forgotten:
-            own, peer = (_least(losses(network, inputs, targets), kept) for network in _networks(parameters))
+            own, peer = (_least(losses(network, given, targets), kept) for network in _networks(parameters))
             weights = peer, own
         loss, gradient = value_and_gradient(parameters, inputs, targets, weights)
         if recipe.sharpness:
@@ -100,6 +101,11 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         return (loss, *adam(parameters, gradient, moments, now, weight_decay=recipe.weight_decay))
 
     return backend.compile(step)
+
+
+def _of_network(inputs: dict[str, Array]) -> dict[str, Array]:
+    """Return the inputs that the network takes."""
+    return {name: array for name, array in inputs.items() if name != PROBE}
 
 
 def _networks(parameters: Parameters) -> tuple[Parameters, Parameters]:

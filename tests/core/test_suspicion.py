@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
 import mgs_core as mgs
-from mgs_core.suspicion import _RIDGES
+
+# the package's attribute of that name is the function
+suspicions = importlib.import_module("mgs_core.suspicion")
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(18) % 3
@@ -28,11 +32,13 @@ def left_out(ridge, weights):
 
 def predicted_by_others(rounds):
     centre = ONE_HOT.mean(0)
-    predictions = {ridge: left_out(ridge, np.ones(18)) for ridge in _RIDGES}
-    ridge = min(_RIDGES, key=lambda ridge: np.mean((ONE_HOT - centre - predictions[ridge]) ** 2))
+    predictions = {ridge: left_out(ridge, np.ones(18)) for ridge in suspicions._RIDGES}
+    ridge = min(suspicions._RIDGES, key=lambda ridge: np.mean((ONE_HOT - centre - predictions[ridge]) ** 2))
     predicted = predictions[ridge] + centre
     for _ in range(rounds):
-        scores = np.where(ONE_HOT > 0, -np.inf, predicted).max(1) - predicted[np.arange(18), LABELS]
+        usual = np.array([predicted[k == LABELS, k].mean() for k in range(3)])
+        less = predicted - 0.75 * usual
+        scores = np.where(ONE_HOT > 0, -np.inf, less).max(1) - less[np.arange(18), LABELS]
         weights = 1 / (1 + np.exp(3 * scores / scores.std()))
         predicted = left_out(ridge, weights / weights.mean()) + centre
     return predicted
@@ -50,8 +56,38 @@ def test_scores_are_those_of_leaving_each_sample_out(rounds):
     np.testing.assert_array_equal(found.suggested, suggested)
     contradicted = [any(q[k] >= usual[k] and q[k] > q[y] for k in range(3)) for q, y in zip(predicted, LABELS, strict=True)]
     np.testing.assert_array_equal(found.contradicted, contradicted)
+    less = predicted - 0.75 * usual
     assert found.weights.mean() == pytest.approx(1)
-    assert (np.argsort(found.weights) == np.argsort(-found.scores)).all()
+    assert (np.argsort(found.weights) == np.argsort(less[np.arange(18), LABELS] - (less - 9 * ONE_HOT).max(1))).all()
+
+
+def test_rounds_end_when_the_weights_settle(monkeypatch):
+    made = []
+    trust = suspicions._trust
+    monkeypatch.setattr(suspicions, "_trust", lambda *arguments: made.append(None) or trust(*arguments))
+    settled = mgs.suspicion(KERNEL, LABELS, rounds=100)
+    assert 3 < len(made) < 50
+    np.testing.assert_allclose(mgs.suspicion(KERNEL, LABELS, rounds=len(made)).scores, settled.scores)
+    assert (mgs.suspicion(KERNEL, LABELS, rounds=2).scores != settled.scores).any()
+
+
+def test_a_class_that_no_sample_bears_is_not_suggested():
+    found, wider = mgs.suspicion(KERNEL, LABELS), mgs.suspicion(KERNEL, LABELS, classes=5)
+    assert (wider.suggested < 3).all()
+    assert not wider.contradicted[~found.contradicted].any()
+    np.testing.assert_allclose(wider.weights, found.weights, rtol=1e-6)
+
+
+def test_of_two_confused_classes_neither_wins_the_others_samples():
+    """Two pairs of classes, each pair apart by little; 40 % of the labels of a class are those of its partner."""
+    random = np.random.default_rng(1)
+    true = np.repeat(np.arange(4), 50)
+    features = np.eye(4)[true] + np.eye(2)[true // 2] @ np.kron(np.eye(2), [[1.0, 1.0]]) + 0.35 * random.normal(size=(200, 4))
+    labels = np.where(random.random(200) < 0.4, true ^ 1, true)
+    found, plain = mgs.suspicion(features @ features.T, labels), mgs.suspicion(features @ features.T, labels, rounds=0)
+    right = (found.suggested == true).mean()
+    assert right > (plain.suggested == true).mean() + 0.02
+    assert right > 0.8
 
 
 def test_neighbours_are_counted():

@@ -31,6 +31,7 @@ NOW = np.array([1e-2, 10.0, 1000.0])
 
 
 def network(p, inputs):
+    assert set(inputs) <= {"x", "mask"}  # as an ONNX model is strict
     hidden = anp.tanh(inputs["x"] @ p["w1"] + p["b1"])
     return (hidden * inputs["mask"] if "mask" in inputs else hidden) @ p["w2"] + p["b2"]
 
@@ -110,12 +111,13 @@ def gradient_of(recipe, p):
 
 
 RANDOM_HEAD = Recipe("random head", penalty=mgs.Penalty("log_determinant", 0.5, 2.0), output="random", transform="softmax")
+TOGETHER = Recipe("together", agreement=True, jacobian_penalty=0.1, penalty=mgs.Penalty("trace", 0.5), weight_decay=0.1)
 
 
 ONE_NETWORK = [recipe for recipe in RECIPES.values() if not recipe.forgotten]
 
 
-@pytest.mark.parametrize("recipe", [*ONE_NETWORK, RANDOM_HEAD], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [*ONE_NETWORK, RANDOM_HEAD, TOGETHER], ids=lambda recipe: recipe.name)
 def test_a_step_follows_the_gradient_of_the_recipe(recipe):
     step = make_step(recipe, mgs.get_backend("numpy"), network)
     before = {name: value.copy() for name, value in PARAMETERS.items()}
@@ -135,15 +137,20 @@ def test_a_step_follows_the_gradient_of_the_recipe(recipe):
         np.testing.assert_allclose(moved[name], expected, rtol=1e-7)
 
 
-def test_each_network_of_co_teaching_learns_from_the_samples_that_are_easy_for_the_other():
-    step = make_step(Recipe("two", forgotten=0.5), mgs.get_backend("numpy"), network)
+@pytest.mark.parametrize("jacobian", [0.0, 0.1])
+def test_each_network_of_co_teaching_learns_from_the_samples_that_are_easy_for_the_other(jacobian):
+    step = make_step(Recipe("two", forgotten=0.5, jacobian_penalty=jacobian), mgs.get_backend("numpy"), network)
+    inputs = {"x": X, "probe": PROBES} if jacobian else {"x": X}
     peer = {name: 0.5 * value + 0.1 for name, value in PARAMETERS.items()}
     both = {**PARAMETERS, **{"peer:" + name: value for name, value in peer.items()}}
-    _, _, (first, _) = step(both, start(both), {"x": X}, TARGETS, NOW, np.asarray(3.0))
+    _, _, (first, _) = step(both, start(both), inputs, TARGETS, NOW, np.asarray(3.0))
     easy = np.argsort(losses(peer))[:3], np.argsort(losses(PARAMETERS))[:3]
     assert set(easy[0]) != set(easy[1])
     for prefix, own, kept in (("", PARAMETERS, easy[0]), ("peer:", peer, easy[1])):
         expected = autograd.grad(lambda p, kept=kept: anp.mean(losses(p, X[kept], TARGETS[kept])))(own)
+        slope = autograd.grad(objective(Recipe("slope", jacobian_penalty=jacobian)))(own)
+        plain = autograd.grad(objective(Recipe("plain")))(own)
+        expected = {name: g + slope[name] - plain[name] for name, g in expected.items()}
         for name in own:
             np.testing.assert_allclose(first[prefix + name], 0.1 * expected[name], rtol=1e-9, atol=1e-12)
 
