@@ -79,7 +79,7 @@ class Training:
         self.regularizer = regularizer
         self.tracker = Tracker(regularizer.strength)
         self._in_training = True
-        self._checked = False
+        self._checked = self._asked = False
         self._function: Any = None
         self._replay: Any = None
         self._indifferent: bool | None = None
@@ -103,10 +103,19 @@ class Training:
             y_pred: outputs.
             sample_weight: the user's weights, or None.
             training: whether this is a training step.
+
+        Raises:
+            ArgumentError: when a `train_step` of the user's does not give the inputs.
         """
         self._in_training = training
         if not training:
             return original(x, y, y_pred, sample_weight)
+        if x is None:
+            raise mgs.ArgumentError(
+                "`x` must be given to `compute_loss`, for the kernel needs the inputs; got None. "
+                "Call compute_loss(x, y, y_pred, sample_weight) in `train_step`."
+            )
+        self._asked = True
         if keras.backend.backend() == "torch":
             self._check(x)
         if self.regularizer.weighting is not None:
@@ -156,11 +165,12 @@ class Training:
         if backend == "tensorflow":
             from ._tensorflow import make_train_function
 
-            model.train_function = make_train_function(model, self._check_batch)
+            model.train_function = self._insisting(make_train_function(model, self._check_batch))
             return
         original(force)
+        step = self._insisting(model.train_function)
+        model.train_function = step
         if backend == "jax":
-            step = model.train_function
 
             def checked(state: Any, iterator: Iterator[Any]) -> Any:
                 if not self._checked:
@@ -170,6 +180,20 @@ class Training:
                 return step(state, iterator)
 
             model.train_function = checked
+
+    def _insisting(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the step, which refuses a `train_step` of the user's that takes its loss from elsewhere."""
+
+        def train(*arguments: Any) -> Any:
+            result = step(*arguments)
+            if not self._asked:
+                raise mgs.UnsupportedModelError(
+                    "`train_step` must take its loss from `self.compute_loss(x, y, y_pred, …)`, where penalty and weights "
+                    f"enter; that of {type(self._model).__name__} does not. Call it there, or end this: regularize(model, None)."
+                )
+            return result
+
+        return train
 
     def _penalty(self, x: Any, y: Any, y_pred: Any, matrix: Any = None) -> Any:
         regularizer, ops = self.regularizer, keras.ops
