@@ -67,14 +67,17 @@ def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **opt
 def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     """Return whether statistics of the model's parameters give the gradient of the losses that a backward pass would give.
 
-    Not so where other leaves need gradients, where batch normalisation is frozen for the kernel but not for training, and in low
-    precision, in which a scaled loss keeps small gradients that the statistics lose.
+    Not so where other leaves need gradients, where a module has backward hooks, where a table wants a sparse gradient, where
+    batch normalisation is frozen for the kernel but not for training, and in low precision, in which a scaled loss keeps small
+    gradients that the statistics lose.
     """
     own = {id(value) for value in model.parameters.values()}
     for node in _nodes(losses):
         name = node.name().partition("Backward")[0]
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)
+            or node.name().startswith("BackwardHookFunction")
+            or getattr(node, "_saved_sparse", False)
             or (name in BATCH_NORMS and node._saved_training)
             or any(metadata.dtype in (torch.float16, torch.bfloat16) for metadata in node._input_metadata)
         ):
