@@ -145,21 +145,24 @@ def _pick(outputs: Array, targets: Array) -> Array:
         _check_labels(targets, outputs.shape[-1])
         targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.arange(outputs.shape[-1], dtype=targets.dtype), outputs.dtype)
     elif targets.shape != outputs.shape:
-        n, c = outputs.shape
-        raise ArgumentError(f"`targets` must have shape ({n},) for labels or ({n}, {c}) for probabilities; got {targets.shape}.")
+        *lead, c = outputs.shape
+        raise ArgumentError(
+            f"`targets` must have shape {(*lead[:1],)} for labels or {(*lead, c)} for probabilities; got {tuple(targets.shape)}. "
+            "Pass a `loss` of (outputs, targets) → (n,) for labels of each position."
+        )
     return xp.sum(outputs * targets, axis=-1)
 
 
 def _check_labels(labels: Array, c: int) -> None:
     """Refuse labels that name no output; on the host only, for elsewhere a look at the values would wait for the device."""
+    integers = is_numpy_array(labels) and array_namespace(labels).isdtype(labels.dtype, "integral")
     if type(labels).__module__ == "torch" and type(labels).__name__ == "Tensor" and labels.device.type == "cpu":
         labels = labels.detach().numpy()
         labels = labels[labels != -100]  # what PyTorch's losses leave out
-        if not labels.size:
-            return
-    if not is_numpy_array(labels):
+        integers = bool((labels == labels.round()).all())
+    if not is_numpy_array(labels) or labels.size == 0:
         return
-    if not array_namespace(labels).isdtype(labels.dtype, "integral") and (labels != labels.round()).any():
+    if not integers:
         raise ArgumentError(f"`targets` must be integers to be labels; got dtype {labels.dtype}. Convert them, or pass a loss.")
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= c:
