@@ -250,11 +250,7 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
             f"parameter {names[0]!r} (indexing, routing, packed sequences, graphs). Use `chunk_size=1` where samples can be run "
             "one by one, or leave these parameters out by `parameters=`."
         )
-    where = (
-        "batch normalisation in training mode"
-        if mixing
-        else "statistics over the batch, or outputs that are flattened over positions"
-    )
+    where = "batch normalisation in training mode" if mixing else "statistics over the batch, or outputs flat over positions"
     where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
     return SamplesInteractError(
         f"`model` must treat each sample by itself; got samples that interact after parameter {names[0]!r} ({where}). "

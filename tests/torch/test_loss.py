@@ -213,6 +213,30 @@ def test_training_with_automatic_mixed_precision_lowers_the_loss(of):
     assert criterion.last.kernel.dtype == torch.float32
 
 
+NORMALISED = {
+    "layer": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)),
+    "group": lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.ReLU(), nn.Linear(6, 3)),
+    "batch": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NORMALISED)
+def test_penalty_of_normalisations_in_automatic_mixed_precision(name, dtype):
+    torch.manual_seed(0)
+    model, x, y = NORMALISED[name](), torch.randn(8, 4), torch.arange(8) % 3
+    found = []
+    for mixed in (False, True):
+        criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, batch_norm="frozen")
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=mixed):
+            loss = criterion(model(x), y)
+        loss.backward()
+        found.append((criterion.last.kernel, torch.cat([value.grad.reshape(-1) for value in model.parameters()])))
+    for exact, close in zip(*found, strict=True):
+        assert (close - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_dropout_masks_are_those_of_the_outputs(mlp):
     model, x, y = mlp
     model = nn.Sequential(model[0], nn.Dropout(0.5), nn.Tanh(), model[2])
