@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, UnsupportedModelError
 
 from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
@@ -46,11 +46,18 @@ def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **opt
 
     Raises:
         ArgumentError: when the outputs have no graph or no parameter is in it.
+        UnsupportedModelError: when the first backward pass through them is to be the only one.
     """
     if not isinstance(outputs, torch.Tensor) or outputs.grad_fn is None:
         raise ArgumentError(
             "`outputs` must be a tensor that the model made with gradients enabled; got one without a graph. "
             "Pass the model's outputs themselves, not detached."
+        )
+    parallel = (node.ddp_weakref() for node in _nodes(outputs) if hasattr(node, "ddp_weakref"))
+    if any(module is not None and module.static_graph for module in parallel):
+        raise UnsupportedModelError(  # it would average the gradients in that pass, and never those of the loss
+            "`static_graph` must be False in DistributedDataParallel, which takes the kernel's backward pass for that of the loss; "
+            "got True. Leave it out."
         )
     found = _parameters(outputs)
     parameters: dict[str, torch.Tensor]

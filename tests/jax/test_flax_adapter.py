@@ -175,7 +175,8 @@ def test_loss_that_is_no_mean_or_mixes_samples_is_refused(p, batch):
 def test_losses_and_batches_of_other_shapes_are_named(p, batch):
     with pytest.raises(mgs.ArgumentError, match=r"`loss_fn` must return a scalar, the mean over the samples; got shape"):
         regularized(losses, PENALTY)(p, batch)
-    for bad in ({**batch, "temperature": jnp.ones(())}, {**batch, "x": batch["x"][:2]}, jax.tree.map(lambda leaf: leaf[:0], batch)):
+    empty = jax.tree.map(lambda leaf: leaf[:0], batch)
+    for bad in ({**batch, "temperature": jnp.ones(())}, {**batch, "x": batch["x"][:2]}, empty):
         with pytest.raises(mgs.ArgumentError, match="`batch` must hold arrays of one number of samples, at least 1"):
             regularized(loss_fn, PENALTY)(p, bad)
 
