@@ -17,7 +17,7 @@ from mgs_core.heads import make_head
 from mgs_core.statistics import contract, merge
 
 from ._keras import keras
-from ._losses import compiled_loss, like
+from ._losses import compiled_loss, like, masked
 from ._regularizer import MGSRegularizer
 
 NAME = "mgs_penalty"
@@ -121,9 +121,9 @@ class Training:
         if self.regularizer.weighting is not None:
             if self._model._compile_loss is not None and not self._model._compile_loss.built:
                 original(x, y, y_pred, sample_weight)  # builds them; the value is not needed
-            kernel = self._kernel(self._functional(), x, y, y_pred, "loss", differentiable=False)
+            kernel = self._kernel(self._functional(), x, masked(y, y_pred), y_pred, "loss", differentiable=False)
             weights = keras.ops.stop_gradient(mgs.agreement_weights(kernel))
-            sample_weight = _weighted(sample_weight, weights)
+            sample_weight = _weighted(sample_weight, weights, y_pred)
         matrix = None
         if keras.backend.backend() == "jax" and self.regularizer.every == 1 and self._one_pass_serves(y_pred):
             matrix, y_pred = self._kernel_and_outputs(x, y, y_pred)
@@ -215,6 +215,7 @@ class Training:
     def _value(self, x: Any, y: Any, y_pred: Any) -> Any:
         """Return the penalty without its strength, by a pass of its own."""
         first = slice(0, self.regularizer.max_samples)
+        y = masked(y, y_pred) if self.regularizer.output == "loss" else y
         x, y = keras.tree.map_structure(lambda leaf: leaf if leaf is None else keras.ops.convert_to_tensor(leaf[first]), (x, y))
         model = self._functional()
         if keras.backend.backend() == "torch" and self._replays(model):
@@ -319,8 +320,12 @@ class Training:
         self._checked = True
 
 
-def _weighted(sample_weight: Any, weights: Any) -> Any:
+def _weighted(sample_weight: Any, weights: Any, y_pred: Any) -> Any:
     if sample_weight is None:
+        leaves = keras.tree.flatten(y_pred)
+        mask = keras.src.backend.get_keras_mask(leaves[0]) if len(leaves) == 1 else None
+        if mask is not None:  # with one, Keras wants weights of its shape
+            weights = keras.ops.reshape(weights, (-1,) + (1,) * (len(mask.shape) - 1)) * keras.ops.ones(mask.shape, weights.dtype)
         return weights
 
     def times(given: Any) -> Any:

@@ -56,8 +56,8 @@ def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **opt
     parallel = (node.ddp_weakref() for node in _nodes(outputs) if hasattr(node, "ddp_weakref"))
     if any(module is not None and module.static_graph for module in parallel):
         raise UnsupportedModelError(  # it would average the gradients in that pass, and never those of the loss
-            "`static_graph` must be False in DistributedDataParallel, which takes the kernel's backward pass for that of the loss; "
-            "got True. Leave it out."
+            "`static_graph` must be False in DistributedDataParallel, which takes the kernel's backward pass for that of the "
+            "loss; got True. Leave it out."
         )
     found = _parameters(outputs)
     parameters: dict[str, torch.Tensor]
