@@ -118,6 +118,12 @@ class _Regularized:
     options: dict[str, Any]
 
     def __call__(self, params: Any, batch: Any, *rest: Any) -> tuple[Any, Parts]:
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+        if len({shape[:1] for shape in shapes}) != 1 or shapes[0][:1] in ((), (0,)):
+            raise ArgumentError(
+                f"`batch` must hold arrays of one number of samples, at least 1, along the first axis; got shapes {shapes}. "
+                "Pass what is the same for all samples after it: loss_fn(params, batch, rest)."
+            )
         if self.every == 1:
             return self._penalised(params, batch, rest)
         if not rest:
@@ -140,6 +146,10 @@ class _Regularized:
         def loss(params: Any, batch: Any) -> Any:
             value, aux = self._loss(params, batch, rest)
             more.append(aux is not None)
+            if jnp.size(value) != 1:
+                raise ArgumentError(
+                    f"`loss_fn` must return a scalar, the mean over the samples; got shape {jnp.shape(value)}. Take the mean."
+                )
             return jnp.reshape(value, (1, 1))
 
         head = make_head("sum", "identity", None, 1, 0, None).function

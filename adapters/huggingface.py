@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 import transformers
 
+import mgs_core as mgs
+
 from .torch import MGSLoss, MGSMonitor, twice_differentiable
 
 
@@ -88,8 +90,17 @@ class MGSTrainerMixin:
             *arguments: passed to the trainer.
             mgs_loss: takes the logits and the labels.
             **keywords: passed to the trainer.
+
+        Raises:
+            ArgumentError: when the trainer is told of a loss of its own.
         """
         super().__init__(*arguments, **keywords)
+        trainer: Any = self
+        if trainer.args.label_smoothing_factor or trainer.compute_loss_func is not None:
+            raise mgs.ArgumentError(
+                "`label_smoothing_factor` and `compute_loss_func` must be left out, for `mgs_loss` takes their place; got one of "
+                "them. Put them into its criterion: CrossEntropyLoss(label_smoothing=…)."
+            )
         self.mgs_loss = mgs_loss
         self.model_accepts_loss_kwargs = False  # so that the trainer divides by the steps that it accumulates
 
@@ -97,6 +108,8 @@ class MGSTrainerMixin:
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss, and the outputs if asked for."""
+        if "labels" not in inputs:
+            raise mgs.ArgumentError(f"`inputs` must have labels for `mgs_loss`; got {sorted(inputs)}. Name that column labels.")
         labels = inputs["labels"]
         fused = self.mgs_loss.penalty is None or not model.training or labels.device.type == "cpu"
         with nullcontext() if fused else twice_differentiable(recurrent=False):

@@ -38,9 +38,9 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
         self._last = -1
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Move the probe batch to the module's device."""
+        """Move the probe batch to the module's device and precision."""
         inputs, targets = (pl_module.transfer_batch_to_device(part, pl_module.device, 0) for part in self._batch)
-        self.monitor = MGSMonitor(pl_module, inputs, targets, **self._options)
+        self.monitor = MGSMonitor(pl_module, trainer.precision_plugin.convert_input(inputs), targets, **self._options)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
         """Measure if an optimizer step has been taken and it is due."""

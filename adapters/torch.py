@@ -167,7 +167,7 @@ class MGSLoss(torch.nn.Module):
         if self.training and torch.is_grad_enabled() and (self.penalty is not None or self.weighting is not None):
             if self.penalty is not None and self._calls % self.every == 0:
                 kernel = self._kernel(outputs, losses, arguments)
-                penalty = self.every * self.penalty(kernel)
+                penalty = self.every * _penalty(self.penalty, kernel)
             if self.weighting is not None:
                 shared = self._head["output"] == "loss" and self.max_samples is None
                 if kernel is not None and shared:
@@ -190,6 +190,8 @@ class MGSLoss(torch.nn.Module):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value."""
         n = outputs.shape[0]
+        if n == 0:
+            raise mgs.ArgumentError("`outputs` must hold at least one sample; got 0. Leave empty batches out.")
         unreduced, reduction = _without_reduction(self.criterion)
         elements = unreduced(outputs, *arguments, **keywords)
         if not isinstance(elements, torch.Tensor) or elements.ndim == 0 or elements.shape[0] != n:
@@ -253,6 +255,17 @@ class MGSLoss(torch.nn.Module):
     def _take(self, outputs: Any) -> torch.Tensor:
         taken: torch.Tensor = _backend.tensor(outputs if self._select is None else self._select(outputs))
         return taken
+
+
+def _penalty(penalty: mgs.Penalty, kernel: torch.Tensor) -> torch.Tensor:
+    """Return the penalty; NaN of a kernel that is not finite, as the loss itself is, where a factorisation would raise."""
+    try:
+        value: torch.Tensor = penalty(kernel)
+    except RuntimeError:  # of which torch.linalg.LinAlgError is one
+        if bool(torch.isfinite(kernel).all()):
+            raise
+        return kernel.sum() * torch.nan
+    return value
 
 
 class _Attach(torch.autograd.Function):

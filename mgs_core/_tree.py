@@ -49,9 +49,11 @@ def select(names: Iterable[str], chosen: Iterable[str] | Callable[[str], bool] |
         The names picked.
 
     Raises:
-        ArgumentError: when a name is unknown or nothing is picked.
+        ArgumentError: when a name is unknown, nothing is picked, or there is nothing to pick from.
     """
     names = list(names)
+    if not names:
+        raise ArgumentError("`model` must have trainable parameters, whose kernel it is; got none. Unfreeze some.")
     if chosen is None:
         picked = names
     elif callable(chosen):

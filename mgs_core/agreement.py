@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array, Shaped
 from mgs_core.penalty import _square
@@ -15,10 +14,10 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
         kernel: kernel of the per-sample losses, (n, n).
 
     Returns:
-        (n,); 0 for a sample without gradient. Averaged over steps, low values rank suspicious labels.
+        (n,); 0 for a sample without gradient, or without others. Averaged over steps, low values rank suspicious labels.
 
     Raises:
-        ArgumentError: when the kernel is not square or has fewer than 2 samples.
+        ArgumentError: when the kernel is not square.
 
     References:
         This library's own; it is not in the paper.
@@ -30,8 +29,6 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
         array([ 0.,  0., -2.])
     """
     n = _square(kernel)
-    if n < 2:
-        raise ArgumentError("`kernel` must have at least 2 samples, for agreement is with others; got 1. Use a larger batch.")
     xp = array_namespace(kernel)
     diagonal = xp.sum(kernel * xp.eye(n, dtype=kernel.dtype), axis=1)
     positive = diagonal > 0
@@ -42,7 +39,8 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
 def agreement_weights(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
     """Return weights `w_a ∝ max(0, r_a)` with mean 1, where r is `agreement`; train on `mean(w · loss)`.
 
-    Treat the weights as constants in the gradient. When no sample agrees with the rest, all weights are 1.
+    Treat the weights as constants in the gradient. When no sample agrees with the rest, all weights are 1; so is that of a batch
+    of one, as the last of an epoch may be.
 
     Args:
         kernel: kernel of the per-sample losses, (n, n).
@@ -51,7 +49,7 @@ def agreement_weights(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
         (n,), at least 0, mean 1.
 
     Raises:
-        ArgumentError: when the kernel is not square or has fewer than 2 samples.
+        ArgumentError: when the kernel is not square.
 
     References:
         This library's own; it is not in the paper.

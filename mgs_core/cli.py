@@ -85,7 +85,7 @@ def measure(
     model: Annotated[Path, typer.Argument(help="An .onnx file.")],
     data: Annotated[Path, typer.Argument(help="An .npz file with x (n, …) and, for labels, y (n,).")],
     output: Annotated[str, typer.Option(help="Head: trace, sum, target, random or loss.")] = "trace",
-    samples: Annotated[int, typer.Option(help="The first so many samples are measured.")] = 256,
+    samples: Annotated[int, typer.Option(min=2, help="The first so many samples are measured.")] = 256,
     backend: _BackendOption = "numpy",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
@@ -110,7 +110,7 @@ def measure(
 @app.command()
 def check(
     model: Annotated[Path, typer.Argument(help="An .onnx file.")],
-    samples: Annotated[int, typer.Option(help="Random samples to trace with.")] = 4,
+    samples: Annotated[int, typer.Option(min=2, help="Random samples to trace with.")] = 4,
     backend: _BackendOption = "numpy",
 ) -> None:
     """Say, for each parameter of a model, how it enters the kernel: statistics, rows or refused."""
@@ -133,8 +133,8 @@ def audit(
         int | None,
         typer.Option(help="Passes over the samples; 4 by default, more where samples are few: wrong labels stay unlearnt."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="The first so many samples are audited; all by default.")] = None,
-    shown: Annotated[int, typer.Option(help="Samples in the gallery.")] = 200,
+    samples: Annotated[int | None, typer.Option(min=2, help="The first so many samples are audited; all by default.")] = None,
+    shown: Annotated[int, typer.Option(min=0, help="Samples in the gallery.")] = 200,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the page, the table and the weights.")] = Path("mgs-audit"),
 ) -> None:

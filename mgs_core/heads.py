@@ -52,12 +52,20 @@ def cross_entropy(outputs: Array, targets: Array) -> Array:
     Returns:
         Losses, (n,).
 
+    Raises:
+        ArgumentError: when there is one output, whose softmax is always 1, or the targets do not fit.
+
     Example:
         >>> import numpy as np
         >>> import mgs_core as mgs
         >>> mgs.cross_entropy(np.zeros((2, 4)), np.array([0, 3])).round(4)
         array([1.3863, 1.3863])
     """
+    if outputs.shape[-1] == 1:
+        raise ArgumentError(
+            "`loss` must be given for a model of one output, whose cross-entropy is always 0; got None. "
+            "Pass the loss that it is trained with, (outputs, targets) → (n,)."
+        )
     return -_pick(log_softmax(outputs), targets)
 
 
@@ -137,16 +145,24 @@ def _pick(outputs: Array, targets: Array) -> Array:
         _check_labels(targets, outputs.shape[-1])
         targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.arange(outputs.shape[-1], dtype=targets.dtype), outputs.dtype)
     elif targets.shape != outputs.shape:
-        n, c = outputs.shape
-        raise ArgumentError(f"`targets` must have shape ({n},) for labels or ({n}, {c}) for probabilities; got {targets.shape}.")
+        *lead, c = outputs.shape
+        raise ArgumentError(
+            f"`targets` must have shape {(*lead[:1],)} for labels or {(*lead, c)} for probabilities; got {tuple(targets.shape)}. "
+            "Pass a `loss` of (outputs, targets) → (n,) for labels of each position."
+        )
     return xp.sum(outputs * targets, axis=-1)
 
 
 def _check_labels(labels: Array, c: int) -> None:
     """Refuse labels that name no output; on the host only, for elsewhere a look at the values would wait for the device."""
-    if not is_numpy_array(labels):
+    integers = is_numpy_array(labels) and array_namespace(labels).isdtype(labels.dtype, "integral")
+    if type(labels).__module__ == "torch" and type(labels).__name__ == "Tensor" and labels.device.type == "cpu":
+        labels = labels.detach().numpy()
+        labels = labels[labels != -100]  # what PyTorch's losses leave out
+        integers = bool((labels == labels.round()).all())
+    if not is_numpy_array(labels) or labels.size == 0:
         return
-    if not array_namespace(labels).isdtype(labels.dtype, "integral"):
+    if not integers:
         raise ArgumentError(f"`targets` must be integers to be labels; got dtype {labels.dtype}. Convert them, or pass a loss.")
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= c:

@@ -23,7 +23,7 @@ class Penalty:
     * trace: `tr K / n`;
     * log_trace: `log(1 + tr K / (n·scale))`;
     * log_determinant: `(1/n) log det(I + K/scale)`, at least 0, linear in K where K ≪ scale, logarithmic where K ≫ scale;
-    * cosine: `1 − mean_{a≠b} C_ab`, with the cosine kernel `C_ab = K_ab / √(K_aa K_bb)`;
+    * cosine: `1 − mean_{a≠b} C_ab`, with the cosine kernel `C_ab = K_ab / √(K_aa K_bb)`; 0 for one sample, which has no pairs;
     * log_determinant_cosine: `(1/n) log det(I + C/scale)`.
 
     The summaries trace and determinant are the paper's; the scaled and bounded forms are this library's choice.
@@ -71,13 +71,13 @@ class Penalty:
         """Return `strength · R(K)`, a scalar that is differentiable in K.
 
         Args:
-            kernel: (n, n), positive semi-definite; n at least 2 for cosine.
+            kernel: (n, n), positive semi-definite.
 
         Returns:
             A scalar array of the kernel's dtype.
 
         Raises:
-            ArgumentError: when the kernel is not square, or too small.
+            ArgumentError: when the kernel is not square.
         """
         n = _square(kernel)
         xp = array_namespace(kernel)
@@ -89,10 +89,8 @@ class Penalty:
         elif self.name == "log_determinant":
             value = _log_determinant(kernel / self.scale, identity) / n
         elif self.name == "cosine":
-            if n < 2:
-                raise ArgumentError("`kernel` must have at least 2 samples for the cosine penalty; got 1. Use a larger batch.")
             cosine = cosine_kernel(kernel)
-            value = 1.0 - (xp.sum(cosine) - _trace(cosine, identity)) / (n * (n - 1))
+            value = (1.0 if n > 1 else 0.0) - (xp.sum(cosine) - _trace(cosine, identity)) / max(1, n * (n - 1))
         elif self.name == "log_determinant_cosine":
             value = _log_determinant(cosine_kernel(kernel) / self.scale, identity) / n
         else:

@@ -31,17 +31,48 @@ def contract(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics], 
 
     Args:
         left: merged statistics (see `merge`) of the n samples of the rows.
-        right: the same layers' statistics of the m samples of the columns.
+        right: those of the m samples of the columns, which may use the parameters in other ways, or others.
         full: keep the heads apart.
 
     Returns:
         `Σ_k` over heads, (n, m); or with `full` (n, k, m, k).
     """
     total: Array = None
-    for a, b in _with_biases(list(zip(left, right, strict=True)), full):
+    for a, b in _with_biases(_pairs(left, right), full):
         part = contribution(a, b, full=full)
         total = part if total is None else total + part
     return total
+
+
+def _pairs(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics]) -> list[tuple[LayerStatistics, LayerStatistics]]:
+    """Pair the statistics of each parameter; of one that two batches use in different ways, or parts, as rows.
+
+    A parameter that one batch does not use, as where the data choose a branch, has no share in the block; where there is no
+    other, rows of zeros stand for it.
+    """
+    if right is left:
+        return [(use, use) for use in left]
+
+    def alike(a: LayerStatistics, b: LayerStatistics) -> bool:
+        return type(a) is type(b) and (a.view, a.part) == (b.view, b.part)
+
+    pairs: list[tuple[LayerStatistics, LayerStatistics]] = []
+    for name in dict.fromkeys(use.parameter for use in left):
+        own, other = ([use for use in side if use.parameter == name] for side in (left, right))
+        if len(own) == len(other) and all(map(alike, own, other)):
+            pairs += zip(own, other, strict=True)
+        elif other:
+            pairs.append((_whole(own), _whole(other)))
+    if not pairs:
+        a, b = (Rows(side[0].parameter, as_rows(side[0])[:, :, :1] * 0) for side in (left, right))
+        return [(a, b)]
+    return pairs
+
+
+def _whole(uses: Sequence[LayerStatistics]) -> Rows:
+    """Return rows of the parameter that uses, or parts, of it add up to."""
+    rows = [as_rows(use, restore=True) for use in uses]
+    return Rows(uses[0].parameter, sum(rows[1:], start=rows[0]))
 
 
 def _with_biases(
@@ -254,8 +285,7 @@ def _join(group: list[LayerStatistics]) -> LayerStatistics:
     xp = array_namespace(*(use.gradients for use in group))
     same = all(type(use) is type(first) and use.view == first.view for use in group)
     if not same or isinstance(first, Rows):
-        rows = [as_rows(use, restore=True) for use in group]
-        return Rows(first.parameter, sum(rows[1:], start=rows[0]))
+        return _whole(group)
     gradients, first = xp.concat([use.gradients for use in group], axis=-2), replace(first, origin=None)
     if isinstance(first, Outer):
         return replace(first, gradients=gradients, inputs=xp.concat([u.inputs for u in group if isinstance(u, Outer)], axis=2))

@@ -139,6 +139,14 @@ def test_errors_are_one_line_and_status_2(mgs_command, arguments, message, tmp_p
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("audit", "digits", "--samples", "-5"), ("audit", "digits", "--shown", "-1"), ("measure", "m", "d", "--samples", "-3")],
+)
+def test_negative_numbers_do_not_count_from_the_end(mgs_command, arguments):
+    assert f"Invalid value for '{arguments[-2]}'" in mgs_command(*arguments, status=2)
+
+
 def test_a_missing_framework_says_which_extra_to_install(mgs_command, monkeypatch):
     from mgs_core import _registry
 

@@ -10,6 +10,8 @@ from mgs_core import ArgumentError
 
 from ._keras import keras
 
+_TARGETS, _MASKS = "mgs targets", "mgs masks"
+
 
 def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
     """Return a loss as `(outputs, targets) → (n,)`, for `mgs_core.kernel(model, x, y, output="loss", loss=…)`.
@@ -48,7 +50,7 @@ def compiled_loss(model: Any, spec: Any) -> Callable[[Any, Any], Any]:
         spec: outputs of the model, whatever their values; None for one output of shape (n, c).
 
     Returns:
-        `(outputs (n, c), targets) → (n,)`.
+        `(outputs (n, c), targets) → (n,)`; targets may be those of `masked`.
 
     Raises:
         ArgumentError: when it has none, or they are not built yet.
@@ -61,18 +63,48 @@ def compiled_loss(model: Any, spec: Any) -> Callable[[Any, Any], Any]:
 
     def loss(outputs: Any, targets: Any) -> Any:
         predicted = outputs if spec is None else like(spec, outputs)
+        targets, masks = (targets[_TARGETS], targets[_MASKS]) if _is_masked(targets) else (targets, None)
+        masks = None if masks is None else keras.tree.pack_sequence_as(predicted, masks)
         if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
             targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
         total = 0.0
         for path, function, weight, _ in compiled._flat_losses:
-            y_true, y_pred = targets, predicted
+            y_true, y_pred, mask = targets, predicted, masks
             for key in path:
-                y_true, y_pred = y_true[key], y_pred[key]
-            value = _each(function.call(y_true, y_pred))
+                y_true, y_pred, mask = y_true[key], y_pred[key], None if mask is None else mask[key]
+            values = function.call(y_true, y_pred)
+            if mask is not None:
+                values = values * keras.ops.reshape(mask, (*mask.shape, *(1,) * (len(values.shape) - len(mask.shape))))
+            value = _each(values)
             total = total + (value if weight is None else weight * value)
         return total
 
     return loss
+
+
+def masked(targets: Any, outputs: Any) -> Any:
+    """Return targets with the masks of the outputs, scaled as Keras scales them in its losses; without masks themselves.
+
+    Args:
+        targets: as the model is trained with.
+        outputs: of the model, with their masks.
+    """
+    leaves = keras.tree.flatten(outputs)
+    masks = [keras.src.backend.get_keras_mask(leaf) for leaf in leaves]
+    if all(mask is None for mask in masks):
+        return targets
+
+    def scaled(mask: Any, leaf: Any) -> Any:
+        if mask is None:
+            return keras.ops.ones((leaf.shape[0],), leaf.dtype)
+        mask = keras.ops.cast(mask, leaf.dtype)
+        return mask / keras.ops.maximum(keras.ops.mean(mask), keras.config.epsilon())
+
+    return {_TARGETS: targets, _MASKS: [scaled(mask, leaf) for mask, leaf in zip(masks, leaves, strict=True)]}
+
+
+def _is_masked(targets: Any) -> bool:
+    return isinstance(targets, dict) and targets.keys() == {_TARGETS, _MASKS}
 
 
 def _each(values: Any) -> Any:

@@ -17,7 +17,7 @@ from mgs_core.heads import make_head
 from mgs_core.statistics import contract, merge
 
 from ._keras import keras
-from ._losses import compiled_loss, like
+from ._losses import compiled_loss, like, masked
 from ._regularizer import MGSRegularizer
 
 NAME = "mgs_penalty"
@@ -79,7 +79,7 @@ class Training:
         self.regularizer = regularizer
         self.tracker = Tracker(regularizer.strength)
         self._in_training = True
-        self._checked = False
+        self._checked = self._asked = False
         self._function: Any = None
         self._replay: Any = None
         self._indifferent: bool | None = None
@@ -103,18 +103,27 @@ class Training:
             y_pred: outputs.
             sample_weight: the user's weights, or None.
             training: whether this is a training step.
+
+        Raises:
+            ArgumentError: when a `train_step` of the user's does not give the inputs.
         """
         self._in_training = training
         if not training:
             return original(x, y, y_pred, sample_weight)
+        if x is None:
+            raise mgs.ArgumentError(
+                "`x` must be given to `compute_loss`, for the kernel needs the inputs; got None. "
+                "Call compute_loss(x, y, y_pred, sample_weight) in `train_step`."
+            )
+        self._asked = True
         if keras.backend.backend() == "torch":
             self._check(x)
         if self.regularizer.weighting is not None:
             if self._model._compile_loss is not None and not self._model._compile_loss.built:
                 original(x, y, y_pred, sample_weight)  # builds them; the value is not needed
-            kernel = self._kernel(self._functional(), x, y, y_pred, "loss", differentiable=False)
+            kernel = self._kernel(self._functional(), x, masked(y, y_pred), y_pred, "loss", differentiable=False)
             weights = keras.ops.stop_gradient(mgs.agreement_weights(kernel))
-            sample_weight = _weighted(sample_weight, weights)
+            sample_weight = _weighted(sample_weight, weights, y_pred)
         matrix = None
         if keras.backend.backend() == "jax" and self.regularizer.every == 1 and self._one_pass_serves(y_pred):
             matrix, y_pred = self._kernel_and_outputs(x, y, y_pred)
@@ -156,11 +165,12 @@ class Training:
         if backend == "tensorflow":
             from ._tensorflow import make_train_function
 
-            model.train_function = make_train_function(model, self._check_batch)
+            model.train_function = self._insisting(make_train_function(model, self._check_batch))
             return
         original(force)
+        step = self._insisting(model.train_function)
+        model.train_function = step
         if backend == "jax":
-            step = model.train_function
 
             def checked(state: Any, iterator: Iterator[Any]) -> Any:
                 if not self._checked:
@@ -170,6 +180,20 @@ class Training:
                 return step(state, iterator)
 
             model.train_function = checked
+
+    def _insisting(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the step, which refuses a `train_step` of the user's that takes its loss from elsewhere."""
+
+        def train(*arguments: Any) -> Any:
+            result = step(*arguments)
+            if not self._asked:
+                raise mgs.UnsupportedModelError(
+                    "`train_step` must take its loss from `self.compute_loss(x, y, y_pred, …)`, where penalty and weights "
+                    f"enter; that of {type(self._model).__name__} does not. Call it there, or end this: regularize(model, None)."
+                )
+            return result
+
+        return train
 
     def _penalty(self, x: Any, y: Any, y_pred: Any, matrix: Any = None) -> Any:
         regularizer, ops = self.regularizer, keras.ops
@@ -191,6 +215,7 @@ class Training:
     def _value(self, x: Any, y: Any, y_pred: Any) -> Any:
         """Return the penalty without its strength, by a pass of its own."""
         first = slice(0, self.regularizer.max_samples)
+        y = masked(y, y_pred) if self.regularizer.output == "loss" else y
         x, y = keras.tree.map_structure(lambda leaf: leaf if leaf is None else keras.ops.convert_to_tensor(leaf[first]), (x, y))
         model = self._functional()
         if keras.backend.backend() == "torch" and self._replays(model):
@@ -295,8 +320,12 @@ class Training:
         self._checked = True
 
 
-def _weighted(sample_weight: Any, weights: Any) -> Any:
+def _weighted(sample_weight: Any, weights: Any, y_pred: Any) -> Any:
     if sample_weight is None:
+        leaves = keras.tree.flatten(y_pred)
+        mask = keras.src.backend.get_keras_mask(leaves[0]) if len(leaves) == 1 else None
+        if mask is not None:  # with one, Keras wants weights of its shape
+            weights = keras.ops.reshape(weights, (-1,) + (1,) * (len(mask.shape) - 1)) * keras.ops.ones(mask.shape, weights.dtype)
         return weights
 
     def times(given: Any) -> Any:

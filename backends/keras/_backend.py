@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import keras
@@ -38,7 +38,8 @@ class Function:
         # read only here, in the graph that needs them
         held = [variable.value for variable in self.others] if self.fixed is None else self.fixed
         state = [(variable, parameters[name]) for name, variable in self.variables.items()]
-        with keras.StatelessScope(state_mapping=[*state, *zip(self.others, held, strict=True)]), _differentiable_twice():
+        scope = keras.StatelessScope(state_mapping=[*state, *zip(self.others, held, strict=True)])
+        with _kept_losses(self._model), scope, _differentiable_twice():
             return flat_outputs(call(self._model, inputs, training=False))
 
 
@@ -167,6 +168,18 @@ def _names(model: Any) -> dict[str, Any]:
     if not names:
         raise ArgumentError(f"`model` must have trainable variables; got none in {model.name!r}. Unfreeze a layer.")
     return names
+
+
+@contextmanager
+def _kept_losses(model: Any) -> Iterator[None]:
+    """Keep what layers have added to the loss in the training pass; a call of the model drops it."""
+    before = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in model._flatten_layers()]
+    try:
+        yield
+    finally:
+        for layer, losses, ids in before:
+            layer._losses[:] = losses
+            layer._loss_ids.update(ids)
 
 
 def _differentiable_twice() -> AbstractContextManager[Any]:

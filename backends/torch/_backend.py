@@ -97,7 +97,7 @@ class TorchBackend:
                 evaluated = Evaluated(
                     settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_known_plans(settings.model)
                 )
-            heads = _heads(head(evaluated.outputs, targets), _batch.count(inputs))
+            heads = _heads(head(evaluated.outputs, _tensors(targets, evaluated.outputs)), _batch.count(inputs))
             return _read(heads, evaluated, {name: leaves[name] for name in chosen}, differentiable)
 
     def kernel_and_gradient(
@@ -186,6 +186,13 @@ def _plan(graph: Graph, plans: Plans) -> Plan:
 def _source(value: torch.Tensor, connected: bool) -> torch.Tensor:
     """Return a tensor to differentiate in: the value itself where it must stay connected, else a leaf of its own."""
     return value if connected and value.requires_grad else value.detach().requires_grad_()
+
+
+def _tensors(targets: Any, outputs: torch.Tensor) -> Any:
+    """Return targets with tensors for arrays of NumPy, as inputs may be too."""
+    leaves = {} if targets is None else flatten(targets)
+    found = {name: torch.as_tensor(leaf, device=outputs.device) for name, leaf in leaves.items()}
+    return None if targets is None else unflatten(targets, found)
 
 
 def _heads(heads: Any, n: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, UnsupportedModelError
 
 from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
@@ -46,11 +46,18 @@ def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **opt
 
     Raises:
         ArgumentError: when the outputs have no graph or no parameter is in it.
+        UnsupportedModelError: when the first backward pass through them is to be the only one.
     """
     if not isinstance(outputs, torch.Tensor) or outputs.grad_fn is None:
         raise ArgumentError(
             "`outputs` must be a tensor that the model made with gradients enabled; got one without a graph. "
             "Pass the model's outputs themselves, not detached."
+        )
+    parallel = (node.ddp_weakref() for node in _nodes(outputs) if hasattr(node, "ddp_weakref"))
+    if any(module is not None and module.static_graph for module in parallel):
+        raise UnsupportedModelError(  # it would average the gradients in that pass, and never those of the loss
+            "`static_graph` must be False in DistributedDataParallel, which takes the kernel's backward pass for that of the "
+            "loss; got True. Leave it out."
         )
     found = _parameters(outputs)
     parameters: dict[str, torch.Tensor]
@@ -67,14 +74,17 @@ def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **opt
 def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     """Return whether statistics of the model's parameters give the gradient of the losses that a backward pass would give.
 
-    Not so where other leaves need gradients, where batch normalisation is frozen for the kernel but not for training, and in low
-    precision, in which a scaled loss keeps small gradients that the statistics lose.
+    Not so where other leaves need gradients, where a module has backward hooks, where a table wants a sparse gradient, where
+    batch normalisation is frozen for the kernel but not for training, and in low precision, in which a scaled loss keeps small
+    gradients that the statistics lose.
     """
     own = {id(value) for value in model.parameters.values()}
     for node in _nodes(losses):
         name = node.name().partition("Backward")[0]
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)
+            or node.name().startswith("BackwardHookFunction")
+            or getattr(node, "_saved_sparse", False)
             or (name in BATCH_NORMS and node._saved_training)
             or any(metadata.dtype in (torch.float16, torch.bfloat16) for metadata in node._input_metadata)
         ):

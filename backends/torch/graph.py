@@ -107,8 +107,16 @@ def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> G
         if all(edge is None for edge in inputs):
             places[node] = None
         else:
-            places[node] = _add(graph, node, tuple(inputs), (name, *_settings(node)))
+            # whether the samples keep their places belongs to the structure
+            moving = (_counts_off(node, heads.shape[0]),) if name == "Index" else ()
+            places[node] = _add(graph, node, tuple(inputs), (name, *_settings(node), *moving))
     return graph
+
+
+def _counts_off(node: Any, n: int) -> bool:
+    """Return whether one of the tensors of an indexing operation is 0, 1, …, n − 1, so that the samples keep their places."""
+    samples = torch.arange(n)
+    return any(index is not None and torch.equal(index.flatten().cpu(), samples) for index in node._saved_indices)
 
 
 def _add(graph: Graph, node: Any, inputs: tuple[Edge | None, ...], step: tuple[Any, ...]) -> int:

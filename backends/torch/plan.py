@@ -28,6 +28,11 @@ Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | 
 _DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
 # the data are among what the node keeps, not among its inputs
 _DATA_INSIDE = {"Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Expand", "Repeat"}
+# data say to which sample they take a row
+_MOVERS = {
+    "Embedding", "EmbeddingBag", "IndexAdd", "IndexCopy", "IndexPut", "IndexSelect", "MaskedScatter", "MaskedSelect",
+    "PackPaddedSequence", "PadPackedSequence", "Scatter", "ScatterAdd", "ScatterReduce", "SegmentReduce", "SparseAddmm", "Take",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Plan:
 
     Attributes:
         uses: the uses.
-        sure: whether the plan holds for other values too.
+        sure: whether the plan holds for other values too: not where zeros hide the samples, nor where data move rows.
     """
 
     uses: tuple[Use, ...]
@@ -83,7 +88,8 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         if not fresh:
             break
         known |= _test(graph, fresh, sites, weights, gradients)
-        mixed = [number for number in fresh if not known[number].separate]
+        # one sample cannot tell: what has only chains for inputs belongs to the chain
+        mixed = [number for number in fresh if not known[number].separate or (n == 1 and _alone(graph, number, sites[number]))]
         up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
         if mixed and not up:  # activations meet the parameter here, and samples mix later
             raise _interaction(graph, sites[mixed[0]])
@@ -91,8 +97,8 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         for number in mixed:
             del known[number]
     for number, slots in sites.items():
-        alone = not _data_enter(graph, number, slots) and not _data_may_enter(graph, number)
-        if alone and not known[number].silent:  # samples separate where no data enter: they entered before, and were mixed
+        # samples separate where no data enter: they entered before, and were mixed
+        if _alone(graph, number, slots) and not known[number].silent:
             raise _interaction(graph, slots)
     data = set().union(*(_constants(graph, number) for number in sites))
     for number in failed:  # a constant that is data elsewhere is data here
@@ -101,7 +107,7 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
     uses = [
         Use(number, slot, edge, known[number].layouts[slot]) for number, slots in sites.items() for slot, edge in slots.items()
     ]
-    return Plan(tuple(uses), all(known[number].sure for number in sites))
+    return Plan(tuple(uses), all(known[number].sure for number in sites) and not _data_move_rows(graph, sites))
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,11 @@ class _Found:
     separate: bool
     sure: bool
     silent: bool
+
+
+def _alone(graph: Graph, number: int, slots: dict[int, Edge]) -> bool:
+    """Return whether no data can enter at the node."""
+    return not _data_enter(graph, number, slots) and not _data_may_enter(graph, number)
 
 
 def _data_enter(graph: Graph, number: int, slots: dict[int, Edge]) -> bool:
@@ -126,12 +137,45 @@ def _data_may_enter(graph: Graph, number: int) -> bool:
     return name in _DATA_INSIDE or any(edge is None for edge in (inputs[:1] if name in _DATA_FIRST else inputs))
 
 
+def _data_move_rows(graph: Graph, sites: dict[int, dict[int, Edge]]) -> bool:
+    """Return whether activations go where data say, so that rows may belong to other samples in another batch."""
+    active: set[int] = set()
+    for number, edges in enumerate(graph.inputs):
+        if any(edge is not None and edge[0] in active for edge in edges):
+            active.add(number)
+            if _moves_rows(graph, number, active):
+                return True
+        elif number in sites:
+            active.add(number)
+    return False
+
+
+def _moves_rows(graph: Graph, number: int, active: set[int]) -> bool:
+    name, node, inputs = graph.name(number), graph.nodes[number], graph.inputs[number]
+    if name == "Gather":  # along the last axis are classes
+        return node._saved_dim not in (len(graph.shape((number, 0))) - 1, 2**64 - 1)
+    if name in ("Mm", "Mv", "Bmm", "Addmm", "Baddbmm", "Addmv"):
+        left, right = inputs[-2:]
+        return left is None and right is not None and right[0] in active
+    if name in ("Mul", "Where", "MaskedFill"):  # masks over a new axis
+        shape = graph.shape((number, 0))
+        return any(edge is not None and edge[0] in active and graph.shape(edge) != shape for edge in inputs) and None in inputs
+    return _indexed(graph, number)
+
+
+def _indexed(graph: Graph, number: int) -> bool:
+    """Return whether the node takes rows of activations, not of a parameter's table, to where data say."""
+    if graph.name(number) == "Index":
+        return not graph.steps[number][-1]  # see read_graph
+    return graph.name(number) in _MOVERS and not any(edge in graph.parameters for edge in graph.inputs[number])
+
+
 def _constants(graph: Graph, number: int) -> set[int]:
     """Return where the constants are kept that the node holds."""
     node = graph.nodes[number]
     held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
     tensors = [value for value in held if isinstance(value, torch.Tensor) and not value.requires_grad and value.numel() > 1]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
 
 
 def _classify(graph: Graph, failed: set[int]) -> dict[int, dict[int, Edge]]:
@@ -200,7 +244,13 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     names = [name for edge in slots.values() for name in sources(graph, edge)]
     mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
     gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
-    where = "batch normalisation in training mode" if mixing else "statistics over the batch"
+    if not mixing and any(_indexed(graph, n) for n in range(len(graph.nodes))):
+        return SamplesInteractError(
+            "`model` must keep the samples in order, and as many rows of each; got rows that data have moved or chosen at "
+            f"parameter {names[0]!r} (indexing, routing, packed sequences, graphs). Use `chunk_size=1` where samples can be run "
+            "one by one, or leave these parameters out by `parameters=`."
+        )
+    where = "batch normalisation in training mode" if mixing else "statistics over the batch, or outputs flat over positions"
     where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
     return SamplesInteractError(
         f"`model` must treat each sample by itself; got samples that interact after parameter {names[0]!r} ({where}). "

@@ -117,6 +117,7 @@ def audit(
         ("epochs", 1 if epochs is None else epochs, 1),
         ("batch_size", batch_size, 2),
         ("block", block, 2),
+        ("seed", seed, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")

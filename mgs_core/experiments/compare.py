@@ -181,7 +181,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
 def _open_folder(folder: Path, settings: Settings) -> Path:
     """Write the settings, and return the path of the records, made to end with a line's end."""
     path, records = folder / "settings.json", folder / "records.jsonl"
-    if path.exists():
+    if path.exists() and load_records(records):  # else it failed before it began, perhaps for these settings
         before = load_settings(folder)
         # more seeds may be asked for later
         changed = {name: value for name, value in settings.to_dict().items() if name != "seeds" and before.get(name) != value}

@@ -84,9 +84,15 @@ def test_kernels_that_are_not_square_are_refused():
         for bad in (np.zeros((2, 3)), np.zeros((0, 0)), np.zeros((2, 2, 2, 2))):
             with pytest.raises(mgs.ArgumentError, match="`kernel` must be square"):
                 function(bad)
-    for function in (mgs.Penalty("cosine"), mgs.agreement_weights, mgs.summarize):
-        with pytest.raises(mgs.ArgumentError, match="at least 2 samples"):
-            function(np.ones((1, 1)))
+    with pytest.raises(mgs.ArgumentError, match="at least 2 samples"):
+        mgs.summarize(np.ones((1, 1)))
+
+
+def test_a_batch_of_one_as_the_last_of_an_epoch_has_no_pairs(xp):
+    one = xp.asarray(np.full((1, 1), 2.0))
+    assert float(mgs.Penalty("cosine")(one)) == 0.0
+    assert np.asarray(mgs.agreement(one)).tolist() == [0.0]
+    assert np.asarray(mgs.agreement_weights(one)).tolist() == [1.0]
 
 
 def test_weights_are_their_formula(xp):

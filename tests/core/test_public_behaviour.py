@@ -31,6 +31,11 @@ def test_cross_entropy_of_labels_and_of_probabilities():
     assert np.isfinite(mgs.cross_entropy(1e4 * outputs, labels)).all()
 
 
+def test_cross_entropy_of_one_output_is_refused():
+    with pytest.raises(mgs.ArgumentError, match="`loss` must be given for a model of one output"):
+        mgs.kernel(MODEL, PROBE, np.zeros(7, int), output="loss", transform=lambda outputs: outputs[:, :1])
+
+
 def test_errors_are_of_one_family():
     for error in (mgs.ArgumentError, mgs.BackendError, mgs.SamplesInteractError, mgs.UnsupportedModelError):
         assert issubclass(error, mgs.MgsError)

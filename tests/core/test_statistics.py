@@ -87,6 +87,19 @@ def test_uses_of_different_kinds_meet_as_rows(xp):
     np.testing.assert_allclose(np.asarray(merged.gradients), rows, rtol=1e-12, atol=1e-12)
 
 
+def test_batches_that_use_parameters_differently_meet_as_rows(xp):
+    def named(name, use):
+        return replace(use, parameter=name)
+
+    left = [named("a", make("outer", xp, 5)), named("b", make("sum", xp, 5))]
+    right = [named("b", make("sum", xp, 4, seed=1)), named("a", make("lookup", xp, 4, seed=1)), named("c", make("sum", xp, 4))]
+    expected = sum(np.einsum("acp,bcp->ab", rows_of(a), rows_of(b)) for a, b in ((left[0], right[1]), (left[1], right[0])))
+    np.testing.assert_allclose(np.asarray(statistics.contract(left, right)), expected, rtol=1e-12, atol=1e-12)
+    nothing = np.asarray(statistics.contract(left[:1], right[2:]))
+    np.testing.assert_array_equal(nothing, np.zeros((5, 4)))
+    assert np.asarray(statistics.contract(left[:1], right[2:], full=True)).shape == (5, 2, 4, 2)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 6), m=st.integers(1, 6), k=st.integers(1, 3), s=st.integers(1, 5), t=st.integers(1, 5),

@@ -78,6 +78,13 @@ def test_more_seeds_may_be_asked_for_but_other_settings_need_another_folder(tmp_
         compare(Settings(**{**SETTINGS.to_dict(), "epochs": 5}), TWO, tmp_path)
 
 
+def test_a_command_that_failed_before_it_began_does_not_bar_its_folder(tmp_path):
+    with pytest.raises(mgs.ArgumentError, match="`noise` must be a probability"):
+        compare(Settings(**{**SETTINGS.to_dict(), "noise": 1.5}), TWO[:1], tmp_path)
+    assert compare(SETTINGS, TWO[:1], tmp_path)
+    assert load_settings(tmp_path) == SETTINGS.to_dict()
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path, begun):
     (tmp_path / "file").write_text("")
     with pytest.raises(mgs.ArgumentError, match="`out` must be a folder that can be written"):

@@ -172,6 +172,15 @@ def test_loss_that_is_no_mean_or_mixes_samples_is_refused(p, batch):
             jax.jit(regularized(function, PENALTY))(p, batch)
 
 
+def test_losses_and_batches_of_other_shapes_are_named(p, batch):
+    with pytest.raises(mgs.ArgumentError, match=r"`loss_fn` must return a scalar, the mean over the samples; got shape"):
+        regularized(losses, PENALTY)(p, batch)
+    empty = jax.tree.map(lambda leaf: leaf[:0], batch)
+    for bad in ({**batch, "temperature": jnp.ones(())}, {**batch, "x": batch["x"][:2]}, empty):
+        with pytest.raises(mgs.ArgumentError, match="`batch` must hold arrays of one number of samples, at least 1"):
+            regularized(loss_fn, PENALTY)(p, bad)
+
+
 def test_nnx_model_is_trained_and_not_changed_by_the_kernel(batch):
     batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), batch)
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))

@@ -286,6 +286,50 @@ def test_subclassed_models():
     assert "mgs_penalty" not in fit(plain)
 
 
+@pytest.mark.parametrize("name", ["loss", "agreement"])
+def test_what_layers_add_to_the_loss_stays_in_it(name):
+    """The second pass, and the check of the first batch, do not drop it."""
+    regularizer = MGSRegularizer(None, weighting="agreement") if name == "agreement" else REGULARIZERS[name]
+
+    def network(**options):
+        return keras.Sequential([keras.Input((5,)), layers.Dense(3, activation="softmax", **options)])
+
+    losses = []
+    for added in ({}, {"activity_regularizer": keras.regularizers.L2(0.1), "kernel_regularizer": "l2"}):
+        net = draw_weights(network(**added))
+        compiled(regularize(net, regularizer), optimizer=keras.optimizers.SGD(0.0))
+        losses.append([fit(net, batch_size=len(X))["loss"][0] for _ in range(2)])
+    assert losses[1][0] == pytest.approx(losses[1][1], rel=1e-6)
+    net(X)
+    added = sum(float(numpy(loss)) for loss in net.losses)
+    assert losses[1][0] - losses[0][0] == pytest.approx(added, rel=1e-5)
+    mgs.kernel(net, X)
+    assert sum(float(numpy(loss)) for loss in net.losses) == pytest.approx(added)
+
+
+class Elsewhere(keras.Model):
+    """Take the loss from elsewhere than `compute_loss`."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(3, activation="softmax")
+
+    def call(self, x):
+        return self.out(x)
+
+    def train_step(self, *given):
+        logs = {"loss": keras.ops.zeros(())}
+        return (logs, given[0]) if keras.backend.backend() == "jax" else logs
+
+
+def test_training_steps_that_pass_the_penalty_by_are_refused():
+    with pytest.raises(mgs.UnsupportedModelError, match="`train_step` must take its loss from `self"):
+        fit(compiled(regularize(Elsewhere(), REGULARIZERS["loss"])))
+    net = compiled(regularize(network(), REGULARIZERS["loss"]))
+    with pytest.raises(mgs.ArgumentError, match="`x` must be given to `compute_loss`"):
+        net.compute_loss(y=Y, y_pred=net(X))
+
+
 def test_batch_statistics_move_once_a_step():
     """The second pass leaves the model's state alone."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

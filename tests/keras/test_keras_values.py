@@ -60,6 +60,38 @@ def test_kernel_is_that_of_inference(between):
     assert (abs(trained - model.evaluate(X, Y, verbose=0)[0]) > 1e-3) == bool(between)
 
 
+@pytest.mark.usefixtures("float64")
+def test_masked_positions_are_not_in_the_kernel():
+    """Nor in the weights; what the model says there changes nothing."""
+    ids, labels = RANDOM.integers(1, 9, (8, 5)), RANDOM.integers(0, 3, (8, 5))
+    ids[::2, 3:] = 0
+    lengths = np.where(np.arange(8) % 2, 5, 3)
+
+    def sequence(mask):
+        parts = [keras.Input((5,), dtype="int32"), layers.Embedding(9, 4, mask_zero=mask), layers.Dense(3, activation="softmax")]
+        return draw_weights(keras.Sequential(parts))
+
+    def loss(y_true, y_pred):
+        y_true, weights = y_true
+        values = keras.losses.sparse_categorical_crossentropy(y_true, y_pred) * weights
+        return keras.ops.mean(values, axis=-1)
+
+    scaled = (ids > 0) / (ids > 0).mean()
+    plain = sequence(mask=False)
+    matrix = kernel(plain, ids, (labels, scaled), output="loss", loss=lambda o, t: loss(t, keras.ops.reshape(o, (-1, 5, 3))))
+    penalised = regularize(sequence(mask=True), MGSRegularizer("trace", strength=0.5))
+    penalised.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy", jit_compile=False)
+    found = penalised.fit(ids, labels, batch_size=8, epochs=4, verbose=0, shuffle=False).history["mgs_penalty"]
+    np.testing.assert_allclose(found, [0.5 * np.trace(matrix) / 8] * 4, rtol=1e-5)
+    weighted = regularize(sequence(mask=True), MGSRegularizer(None, weighting="agreement"))
+    weighted.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy", jit_compile=False)
+    found = weighted.fit(ids, labels, batch_size=8, verbose=0, shuffle=False).history["loss"][0]
+    losses = -np.log(np.take_along_axis(plain.predict(ids, verbose=0), labels[..., None], -1))[..., 0]
+    expected = (np.asarray(mgs.agreement_weights(matrix)) * (losses * scaled).mean(1)).mean()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert lengths.sum() == (ids > 0).sum()
+
+
 def test_masked_outputs_keep_their_mask():
     ids, y = RANDOM.integers(0, 3, (20, 5)), RANDOM.integers(0, 3, (20, 5))
 

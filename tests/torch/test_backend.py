@@ -100,6 +100,18 @@ def test_works_where_gradients_are_off(of):
     with torch.inference_mode():
         torch.testing.assert_close(mgs.kernel(model, x), expected)
     assert not mgs.kernel(model, x).requires_grad
+    with torch.inference_mode():
+        made_there = x + 0
+    torch.testing.assert_close(mgs.kernel(model, made_there), expected)
+
+
+def test_targets_may_be_arrays_and_ignored():
+    model, x, y = nn.Linear(3, 2), Refusing.x, torch.tensor([0, 1, -100, 1])
+    kernel = mgs.kernel(model, x, y, output="loss")
+    torch.testing.assert_close(mgs.kernel(model, x.numpy(), y.numpy(), output="loss"), kernel)
+    torch.testing.assert_close(mgs.kernel(model, x, y.to(torch.float32), output="loss"), kernel)
+    assert not kernel[2].any()
+    assert not mgs.kernel(model, x, torch.full((4,), -100), output="loss").any()
 
 
 def test_plans_are_kept_and_found_again_for_other_shapes(of):
@@ -244,6 +256,24 @@ class Refusing:
         ),
         (lambda: mgs.kernel(nn.Linear(3, 2), Refusing.x[None], output="sum"), mgs.ArgumentError, r"outputs of shape \(n, c\)"),
         (lambda: mgs.kernel(Refusing.infinite, Refusing.x), mgs.ArgumentError, "`model` must have finite gradients"),
+        (
+            lambda: mgs.kernel(nn.Linear(3, 2).requires_grad_(False), Refusing.x),
+            mgs.ArgumentError,
+            "`model` must have trainable parameters, whose kernel it is; got none",
+        ),
+        *(
+            (
+                lambda labels=labels, output=output: mgs.kernel(nn.Linear(3, 2), Refusing.x, torch.tensor(labels), output=output),
+                mgs.ArgumentError,
+                message,
+            )
+            for output in ("loss", "target")
+            for labels, message in (
+                ([0, 1, 2, 1], r"`targets` must be labels in 0\.\.1; got 0\.\.2"),
+                ([0, 1, -1, 1], r"`targets` must be labels in 0\.\.1; got -1\.\.1"),
+                ([0.0, 0.5, 1.0, 1.0], "`targets` must be integers to be labels; got dtype float32"),
+            )
+        ),
         (lambda: BACKEND.parameters(object()), mgs.ArgumentError, "`model` must be a torch.nn.Module or a FunctionalModel"),
         (
             lambda: mgs.kernel(nn.Linear(3, 2), Refusing.x, parameters="nonsense"),

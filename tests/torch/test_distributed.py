@@ -59,5 +59,18 @@ def test_each_rank_has_the_mean_of_the_ranks_gradients(tmp_path):
             torch.testing.assert_close(found, (left + right) / 2)
 
 
+def test_a_static_graph_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        x, y = batch()
+        model = nn.parallel.DistributedDataParallel(build(), static_graph=True)
+        with pytest.raises(mgs.UnsupportedModelError, match="`static_graph` must be False in DistributedDataParallel"):
+            criterion()(model(x), y)
+        model = nn.parallel.DistributedDataParallel(build(), find_unused_parameters=True)
+        criterion()(model(x), y).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -60,6 +60,12 @@ def test_kernel_is_that_of_a_per_sample_loop(case, chunk_size):
     close(mgs.kernel(model, x, output="sum", chunk_size=chunk_size), torch.einsum("acp,bdp->ab", rows, rows))
 
 
+def test_a_last_chunk_of_one_sample_is_as_the_others(case):
+    model, x = case
+    rows = jacobian_rows(model, x)
+    close(mgs.kernel(model, x, chunk_size=count(x) - 1), torch.einsum("acp,bcp->ab", rows, rows))
+
+
 def test_sum_of_the_kernel_is_the_norm_of_the_batch_gradient(case):
     model, x = case
     gradients = torch.autograd.grad(call(model, x).sum(), trainable(model), allow_unused=True, materialize_grads=True)

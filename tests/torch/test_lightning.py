@@ -56,3 +56,16 @@ def test_logs_on_schedule(tmp_path, unit, steps):
     assert [penalty is not None for penalty in module.penalties] == [True, False, True, False, True, False]
     assert module.seen
     assert set(module.seen) == {None}
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_probe_has_the_precision_of_the_trainer(tmp_path, precision):
+    x, y = torch.randn(8, 5), torch.arange(8) % 3
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    module, callback = Module(), MGSCallback(x, every=1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, precision=precision, **quiet
+    )
+    trainer.fit(module, loader)
+    assert len(callback.monitor.history) == 2

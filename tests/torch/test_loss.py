@@ -213,6 +213,30 @@ def test_training_with_automatic_mixed_precision_lowers_the_loss(of):
     assert criterion.last.kernel.dtype == torch.float32
 
 
+NORMALISED = {
+    "layer": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)),
+    "group": lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.ReLU(), nn.Linear(6, 3)),
+    "batch": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NORMALISED)
+def test_penalty_of_normalisations_in_automatic_mixed_precision(name, dtype):
+    torch.manual_seed(0)
+    model, x, y = NORMALISED[name](), torch.randn(8, 4), torch.arange(8) % 3
+    found = []
+    for mixed in (False, True):
+        criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, batch_norm="frozen")
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=mixed):
+            loss = criterion(model(x), y)
+        loss.backward()
+        found.append((criterion.last.kernel, torch.cat([value.grad.reshape(-1) for value in model.parameters()])))
+    for exact, close in zip(*found, strict=True):
+        assert (close - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_dropout_masks_are_those_of_the_outputs(mlp):
     model, x, y = mlp
     model = nn.Sequential(model[0], nn.Dropout(0.5), nn.Tanh(), model[2])
@@ -384,6 +408,10 @@ def test_bad_options_are_named(options, message):
             "`outputs` must depend on trainable parameters",
         ),
         (
+            lambda m, x, y: MGSLoss(GOOD, penalty=TRACE)(m(x[:0]), y[:0]),
+            "`outputs` must hold at least one sample; got 0",
+        ),
+        (
             lambda m, x, y: MGSLoss(GOOD, penalty=TRACE)((m(x),), y),
             "`model` must return a tensor, or an object with a tensor `logits`",
         ),
@@ -406,6 +434,41 @@ def test_gradient_comes_from_a_backward_pass_where_the_statistics_lack_something
     reusing = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement")(model(x.detach()), y)
     with pytest.raises(mgs.ArgumentError, match="`reuse` must be False for a loss that is differentiated twice"):
         torch.autograd.grad(reusing, model[0].weight, create_graph=True)
+
+
+def test_backward_hooks_and_sparse_tables_get_their_gradients(mlp):
+    _, _, y = mlp
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3)).double()
+    x = torch.randint(0, 9, (len(y), 3))
+    MGSLoss(nn.CrossEntropyLoss(), weighting="agreement")(model(x), y).backward()
+    assert model[0].weight.grad.is_sparse
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    seen = []
+    model[2].register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    loss = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement")(model(x.double()), y)
+    seen.clear()  # the hook is called by the kernel's passes too
+    loss.backward()
+    assert len(seen) == 1
+    assert seen[0].any()
+
+
+@pytest.mark.parametrize("name", ["log_determinant", "log_determinant_cosine", "trace"])
+def test_a_loss_that_is_not_finite_stays_so(mlp, name):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty(name, 0.1))
+    assert torch.isfinite(criterion(model(x), y))
+    assert torch.isnan(criterion(model(x * torch.nan), y))
+
+
+def test_a_factorisation_that_fails_on_finite_numbers_is_an_error(mlp, monkeypatch):
+    model, x, y = mlp
+
+    def fail(*_):
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(mgs.Penalty, "__call__", fail)
+    with pytest.raises(torch.linalg.LinAlgError):
+        MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("log_determinant"))(model(x), y)
 
 
 def test_compiled_models_are_refused_for_a_penalty_and_weighted_by_rows(mlp):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -127,4 +128,5 @@ def elementwise(place: Place, factor: Callable[[], torch.Tensor] | float, own: t
 
 def _lead_first(array: torch.Tensor, own: tuple[int, ...]) -> torch.Tensor:
     lead = [axis for axis in range(array.ndim) if axis not in own]
-    return array.permute(*lead, *own).reshape(1, *(array.shape[axis] for axis in lead), -1)
+    array = array.permute(*lead, *own)  # there may be no element: a last size of -1 would be unknown
+    return array.reshape(1, *array.shape[: len(lead)], prod(array.shape[len(lead) :]))

@@ -23,6 +23,7 @@ def matrix_product(place: Place) -> Site | None:
     alpha = float(getattr(node, "_saved_alpha", 1.0))
 
     def arranged(matrix: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        matrix = matrix if matrix.layout == torch.strided else matrix.to_dense()  # adjacency, bags of words
         matrix = matrix if factor == 1 else matrix * factor
         matrix = matrix if place.slot == last else matrix.mT
         return matrix if matrix.ndim == 3 else matrix[None]

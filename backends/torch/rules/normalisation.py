@@ -71,7 +71,7 @@ def batch_statistics(node: Any) -> tuple[torch.Tensor, torch.Tensor]:
     eps = float(node._saved_epsilon if eps is None else eps)
     if not node._saved_training:
         return node._saved_running_mean, torch.rsqrt(node._saved_running_var + eps)
-    x: torch.Tensor = node._saved_input
+    x: torch.Tensor = node._saved_input.to(node._saved_result1.dtype)  # wider, in automatic mixed precision
     axes = (0, *range(2, x.ndim))
     variance, mean = torch.var_mean(x, axes, correction=0)
     return mean, torch.rsqrt(variance + eps)
@@ -98,7 +98,8 @@ def _pass_frozen(node: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -
     _, factor = batch_statistics(node)
     if node._saved_weight is not None:
         factor = factor * node._saved_weight
-    return (outputs[0] * factor.reshape(1, -1, *(1,) * (outputs[0].ndim - 2)), *inputs[1:])
+    passed = outputs[0] * factor.reshape(1, -1, *(1,) * (outputs[0].ndim - 2))
+    return (passed.to(node._saved_input.dtype), *inputs[1:])
 
 
 def _affine(place: Place, own: tuple[int, ...], normalised: Callable[[], torch.Tensor]) -> Site | None:
@@ -143,13 +144,13 @@ class _GainRows(torch.autograd.Function):
         with torch.enable_grad():  # the derivative of a sum of rearranged elements rearranges and repeats
             like = gradient.new_zeros(()).expand(x.shape).requires_grad_()
             (spread,) = torch.autograd.grad(ctx.split(like).sum(2, keepdim=True), like, gradients[0])
-        flat = x.reshape(len(ctx.mean), -1)
-        weighted = (spread * gradient).reshape(flat.shape).to(flat.dtype)
+        flat = x.reshape(len(ctx.mean), -1).to(ctx.mean.dtype)
+        weighted = (spread.to(flat.dtype) * gradient).reshape(flat.shape)
         to_x = torch.ops.aten.native_layer_norm_backward(
             weighted, flat, [flat.shape[1]], ctx.mean, ctx.inverse, None, None, [True, False, False]
         )[0]
         normal = torch.sub(flat, ctx.mean).mul_(ctx.inverse).view(x.shape)
-        return normal.mul_(spread).to(gradient.dtype), to_x.view(x.shape), None, None
+        return normal.mul_(spread).to(gradient.dtype), to_x.view(x.shape).to(x.dtype), None, None
 
 
 def _inverse_root(variance: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
