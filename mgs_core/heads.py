@@ -154,15 +154,16 @@ def _pick(outputs: Array, targets: Array) -> Array:
 
 
 def _check_labels(labels: Array, c: int) -> None:
-    """Refuse labels that name no output; on the host only, for elsewhere a look at the values would wait for the device."""
-    integers = is_numpy_array(labels) and array_namespace(labels).isdtype(labels.dtype, "integral")
-    if type(labels).__module__ == "torch" and type(labels).__name__ == "Tensor" and labels.device.type == "cpu":
-        labels = labels.detach().numpy()
-        labels = labels[labels != -100]  # what PyTorch's losses leave out
-        integers = bool((labels == labels.round()).all())
-    if not is_numpy_array(labels) or labels.size == 0:
+    """Refuse labels that name no output; on the host only, for elsewhere a look at the values would wait for the device.
+
+    A namespace's `mgs_labels(labels)` gives those of another framework as integers of NumPy, or None where it cannot know them.
+    """
+    if not is_numpy_array(labels):
+        native = getattr(array_namespace(labels), "mgs_labels", None)
+        labels = None if native is None else native(labels)
+    if labels is None or labels.size == 0:
         return
-    if not integers:
+    if not array_namespace(labels).isdtype(labels.dtype, "integral"):
         raise ArgumentError(f"`targets` must be integers to be labels; got dtype {labels.dtype}. Convert them, or pass a loss.")
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= c:

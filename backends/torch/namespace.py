@@ -94,6 +94,16 @@ class TorchNamespace:
         return pooled
 
     @staticmethod
+    def mgs_labels(labels: torch.Tensor) -> Any:
+        """Return labels as integers of NumPy, without the −100 that PyTorch's losses leave out; None where that would wait."""
+        if labels.device.type != "cpu":
+            return None
+        labels = labels.detach()
+        labels = labels[labels != -100]
+        whole = labels.to(torch.int64)
+        return whole.numpy() if bool((whole == labels).all()) else labels.numpy()
+
+    @staticmethod
     def mgs_patches(x: torch.Tensor, window: Sizes, strides: Sizes, dilations: Sizes) -> torch.Tensor:
         """Return the windows, (n, channels, *window, *output positions), as a view."""
         for axis, (width, stride, dilation) in enumerate(zip(window, strides, dilations, strict=True)):
