@@ -63,13 +63,15 @@ class JaxNamespace:
 
     @staticmethod
     def mgs_log_determinant(kernel: Array, rounding: float) -> Array:
-        """Return `log det(I + K)` of a kernel (n, n) plus `rounding · (1 + tr K / n)` on its diagonal; NaN if not definite."""
+        """Return `log det(I + K)` of a kernel (n, n) and of `rounding · (1 + K_aa)` on its diagonal; NaN if not definite."""
         return _log_determinant(kernel, rounding)
 
 
 def _product(left: Array, right: Array) -> Array:
     dtype = jnp.promote_types(jnp.result_type(left, right), jnp.float32)
-    return jnp.matmul(left, jnp.swapaxes(right, -1, -2), preferred_element_type=dtype)
+    last, batch = (left.ndim - 1,), tuple(range(left.ndim - 2))
+    product: Array = lax.dot_general(left, right, ((last, last), (batch, batch)), preferred_element_type=dtype)
+    return product
 
 
 @jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed
@@ -95,16 +97,22 @@ def _log_determinant(kernel: Array, rounding: float) -> Array:
 def _log_determinant_tangent(rounding: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (kernel,), (change,) = primals, tangents
     factor = _factor(kernel, rounding)
-    root = lax.linalg.triangular_solve(factor, jnp.eye(kernel.shape[0], dtype=kernel.dtype), left_side=True, lower=True)
-    return _of_factor(factor), jnp.vdot(root.T @ root, change)  # the ridge's own change is below rounding
+    inverse = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
+    for transpose in (False, True):
+        inverse = lax.linalg.triangular_solve(factor, inverse, left_side=True, lower=True, transpose_a=transpose)
+    return _of_factor(factor), jnp.sum(inverse.T * change)  # the ridge's own change is below rounding
 
 
 def _factor(kernel: Array, rounding: float) -> Array:
-    n = kernel.shape[0]
-    ridge = 1.0 + rounding * (1.0 + jnp.trace(kernel) / n)
-    factor: Array = lax.linalg.cholesky(kernel + ridge * jnp.eye(n, dtype=kernel.dtype), symmetrize_input=False)
+    """Factor `I + K` with the ridge; its transpose, in fact, for LAPACK counts columns first, and it would be copied."""
+    ridged = jnp.where(_diagonal(kernel), (1.0 + rounding) * (1.0 + kernel), kernel)
+    factor: Array = lax.linalg.cholesky(ridged.T, symmetrize_input=False)
     return factor
 
 
 def _of_factor(factor: Array) -> Array:
-    return 2.0 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    return 2.0 * jnp.sum(jnp.log(jnp.where(_diagonal(factor), factor, 1.0)))
+
+
+def _diagonal(square: Array) -> Array:
+    return jnp.eye(square.shape[0], dtype=bool)
