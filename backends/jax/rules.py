@@ -87,15 +87,7 @@ def _dot_general(equation: Any, place: int, view: View) -> Rule | None:
     def inputs(x: Array) -> list[Array]:
         return [jnp.reshape(jnp.transpose(x, (*data_groups, *data_free, *data_axes)), (g, s, i))]
 
-    def bind(x: Array, weight: Array) -> Array:
-        x = jnp.reshape(x, tuple(size for axis, size in enumerate(data_shape) if axis not in data_free))
-        contracted = tuple(axis - sum(free < axis for free in data_free) for axis in data_axes)
-        params = equation.params | {"dimension_numbers": ((contracted, axes), ((), ()))}
-        return jnp.reshape(equation.primitive.bind(x, weight, **params), equation.outvars[0].aval.shape)
-
-    # XLA copies an operand of the weight's gradient when a product sums over two axes: the samples', and one of length 1
-    short = place == 1 and s == 1 and data_free and not groups
-    return Rule("outer", view.then(("matrix", groups, axes, free), arrange), gradient, inputs, bind=bind if short else None)
+    return Rule("outer", view.then(("matrix", groups, axes, free), arrange), gradient, inputs)
 
 
 def _convolution(equation: Any, place: int, view: View) -> Rule | None:
