@@ -63,7 +63,7 @@ class JaxNamespace:
 
     @staticmethod
     def mgs_log_determinant(kernel: Array, rounding: float) -> Array:
-        """Return `log det(I + K)` of a kernel (n, n) and of `rounding · (1 + K_aa)` on its diagonal; NaN if not definite."""
+        """Return `log det(I + K)` of a kernel (n, n) plus `rounding · (1 + tr K / n)` on its diagonal; NaN if not definite."""
         return _log_determinant(kernel, rounding)
 
 
@@ -104,9 +104,10 @@ def _log_determinant_tangent(rounding: float, primals: tuple[Array], tangents: t
 
 
 def _factor(kernel: Array, rounding: float) -> Array:
-    """Factor `I + K` with the ridge; its transpose, in fact, for LAPACK counts columns first, and it would be copied."""
-    ridged = jnp.where(_diagonal(kernel), (1.0 + rounding) * (1.0 + kernel), kernel)
-    factor: Array = lax.linalg.cholesky(ridged.T, symmetrize_input=False)
+    """Factor `I + K` with the ridge; its transpose, in fact, for LAPACK counts columns first, and would have it copied."""
+    diagonal = _diagonal(kernel)
+    ridge = 1.0 + rounding * (1.0 + jnp.sum(jnp.where(diagonal, kernel, 0.0)) / kernel.shape[0])
+    factor: Array = lax.linalg.cholesky(jnp.where(diagonal, kernel + ridge, kernel).T, symmetrize_input=False)
     return factor
 
 

@@ -110,8 +110,8 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
         margins = [(low, high, factor - 1) for (low, high), factor in zip(params["padding"], params["lhs_dilation"], strict=True)]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *margins])
         x = jnp.reshape(x, (x.shape[0], groups, i, *x.shape[2:]))
-        # Cut along one axis after another. An axis of the output has the window's behind it, the last one before it: what is joined
-        # are short stretches of memory, which XLA for CPU does in one kernel with the cuts, where long ones take one each.
+        # Cut along one axis after another. An axis of the output has the window's behind it, the last one before it: what is
+        # joined are short stretches of memory, which XLA for CPU does in one kernel with the cuts; long ones take one each.
         where, outs, windows = 3, [], []
         for axis, size in enumerate(window):
             last, stride = axis == len(window) - 1, params["window_strides"][axis]
