@@ -76,6 +76,7 @@ def main() -> None:
     arguments.add_argument("--methods", nargs="+", help="parts of names", default=[""])
     arguments.add_argument("--repeats", type=int, default=15)
     options = arguments.parse_args()
+    jax.jit(jnp.linalg.cholesky)(jnp.eye(2))  # the first one of a process loads SciPy, which is no part of compiling
     for name in options.cases:
         build, n = CASES[name]
         case = build(n)

@@ -20,6 +20,7 @@ from .interaction import refuse_interaction
 from .models import functional, leaves_of, named, pure, scalars
 from .namespace import JaxNamespace
 from .program import program_for
+from .squeeze import squeezed
 
 _namespace = JaxNamespace()
 register_namespace(lambda array: isinstance(array, jax.Array), _namespace)
@@ -81,12 +82,13 @@ class JaxBackend:
             return [scalars(found, head, targets, 1 if mean else samples[0].shape[0]), *([found] if outputs else [])]
 
         def one(leaves: list[Array], sample: list[Array]) -> list[Any]:
-            found: list[Any] = jax.tree.map(lambda leaf: leaf[0], batch(leaves, [leaf[None] for leaf in sample]))
-            return found
+            found = batch(leaves, [leaf[None] for leaf in sample])
+            return [jax.tree.map(lambda leaf: jax.lax.squeeze(leaf, (0,)), value) for value in found]
 
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
         slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
         jaxpr, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
+        jaxpr = squeezed(jaxpr)
         program = program_for(jaxpr, list(leaves), chosen, differentiable)
         if n > 1:
             refuse_interaction(program.key, batch, jaxpr, list(leaves.values()), samples)

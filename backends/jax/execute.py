@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Literal
 
 from mgs_core._types import Array
 
+from .equations import bind
 from .plan import Nested, Operation, Plan, names_of
 
 
@@ -65,14 +66,14 @@ class _Execution:
         return value.read(rooted) if isinstance(value, Parameterised) else value
 
     def _evaluate(self, operation: Operation) -> Sequence[Any]:
-        return _bind(operation.equation, [self._array(variable) for variable in operation.equation.invars])
+        return bind(operation.equation, [self._array(variable) for variable in operation.equation.invars])
 
     def _of_parameters(self, operation: Operation) -> Sequence[Any]:
         equation = operation.equation
         operands = [self._value(variable) for variable in equation.invars]
 
         def compute(rooted: bool) -> Any:
-            return _bind(equation, [v.read(rooted) if isinstance(v, Parameterised) else v for v in operands])
+            return bind(equation, [v.read(rooted) if isinstance(v, Parameterised) else v for v in operands])
 
         both = Parameterised(compute)
         return [Parameterised(partial(_entry, both, at)) for at in range(len(equation.outvars))]
@@ -80,7 +81,7 @@ class _Execution:
     def _tap(self, operation: Operation) -> Sequence[Any]:
         self._records.append(self._array(operation.equation.invars[operation.place]))
         operands = [self._array(variable, rooted=False) for variable in operation.equation.invars]
-        out = operation.bind(*operands) if operation.bind else _bind(operation.equation, operands)[0]
+        out = operation.bind(*operands) if operation.bind else bind(operation.equation, operands)[0]
         return [out + next(self._taps)]
 
     def _inline(self, operation: Nested) -> Sequence[Any]:
@@ -144,21 +145,6 @@ def _entry(values: Parameterised, at: int, rooted: bool) -> Array:
 
 def _unpack(value: Any) -> Any:
     return Parameterised(lambda rooted: value[str(rooted)]) if isinstance(value, dict) else value
-
-
-def _bind(equation: Any, operands: list[Array]) -> list[Array]:
-    """Evaluate one equation."""
-    if any(
-        name in equation.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd")
-    ):  # rules of their own: let JAX pass them on
-        outputs = [variable for variable in equation.outvars if type(variable).__name__ != "DropVar"]
-        given = {v: value for v, value in zip(equation.invars, operands, strict=True) if not isinstance(v, Literal)}
-        inner = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "fun_jaxpr"].jaxpr
-        jaxpr = inner.replace(constvars=(), invars=list(given), outvars=outputs, eqns=[equation], effects=equation.effects)
-        results = iter(jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()))
-        return [None if type(variable).__name__ == "DropVar" else next(results) for variable in equation.outvars]
-    result = equation.primitive.bind(*operands, **equation.params)
-    return list(result) if equation.primitive.multiple_results else [result]
 
 
 _ACTIONS: dict[str, Callable[[_Execution, Any], Sequence[Any]]] = {

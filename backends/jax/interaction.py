@@ -24,8 +24,14 @@ from .program import remember
 _MOVE = 0.05
 #: Samples that are compared.
 _FEW = 4
-#: The comparison runs once, so that optimising its machine code would take longer than it saves.
-_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+#: The comparison runs once, so that optimising its machine code would take longer than it saves; the older emitter of XLA for CPU
+#: writes it in a third of the time, and one module of it is compiled sooner than many.
+_QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 _verdicts: OrderedDict[Hashable, bool] = OrderedDict()
 
 
@@ -78,7 +84,11 @@ def _interact(
         return alone if len(together) == len(data[0]) else jnp.mean(alone, 0, keepdims=True), together
 
     # a compiled program takes values even where a call would become part of the function that is being traced
-    compiled = jax.jit(compare).lower(theta, data, constants).compile(_QUICKLY)
+    lowered = jax.jit(compare).lower(theta, data, constants)
+    try:
+        compiled = lowered.compile(_QUICKLY)
+    except jax.errors.JaxRuntimeError:  # options come and go with XLA's versions
+        compiled = lowered.compile()
     alone, together = (np.asarray(value, np.float64) for value in compiled(theta, data, constants))
     eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
     defined = np.isfinite(alone) | np.isfinite(together)

@@ -69,7 +69,9 @@ class JaxNamespace:
 
 def _product(left: Array, right: Array) -> Array:
     dtype = jnp.promote_types(jnp.result_type(left, right), jnp.float32)
-    return jnp.matmul(left, jnp.swapaxes(right, -1, -2), preferred_element_type=dtype)
+    last, batch = (left.ndim - 1,), tuple(range(left.ndim - 2))
+    product: Array = lax.dot_general(left, right, ((last, last), (batch, batch)), preferred_element_type=dtype)
+    return product
 
 
 @jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed
@@ -95,16 +97,23 @@ def _log_determinant(kernel: Array, rounding: float) -> Array:
 def _log_determinant_tangent(rounding: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (kernel,), (change,) = primals, tangents
     factor = _factor(kernel, rounding)
-    root = lax.linalg.triangular_solve(factor, jnp.eye(kernel.shape[0], dtype=kernel.dtype), left_side=True, lower=True)
-    return _of_factor(factor), jnp.vdot(root.T @ root, change)  # the ridge's own change is below rounding
+    inverse = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
+    for transpose in (False, True):
+        inverse = lax.linalg.triangular_solve(factor, inverse, left_side=True, lower=True, transpose_a=transpose)
+    return _of_factor(factor), jnp.sum(inverse.T * change)  # the ridge's own change is below rounding
 
 
 def _factor(kernel: Array, rounding: float) -> Array:
-    n = kernel.shape[0]
-    ridge = 1.0 + rounding * (1.0 + jnp.trace(kernel) / n)
-    factor: Array = lax.linalg.cholesky(kernel + ridge * jnp.eye(n, dtype=kernel.dtype), symmetrize_input=False)
+    """Factor `I + K` with the ridge; its transpose, in fact, for LAPACK counts columns first, and would have it copied."""
+    diagonal = _diagonal(kernel)
+    ridge = 1.0 + rounding * (1.0 + jnp.sum(jnp.where(diagonal, kernel, 0.0)) / kernel.shape[0])
+    factor: Array = lax.linalg.cholesky(jnp.where(diagonal, kernel + ridge, kernel).T, symmetrize_input=False)
     return factor
 
 
 def _of_factor(factor: Array) -> Array:
-    return 2.0 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    return 2.0 * jnp.sum(jnp.log(jnp.where(_diagonal(factor), factor, 1.0)))
+
+
+def _diagonal(square: Array) -> Array:
+    return jnp.eye(square.shape[0], dtype=bool)

@@ -16,6 +16,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core import Literal as LiteralValue
 
+from .equations import INLINED, inner
 from .rules import Rule, rule_for
 from .views import View, views_after
 
@@ -178,14 +179,14 @@ class _Planner:
         origins = [self._origin(variable) for variable in equation.invars]
         places = [place for place, origin in enumerate(origins) if names_of(origin)]
         name = equation.primitive.name
-        if places and name in _INLINED:
-            plan = make_plan(_inner(equation), origins, close=False)
+        if places and name in INLINED:
+            plan = make_plan(inner(equation), origins, close=False)
             return self._follow(equation, "inline", plan, plan.outputs, plan.sites)
         if DATA not in origins:
             self._set(equation, _derive(equation, origins) if places else [None] * len(equation.outvars))
             return Operation(equation, "parameters" if places else "evaluate")
         if places and name in _CHECKPOINTS:
-            plan = make_plan(_inner(equation), origins)
+            plan = make_plan(inner(equation), origins)
             return self._follow(equation, "checkpoint", plan, plan.outputs, plan.sites)
         if places and name == "scan":
             return self._scan(equation, origins)
@@ -208,7 +209,7 @@ class _Planner:
             self._root(variable, "scan")
         loop = id(equation)
         sliced = [origin.within(loop) if isinstance(origin, View) else origin for origin in origins[carried:]]
-        plan = make_plan(_inner(equation), [*origins[:constants], *[DATA] * params["num_carry"], *sliced])
+        plan = make_plan(inner(equation), [*origins[:constants], *[DATA] * params["num_carry"], *sliced])
         sites = [replace(site, loops=((params["length"], loop in site.rule.weight.loops), *site.loops)) for site in plan.sites]
         return self._follow(equation, "scan", plan, [DATA] * len(equation.outvars), sites)
 
@@ -224,14 +225,7 @@ class _Planner:
         self._origins.update(zip(equation.outvars, origins, strict=True))
 
 
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
 _CHECKPOINTS = {"remat2", "checkpoint", "remat"}
-
-
-def _inner(equation: Any) -> Jaxpr | ClosedJaxpr:
-    """Return the equation's own jaxpr."""
-    jaxpr: Jaxpr | ClosedJaxpr = equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
-    return jaxpr
 
 
 def _derive(equation: Any, origins: Sequence[Origin]) -> Sequence[Origin]:

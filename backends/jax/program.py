@@ -15,12 +15,10 @@ from jax.extend.core import ClosedJaxpr
 
 from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array
-from mgs_core.statistics import ELEMENT_COST
 
 from .execute import Parameterised, execute
 from .fingerprint import fingerprint
 from .plan import DATA, Plan, Site, make_plan, undifferentiated
-from .rules import stacked
 from .views import View
 
 #: Programs that are kept, and verdicts on them: the last used ones.
@@ -57,34 +55,15 @@ class Program:
             The layer statistics.
         """
         sites, rows = found
-        statistics: list[LayerStatistics] = []
-        separate = _separable(self.plan)
-        for site, (gradients, inputs) in zip(self.plan.sites, sites, strict=True):
-            statistics += self._of_site(site, gradients, inputs, site.rule.weight.parameter in separate)
-        for name, gradients in rows.items():
-            statistics.append(_of_rows(name, gradients, self.plan.rooted[name]))
-        return statistics
+        statistics = [self._of_site(site, *arrays) for site, arrays in zip(self.plan.sites, sites, strict=True)]
+        return statistics + [_of_rows(name, gradients, self.plan.rooted[name]) for name, gradients in rows.items()]
 
-    def _of_site(self, site: Site, gradients: Array, inputs: list[Array], separate: bool) -> list[LayerStatistics]:
+    def _of_site(self, site: Site, gradients: Array, inputs: Array) -> LayerStatistics:
         rule = site.rule
-        view, like = rule.weight, self.shapes[rule.weight.parameter]
-        common: dict[str, Any] = {"parameter": view.parameter, "gradients": gradients}
-        if rule.kind == "lookup":
-            return [Lookup(**common, view=view.keys, restore=view.restore(like), indices=inputs[0], size=rule.size)]
-        if rule.pieces == 1:
-            return [Outer(**common, view=view.keys, restore=view.restore(like), inputs=inputs[0])]
-        if separate and self._used_once(view.parameter) and _prefers_pairs(gradients, inputs):
-            whole = view.then("stacked", stacked)
-            windows = jnp.concatenate(inputs, axis=-1)
-            return [Outer(**common, view=whole.keys, restore=whole.restore(like), inputs=windows)]
-        pieces = [view.then(("piece", place), partial(_piece, place=place)) for place in range(rule.pieces)]
-        return [
-            Outer(**common, view=piece.keys, restore=piece.restore(like), inputs=x, part=place if separate else None)
-            for place, (piece, x) in enumerate(zip(pieces, inputs, strict=True))
-        ]
-
-    def _used_once(self, parameter: str) -> bool:
-        return sum(site.rule.weight.parameter == parameter for site in self.plan.sites) == 1
+        view = rule.weight
+        common: dict[str, Any] = {"parameter": view.parameter, "gradients": gradients, "view": view.keys}
+        common["restore"] = view.restore(self.shapes[view.parameter])
+        return Lookup(**common, indices=inputs, size=rule.size) if rule.kind == "lookup" else Outer(**common, inputs=inputs)
 
 
 def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str], differentiable: bool) -> Program:
@@ -150,17 +129,7 @@ def _rooted(rooted: bool, *, value: Array, epsilon: Array | None) -> Array:
     return value + epsilon if rooted and epsilon is not None else value
 
 
-def _piece(weight: Array, *, place: int) -> Array:
-    return weight[place]
-
-
-def _prefers_pairs(gradients: Array, inputs: list[Array]) -> bool:
-    """Say whether pairs of positions, whose gradients' products serve all pieces, cost less than rows; the same for every n."""
-    (k, _, s, o), i = gradients.shape[1:], sum(x.shape[-1] for x in inputs)
-    return bool(s * s * (i + k * o + 2 * ELEMENT_COST) <= i * o * k)
-
-
-def _arranged(site: Site, gradients: Array, record: Array) -> tuple[Array, list[Array]]:
+def _arranged(site: Site, gradients: Array, record: Array) -> tuple[Array, Array]:
     """Return the gradients (k, g, s, o) and the inputs (g, s, i) of one sample's site."""
     rule, loops = site.rule, [length for length, _ in site.loops]
     of_gradient, of_inputs, of_valid = rule.gradient, rule.inputs, rule.valid
@@ -170,12 +139,12 @@ def _arranged(site: Site, gradients: Array, record: Array) -> tuple[Array, list[
     d = jax.vmap(lambda gradient: _merge_loops(of_gradient(gradient), site.loops))(gradients)
     inputs = of_inputs(record)
     if rule.kind == "outer":
-        return d, [_merge_loops(x, site.loops) for x in inputs]
-    index = jnp.reshape(inputs[0], (-1,))
+        return d, _merge_loops(inputs, site.loops)
+    index = jnp.reshape(inputs, (-1,))
     d = d[:, 0]
     if of_valid is not None:
         d = jnp.where(jnp.reshape(of_valid(record), (-1, 1)), d, 0)
-    return d, [index]
+    return d, index
 
 
 def _merge_loops(array: Array, loops: Sequence[tuple[int, bool]]) -> Array:
@@ -186,14 +155,6 @@ def _merge_loops(array: Array, loops: Sequence[tuple[int, bool]]) -> Array:
     g, s = g * prod(loops[axis][0] for axis in over_weight), s * prod(loops[axis][0] for axis in shared)
     array = jnp.transpose(array, (*over_weight, len(loops), *shared, len(loops) + 1, len(loops) + 2))
     return jnp.reshape(array, (g, s, features))
-
-
-def _separable(plan: Plan) -> set[str]:
-    """Return the parameters whose uses all divide them into the same pieces, so that pieces have no cross terms."""
-    by_name: dict[str, set[Any]] = {}
-    for site in plan.sites:
-        by_name.setdefault(site.rule.weight.parameter, set()).add((site.rule.weight.keys, site.rule.pieces))
-    return {name for name, uses in by_name.items() if len(uses) == 1 and name not in plan.rooted}
 
 
 def _of_rows(name: str, rows: Array, readers: set[str]) -> LayerStatistics:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import Any, Literal
 
@@ -22,9 +21,6 @@ from mgs_core._types import Array
 
 from .views import View
 
-#: A convolution with fewer input channels than this stacks its windows: separate products would be too thin.
-_THIN = 16
-
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -32,10 +28,9 @@ class Rule:
 
     Attributes:
         kind: which layer statistics.
-        weight: the view of the parameter; its value is (g, i, o), (size, o) for lookups, or (pieces, g, i, o).
+        weight: the view of the parameter; its value is (g, i, o), or (size, o) for lookups.
         gradient: takes the gradient at the equation's output to (g, s, o).
-        inputs: takes the other operand to (g, s, i), (s,) for lookups, or to a list of them, one for each piece of the weight.
-        pieces: parts of the weight that share no element, each with its own inputs; 1 for the whole.
+        inputs: takes the other operand to (g, s, i), or to (s,) for lookups.
         valid: takes the other operand to (s,) booleans: which positions touch the table at all.
         size: rows of a table.
         bind: evaluates the equation from its operands, where that is better not left to JAX.
@@ -44,8 +39,7 @@ class Rule:
     kind: Literal["outer", "lookup"]
     weight: View
     gradient: Callable[[Array], Array]
-    inputs: Callable[[Array], list[Array]]
-    pieces: int = 1
+    inputs: Callable[[Array], Array]
     valid: Callable[[Array], Array] | None = None
     size: int = 0
     bind: Callable[..., Array] | None = None
@@ -84,18 +78,10 @@ def _dot_general(equation: Any, place: int, view: View) -> Rule | None:
     def gradient(d: Array) -> Array:
         return jnp.reshape(d, (g, s, o)) if place == 1 else jnp.swapaxes(jnp.reshape(d, (g, o, s)), 1, 2)
 
-    def inputs(x: Array) -> list[Array]:
-        return [jnp.reshape(jnp.transpose(x, (*data_groups, *data_free, *data_axes)), (g, s, i))]
+    def inputs(x: Array) -> Array:
+        return jnp.reshape(jnp.transpose(x, (*data_groups, *data_free, *data_axes)), (g, s, i))
 
-    def bind(x: Array, weight: Array) -> Array:
-        x = jnp.reshape(x, tuple(size for axis, size in enumerate(data_shape) if axis not in data_free))
-        contracted = tuple(axis - sum(free < axis for free in data_free) for axis in data_axes)
-        params = equation.params | {"dimension_numbers": ((contracted, axes), ((), ()))}
-        return jnp.reshape(equation.primitive.bind(x, weight, **params), equation.outvars[0].aval.shape)
-
-    # XLA copies an operand of the weight's gradient when a product sums over two axes: the samples', and one of length 1
-    short = place == 1 and s == 1 and data_free and not groups
-    return Rule("outer", view.then(("matrix", groups, axes, free), arrange), gradient, inputs, bind=bind if short else None)
+    return Rule("outer", view.then(("matrix", groups, axes, free), arrange), gradient, inputs)
 
 
 def _convolution(equation: Any, place: int, view: View) -> Rule | None:
@@ -108,54 +94,41 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
     features, i = shape[numbers.rhs_spec[0]], shape[numbers.rhs_spec[1]]
     space = tuple(out[axis] for axis in numbers.out_spec[2:])
     s, o = out[numbers.out_spec[0]] * prod(space), features // groups
-    rows, across = range(window[0] if window else 1), list(product(*(range(size) for size in window[1:])))
-    width, stack = len(across) * i, i < _THIN
+    width = prod(window) * i
     channels_last = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
 
-    def by_row(weight: Array) -> Array:
-        weight = jnp.transpose(weight, (*numbers.rhs_spec[2:], *numbers.rhs_spec[:2]))
-        weight = jnp.reshape(weight, (len(rows), len(across), groups, o, i))
-        return jnp.reshape(jnp.transpose(weight, (0, 2, 1, 4, 3)), (len(rows), groups, width, o))
-
     def arrange(weight: Array) -> Array:
-        return stacked(by_row(weight)) if stack else by_row(weight)
-
-    def by_group(array: Array, features: int) -> Array:
-        return jnp.moveaxis(jnp.reshape(array, (s, groups, features)), 1, 0)
+        weight = jnp.transpose(weight, (*numbers.rhs_spec[2:], *numbers.rhs_spec[:2]))
+        weight = jnp.reshape(weight, (prod(window), groups, o, i))
+        return jnp.reshape(jnp.transpose(weight, (1, 0, 3, 2)), (groups, width, o))
 
     def gradient(d: Array) -> Array:
-        return by_group(jnp.transpose(d, channels_last), o)
+        return jnp.moveaxis(jnp.reshape(jnp.transpose(d, channels_last), (s, groups, o)), 1, 0)
 
-    def inputs(x: Array) -> list[Array]:
-        x = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    def inputs(x: Array) -> Array:
+        x = jnp.transpose(x, numbers.lhs_spec)
         margins = [(low, high, factor - 1) for (low, high), factor in zip(params["padding"], params["lhs_dilation"], strict=True)]
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
-        x = jnp.reshape(x, (*x.shape[:-1], groups, i))
-        x = jnp.concatenate([cut(x, 2, offset) for offset in across], axis=-1)
-        found = [by_group(cut(x, 1, (at,) if window else ()), width) for at in rows]
-        return [jnp.concatenate(found, axis=-1)] if stack else found
-
-    def cut(x: Array, first: int, offset: tuple[int, ...]) -> Array:
-        """Take what the window's place sees, along the axes that begin with the first."""
-        for axis, at in enumerate(offset, start=first):
-            stride, start = params["window_strides"][axis - 1], at * params["rhs_dilation"][axis - 1]
-            x = lax.slice_in_dim(x, start, start + (space[axis - 1] - 1) * stride + 1, stride, axis)
-        return x
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *margins])
+        x = jnp.reshape(x, (x.shape[0], groups, i, *x.shape[2:]))
+        # Cut along one axis after another. An axis of the output has the window's behind it, the last one before it: what is
+        # joined are short stretches of memory, which XLA for CPU does in one kernel with the cuts; long ones take one each.
+        where, outs, windows = 3, [], []
+        for axis, size in enumerate(window):
+            last, stride = axis == len(window) - 1, params["window_strides"][axis]
+            starts = [at * params["rhs_dilation"][axis] for at in range(size)]
+            cuts = [lax.slice_in_dim(x, start, start + (space[axis] - 1) * stride + 1, stride, where) for start in starts]
+            x = jnp.stack(cuts, where if last else where + 1)
+            outs.append(where + last)
+            windows.append(where + 1 - last)
+            where += 2
+        return jnp.swapaxes(jnp.reshape(jnp.transpose(x, (1, *windows, 2, 0, *outs)), (groups, width, s)), 1, 2)
 
     def by_products(x: Array, weight: Array) -> Array:
-        y = jnp.concatenate(inputs(x), axis=-1) @ stacked(by_row(weight))
-        y = jnp.reshape(jnp.moveaxis(y, 0, 1), (out[numbers.out_spec[0]], *space, features))
+        y = jnp.reshape(jnp.moveaxis(inputs(x) @ arrange(weight), 0, 1), (out[numbers.out_spec[0]], *space, features))
         return jnp.transpose(y, tuple(np.argsort(channels_last).tolist()))
 
-    key = ("convolution", numbers.rhs_spec, groups, stack)
     bind = _strided(equation, by_products) if max(params["window_strides"], default=1) > 1 else None
-    return Rule("outer", view.then(key, arrange), gradient, inputs, 1 if stack else len(rows), bind=bind)
-
-
-def stacked(weight: Array) -> Array:
-    """Return a weight in pieces (pieces, g, i, o) as one, (g, pieces · i, o)."""
-    pieces, g, i, o = weight.shape
-    return jnp.reshape(jnp.swapaxes(weight, 0, 1), (g, pieces * i, o))
+    return Rule("outer", view.then(("convolution", numbers.rhs_spec, groups), arrange), gradient, inputs, bind=bind)
 
 
 def _strided(equation: Any, by_products: Callable[[Array, Array], Array]) -> Callable[..., Array]:
@@ -204,9 +177,9 @@ def _gather(equation: Any, place: int, view: View) -> Rule | None:
     def gradient(d: Array) -> Array:
         return jnp.reshape(jnp.transpose(d, (*lead, *numbers.offset_dims)), (1, s, o))
 
-    def inputs(index: Array) -> list[Array]:
+    def inputs(index: Array) -> Array:
         index = jnp.reshape(index, (s,))
-        return [jnp.clip(index, 0, size - 1) if mode == lax.GatherScatterMode.CLIP else index]
+        return jnp.clip(index, 0, size - 1) if mode == lax.GatherScatterMode.CLIP else index
 
     def valid(index: Array) -> Array:
         index = jnp.reshape(index, (s,))

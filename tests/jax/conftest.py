@@ -133,7 +133,7 @@ def along_lines_and_volumes():
 
 
 @model
-def few_positions():  # of which pairs cost less than rows: the windows are stacked
+def few_positions():  # of which pairs cost less than rows
     def function(p, x):
         h = jnp.tanh(lax.conv_general_dilated(x, p["w"], (1, 2), [(0, 1), (0, 0)], feature_group_count=2))
         return jnp.mean(h * p["gain"], (2, 3)) @ p["out"]

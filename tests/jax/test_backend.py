@@ -47,12 +47,12 @@ def test_kinds_are_those_that_the_other_backends_name(build):
     assert {name for name, route in routes.items() if route == "rows"} == {"v", "g", "a", "c", "left", "right"}
 
 
-def test_windows_are_stacked_where_pairs_of_positions_cost_less(build):
-    for name, parameter, uses in (("few_positions", "w", 1), ("convolutions", "twice", 5)):
+def test_each_use_of_a_weight_has_statistics_of_its_own(build):
+    for name, parameter, uses in (("few_positions", "w", 1), ("convolutions", "twice", 3)):
         function, parameters, x = build(name)
         model = mgs.FunctionalModel(function, parameters)
         found = mgs.get_backend("jax").statistics(model, x, None, lambda outputs, _: outputs, parameter, differentiable=False)
-        assert len(found) == uses  # each convolution one for each row of the window, and a matrix
+        assert len(found) == uses  # two convolutions and a matrix
 
 
 def test_a_convolution_without_space_is_a_dense_layer():

@@ -1,0 +1,48 @@
+"""Equations of a jaxpr: their own jaxprs, and how one is evaluated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from mgs_core._types import Array
+
+#: Primitives that do nothing but call.
+INLINED = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
+
+
+def inner(equation: Any) -> Jaxpr | ClosedJaxpr:
+    """Return the equation's own jaxpr.
+
+    Args:
+        equation: one that has one.
+
+    Returns:
+        The jaxpr.
+    """
+    jaxpr: Jaxpr | ClosedJaxpr = equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
+    return jaxpr
+
+
+def bind(equation: Any, operands: list[Array]) -> list[Array]:
+    """Evaluate one equation.
+
+    Args:
+        equation: the equation.
+        operands: its operands' values.
+
+    Returns:
+        Its outputs.
+    """
+    if any(
+        name in equation.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd")
+    ):  # rules of their own: let JAX pass them on
+        outputs = [variable for variable in equation.outvars if type(variable).__name__ != "DropVar"]
+        given = {v: value for v, value in zip(equation.invars, operands, strict=True) if not isinstance(v, Literal)}
+        inner = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "fun_jaxpr"].jaxpr
+        jaxpr = inner.replace(constvars=(), invars=list(given), outvars=outputs, eqns=[equation], effects=equation.effects)
+        results = iter(jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()))
+        return [None if type(variable).__name__ == "DropVar" else next(results) for variable in equation.outvars]
+    result = equation.primitive.bind(*operands, **equation.params)
+    return list(result) if equation.primitive.multiple_results else [result]
