@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from mgs_core.experiments.models import build
 from mgs_core.experiments.optimizer import schedule, start
 from mgs_core.experiments.step import make_step
 
-NETWORKS, BATCH, RATE = 2, 64, 2e-3  # those of the audit
+_OPTIONS = inspect.signature(mgs.audit).parameters  # the peers train as the audit does
+NETWORKS, BATCH, RATE = (_OPTIONS[name].default for name in ("networks", "batch_size", "learning_rate"))
 
 
 def probabilities(x: Any, y: Any, classes: int, at: Any, seed: int, epochs: int | None) -> Any:
