@@ -16,6 +16,7 @@ from mgs_core._tree import select
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
+from .fingerprint import fingerprint
 from .interaction import refuse_interaction
 from .models import functional, leaves_of, named, pure, scalars
 from .namespace import JaxNamespace
@@ -87,11 +88,11 @@ class JaxBackend:
 
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
         slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
-        jaxpr, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
-        jaxpr = squeezed(jaxpr)
+        traced, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
+        jaxpr = squeezed(traced)
         program = program_for(jaxpr, list(leaves), chosen, differentiable)
-        if n > 1:
-            refuse_interaction(program.key, batch, jaxpr, list(leaves.values()), samples)
+        if n > 1:  # known by the program as traced: squeezed, a sum over the batch is gone
+            refuse_interaction(fingerprint(traced.jaxpr), batch, jaxpr, list(leaves.values()), samples)
         given = (leaves, samples, jaxpr.consts)
         try:
             values, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))

@@ -41,7 +41,7 @@ def refuse_interaction(
     """Compare the scalars of a few samples with those of each alone, unless the verdict on their program is known.
 
     Args:
-        key: of the program; the verdict holds whichever of its parameters are chosen.
+        key: of one sample's program as it was traced; the verdict holds whichever of its parameters are chosen.
         whole: `(parameters, samples) → [(m, k), …]`, of m samples; the first is compared. It may be (1, k), the mean over them.
         single: the jaxpr of one sample: parameters and the leaves of a sample to (k,) and the rest.
         parameters: values or traced arrays.

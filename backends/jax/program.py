@@ -36,14 +36,12 @@ class Program:
         run: `(parameters, samples, constants) → ([heads (n, k), outputs …], found)`, where `found` is gradients and inputs of the
             sites, and rows of ε by name.
         shapes: shape and dtype of each parameter.
-        key: fingerprint of the jaxpr.
     """
 
     plan: Plan
     names: tuple[str, ...]
     run: Callable[..., Any]
     shapes: dict[str, jax.ShapeDtypeStruct]
-    key: Hashable
 
     def statistics(self, found: tuple[list[Any], dict[str, Array]]) -> list[LayerStatistics]:
         """Name the arrays that `run` found.
@@ -79,9 +77,8 @@ def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str],
     Returns:
         The program, a known one when the same computation came before.
     """
-    trace = fingerprint(jaxpr.jaxpr)
-    key = (trace, tuple(names), tuple(chosen), differentiable)
-    program = _programs.get(key) or _make(jaxpr, trace, tuple(names), frozenset(chosen), differentiable)
+    key = (fingerprint(jaxpr.jaxpr), tuple(names), tuple(chosen), differentiable)
+    program = _programs.get(key) or _make(jaxpr, tuple(names), frozenset(chosen), differentiable)
     remember(_programs, key, program)
     return program
 
@@ -94,7 +91,7 @@ def remember(cache: OrderedDict[Any, Any], key: Hashable, value: Any) -> None:
         cache.popitem(last=False)
 
 
-def _make(closed: ClosedJaxpr, key: Hashable, names: tuple[str, ...], chosen: frozenset[str], differentiable: bool) -> Program:
+def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str], differentiable: bool) -> Program:
     jaxpr = closed.jaxpr
     variables = jaxpr.invars[: len(names)]
     shapes = {name: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for name, v in zip(names, variables, strict=True)}
@@ -122,7 +119,7 @@ def _make(closed: ClosedJaxpr, key: Hashable, names: tuple[str, ...], chosen: fr
         sites = [_arranged(site, d, x) for site, d, x in zip(plan.sites, gradients, records, strict=True)]
         return [outputs, *others], (sites, {name: jnp.reshape(row, (heads.shape[0], -1)) for name, row in rows.items()})
 
-    return Program(plan, names, jax.jit(jax.vmap(one, in_axes=(None, 0, None))), shapes, key)
+    return Program(plan, names, jax.jit(jax.vmap(one, in_axes=(None, 0, None))), shapes)
 
 
 def _rooted(rooted: bool, *, value: Array, epsilon: Array | None) -> Array:

@@ -75,3 +75,19 @@ def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
     assert mgs.kernel(model, draw(4, 3)).shape == (4, 4)
     with pytest.raises(mgs.SamplesInteractError):
         mgs.kernel(mgs.FunctionalModel(lambda p, x: jnp.sin(x @ p - jnp.mean(x)), draw(3, 2)), draw(4, 3))
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda h: h + jnp.sum(h, axis=0, keepdims=True),
+        lambda h: h + jnp.max(h, axis=0),
+        lambda h: h + jnp.reshape(h, (-1,))[: h.shape[1]],
+    ],
+)
+def test_a_program_that_is_alike_for_one_sample_has_a_verdict_of_its_own(mixing):
+    """Without the batch's axis each of these is `h + h`, whose samples do not interact."""
+    parameters, x = {"w": draw(3, 2)}, draw(4, 3)
+    mgs.kernel(mgs.FunctionalModel(lambda p, x: (lambda h: h + h)(jnp.tanh(x @ p["w"])), parameters), x)
+    with pytest.raises(mgs.SamplesInteractError):
+        mgs.kernel(mgs.FunctionalModel(lambda p, x: mixing(jnp.tanh(x @ p["w"])), parameters), x)
