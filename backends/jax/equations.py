@@ -35,13 +35,12 @@ def bind(equation: Any, operands: list[Array]) -> list[Array]:
     Returns:
         Its outputs.
     """
-    if any(
-        name in equation.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd")
-    ):  # rules of their own: let JAX pass them on
+    # rules of their own: let JAX pass them on
+    if any(name in equation.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd")):
         outputs = [variable for variable in equation.outvars if type(variable).__name__ != "DropVar"]
         given = {v: value for v, value in zip(equation.invars, operands, strict=True) if not isinstance(v, Literal)}
-        inner = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "fun_jaxpr"].jaxpr
-        jaxpr = inner.replace(constvars=(), invars=list(given), outvars=outputs, eqns=[equation], effects=equation.effects)
+        body = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "fun_jaxpr"].jaxpr
+        jaxpr = body.replace(constvars=(), invars=list(given), outvars=outputs, eqns=[equation], effects=equation.effects)
         results = iter(jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()))
         return [None if type(variable).__name__ == "DropVar" else next(results) for variable in equation.outvars]
     result = equation.primitive.bind(*operands, **equation.params)

@@ -190,9 +190,10 @@ def _source(value: torch.Tensor, connected: bool) -> torch.Tensor:
 
 def _tensors(targets: Any, outputs: torch.Tensor) -> Any:
     """Return targets with tensors for arrays of NumPy, as inputs may be too."""
-    leaves = {} if targets is None else flatten(targets)
-    found = {name: torch.as_tensor(leaf, device=outputs.device) for name, leaf in leaves.items()}
-    return None if targets is None else unflatten(targets, found)
+    if targets is None:
+        return None
+    found = {name: torch.as_tensor(leaf, device=outputs.device) for name, leaf in flatten(targets).items()}
+    return unflatten(targets, found)
 
 
 def _heads(heads: Any, n: int) -> torch.Tensor:

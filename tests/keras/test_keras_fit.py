@@ -259,8 +259,8 @@ class Net(MGSMixin, keras.Model):
         return {**super().get_config(), "width": self.width}
 
 
-class Plain(keras.Model):
-    """A subclass that knows nothing of regularisers, with an old `compute_loss`."""
+class OneLayer(keras.Model):
+    """A subclass that knows nothing of regularisers."""
 
     def __init__(self):
         super().__init__()
@@ -268,6 +268,10 @@ class Plain(keras.Model):
 
     def call(self, x):
         return self.out(x)
+
+
+class Plain(OneLayer):
+    """Have an old `compute_loss`."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         return 2.0 * super().compute_loss(x, y, y_pred, sample_weight)
@@ -307,15 +311,8 @@ def test_what_layers_add_to_the_loss_stays_in_it(name):
     assert sum(float(numpy(loss)) for loss in net.losses) == pytest.approx(added)
 
 
-class Elsewhere(keras.Model):
+class Elsewhere(OneLayer):
     """Take the loss from elsewhere than `compute_loss`."""
-
-    def __init__(self):
-        super().__init__()
-        self.out = layers.Dense(3, activation="softmax")
-
-    def call(self, x):
-        return self.out(x)
 
     def train_step(self, *given):
         logs = {"loss": keras.ops.zeros(())}
