@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from mgs_core.adapters.torch import MGSLoss
+from mgs_core.adapters.torch import MGSLoss, MGSMonitor
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -190,6 +190,7 @@ class Case:
             "penalised step": self.train(MGSLoss(self.plain, penalty=PENALTY)),
             "penalised, every=8": repeated(self.train(lazy), 8),
             "agreement-weighted step": self.train(MGSLoss(self.plain, weighting="agreement")),
+            "measurement of the monitor": MGSMonitor(self.model, self.x, labels=self.y, every=1).step,
         }
         if peers:
             steps |= {

@@ -124,7 +124,11 @@ class LayerReport:
 
 @runtime_checkable
 class Backend(Protocol):
-    """Supply gradients in one framework, on its own devices and dtypes."""
+    """Supply gradients in one framework, on its own devices and dtypes.
+
+    A backend may have `summed_kernel(model, inputs, targets, head, parameters)` too: the kernel summed over the heads, (n, n),
+    with less memory than the statistics of all heads take together.
+    """
 
     name: str
     namespace: Namespace

@@ -148,6 +148,11 @@ def kernel_blocks(
         batch, labels = _batch.take(inputs, samples), _batch.take(targets, samples)
         return merge(backend.statistics(model, batch, labels, head.function, parameters, differentiable=differentiable))
 
+    summed = getattr(backend, "summed_kernel", None)
+    if summed is not None and n <= chunk_size and not head.full and not differentiable:
+        block = summed(model, inputs, targets, head.function, parameters)
+        yield slice(0, n), slice(0, n), block if head.factor == 1.0 else block * head.factor
+        return
     chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
     for number, rows in enumerate(chunks):
         left = statistics(rows)

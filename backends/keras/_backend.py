@@ -112,11 +112,24 @@ class KerasBackend:
         self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
     ) -> list[LayerStatistics]:
         """Return the layer statistics, as `Backend.statistics` says."""
+        arguments = self._arguments(model, inputs, targets, head, parameters)
+        return self.framework.statistics(*arguments, differentiable=differentiable)
+
+    @property
+    def summed_kernel(self) -> Callable[..., Array] | None:
+        """Return what gives the kernel summed over the heads, as `Backend` says; None where the framework's backend has none."""
+        summed = getattr(self.framework, "summed_kernel", None)
+        return None if summed is None else lambda *arguments: summed(*self._arguments(*arguments))
+
+    def _arguments(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice
+    ) -> tuple[FunctionalModel, Any, Any, HeadFunction, list[str]]:
+        """Return the arguments as the framework's backend takes them."""
         functional = model if isinstance(model, FunctionalModel) else self.functional(model)
         chosen = select(functional.parameters, parameters)
         inputs = keras.tree.map_structure(self.asarray, inputs)
         targets = None if targets is None else keras.tree.map_structure(self.asarray, targets)
-        return self.framework.statistics(functional, inputs, targets, head, chosen, differentiable=differentiable)
+        return functional, inputs, targets, head, chosen
 
     def replay(self) -> Any:
         """Return what evaluates a function with its gradient on PyTorch, traced once for each shape."""

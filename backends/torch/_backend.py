@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from mgs_core.functional import FunctionalModel
 from mgs_core.gradient import weighted_gradient
 from mgs_core.statistics import contract, merge
 
-from .collect import collect, weighted_pulls
+from .collect import collect, groups_of_heads, weighted_pulls
 from .evaluated import Evaluated
 from .evaluated import covers as _covers
 from .evaluated import evaluated as _evaluated
@@ -81,6 +82,24 @@ class TorchBackend:
         self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
     ) -> list[LayerStatistics]:
         """Return the layer statistics, as `Backend.statistics` says."""
+        with self._reading(model, inputs, targets, head, parameters, differentiable) as reading:
+            return reading.statistics(range(reading.graph.heads.shape[1]))
+
+    def summed_kernel(self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice) -> Array:
+        """Return the kernel, summed over the heads, as `Backend` says: of as many at a time as the cache has room for."""
+        with self._reading(model, inputs, targets, head, parameters, differentiable=False) as reading, torch.no_grad():
+            kernel: Array = None
+            for heads in reading.groups():
+                found = merge(reading.statistics(heads))
+                part = contract(found, found)
+                kernel = part if kernel is None else kernel + part
+            return kernel
+
+    @contextmanager
+    def _reading(
+        self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, differentiable: bool
+    ) -> Iterator[_Reading]:
+        """Give the heads' graph, within the modes that reading it needs."""
         leaves = self.parameters(model)
         chosen = select(leaves, parameters)
         with torch.inference_mode(False), torch.enable_grad():
@@ -98,7 +117,13 @@ class TorchBackend:
                     settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_known_plans(settings.model)
                 )
             heads = _heads(head(evaluated.outputs, _tensors(targets, evaluated.outputs)), _batch.count(inputs))
-            return _read(heads, evaluated, {name: leaves[name] for name in chosen}, differentiable)
+            wanted = {name: leaves[name] for name in chosen}
+            graph = read_graph(heads, wanted)
+            with frozen_batch_norm(graph.nodes) if evaluated.batch_norm == "frozen" else nullcontext():
+                plan = _plan(graph, evaluated.plans) if graph.nodes else None
+                if plan and differentiable:
+                    refuse_fused(graph, {use.site for use in plan.uses if site_of(Place(graph, use.site, use.slot)) is None})
+                yield _Reading(graph, plan, wanted, evaluated.samples, differentiable)
 
     def kernel_and_gradient(
         self, model: Evaluated, losses: Array, parameters: ParameterChoice
@@ -146,23 +171,37 @@ class TorchBackend:
         return function
 
 
-def _read(
-    heads: torch.Tensor, model: Evaluated, parameters: dict[str, torch.Tensor], differentiable: bool
-) -> list[LayerStatistics]:
-    """Return the statistics of the chosen parameters from the heads' graph."""
-    graph = read_graph(heads, parameters)
-    samples = heads.shape[0] if model.samples is None else min(model.samples, heads.shape[0])
-    statistics: list[LayerStatistics] = []
-    if graph.nodes:
-        with frozen_batch_norm(graph.nodes) if model.batch_norm == "frozen" else nullcontext():
-            plan = _plan(graph, model.plans)
-            if differentiable:
-                refuse_fused(graph, {use.site for use in plan.uses if site_of(Place(graph, use.site, use.slot)) is None})
-            statistics = collect(graph, plan, samples, differentiable=differentiable)
-    if statistics:
-        return statistics
-    name, some = next(iter(parameters.items()))
-    return [Rows(name, torch.zeros((samples, heads.shape[1], 1), dtype=some.dtype, device=some.device))]
+@dataclass(frozen=True)
+class _Reading:
+    """Hold what the statistics of some heads are read from.
+
+    Attributes:
+        graph: that of all heads.
+        plan: how each parameter is used; None where no parameter moves the heads.
+        parameters: the chosen ones by name.
+        samples: how many of the samples are wanted; None for all.
+        differentiable: keep the graph of the gradients.
+    """
+
+    graph: Graph
+    plan: Plan | None
+    parameters: dict[str, torch.Tensor]
+    samples: int | None
+    differentiable: bool
+
+    def groups(self) -> list[range]:
+        """Return heads that are best read together."""
+        return [range(self.graph.heads.shape[1])] if self.plan is None else groups_of_heads(self.graph, self.plan)
+
+    def statistics(self, heads: range) -> list[LayerStatistics]:
+        """Return the statistics of these heads."""
+        n = self.graph.heads.shape[0]
+        samples = n if self.samples is None else min(self.samples, n)
+        found = collect(self.graph, self.plan, samples, heads, differentiable=self.differentiable) if self.plan else []
+        if found:
+            return found
+        name, some = next(iter(self.parameters.items()))
+        return [Rows(name, torch.zeros((samples, len(heads), 1), dtype=some.dtype, device=some.device))]
 
 
 def _known_plans(owner: Any) -> Plans:

@@ -21,6 +21,9 @@ from .plan import Plan, Use
 from .rules import Place, Site, site_of
 from .second import cheaper_second_derivatives
 
+#: Elements of gradients up to which several heads are faster together on a CPU: more of them leave its cache.
+_TOGETHER = 1 << 22
+
 
 def pull(graph: Graph, edges: list[Edge], seed: torch.Tensor, *, differentiable: bool = False) -> list[torch.Tensor | None]:
     """Return the gradients of `Σ seed · heads` at the edges; None where none arrives.
@@ -35,13 +38,14 @@ def _autograd(graph: Graph, edges: list[Edge], seed: torch.Tensor, **options: bo
     return list(torch.autograd.grad(graph.heads, wanted, seed, retain_graph=True, allow_unused=True, **options))
 
 
-def _pull_heads(graph: Graph, edges: list[Edge], samples: int, differentiable: bool) -> Iterator[list[torch.Tensor | None]]:
+def _pull_heads(
+    graph: Graph, edges: list[Edge], samples: int, wanted: range, differentiable: bool
+) -> Iterator[list[torch.Tensor | None]]:
     """Yield the gradients of each head, of several at a time where PyTorch can and their gradients are small."""
     n, k = graph.heads.shape
-    room = max(1, MEMORY_BUDGET // max(1, sum(prod(graph.shape(edge)) for edge in edges)))
-    together = 1 if differentiable else min(k, room)
-    for start in range(0, k, together):
-        heads = range(start, min(start + together, k))
+    together = 1 if differentiable else max(1, MEMORY_BUDGET // _elements(graph, edges))
+    for start in range(wanted.start, wanted.stop, together):
+        heads = range(start, min(start + together, wanted.stop))
         seeds = torch.zeros(len(heads), n, k, dtype=graph.heads.dtype, device=graph.heads.device)
         for row, head in enumerate(heads):
             seeds[row, :samples, head] = 1.0
@@ -51,6 +55,23 @@ def _pull_heads(graph: Graph, edges: list[Edge], samples: int, differentiable: b
                 yield pull(graph, edges, seed, differentiable=differentiable)
             else:
                 yield [None if part is None else part[row] for part in batched]
+
+
+def groups_of_heads(graph: Graph, plan: Plan) -> list[range]:
+    """Divide the heads into groups whose gradients at all sites are small enough to be handled together."""
+    room = _TOGETHER if graph.heads.device.type == "cpu" else MEMORY_BUDGET
+    k, together = graph.heads.shape[1], max(1, room // _elements(graph, _edges(plan)))
+    return [range(start, min(start + together, k)) for start in range(0, k, together)]
+
+
+def _edges(plan: Plan) -> list[Edge]:
+    """Return the edges at which gradients are needed."""
+    return list(dict.fromkeys((use.site, output) for use in plan.uses for output in range(len(use.layouts))))
+
+
+def _elements(graph: Graph, edges: list[Edge]) -> int:
+    """Return how many elements the gradients of one head have."""
+    return max(1, sum(prod(graph.shape(edge)) for edge in edges))
 
 
 def _pull_batch(graph: Graph, edges: list[Edge], seeds: torch.Tensor) -> list[torch.Tensor | None] | None:
@@ -70,28 +91,29 @@ def weighted_pulls(graph: Graph, edges: list[Edge], weights: list[torch.Tensor])
     return [pull(graph, edges, seed), *(pull(graph, edges, seed * weight[:, None]) for weight in weights)]
 
 
-def collect(graph: Graph, plan: Plan, samples: int, *, differentiable: bool) -> list[LayerStatistics]:
+def collect(graph: Graph, plan: Plan, samples: int, heads: range, *, differentiable: bool) -> list[LayerStatistics]:
     """Return the statistics of every use in the plan.
 
     Args:
         graph: the graph of a batch.
         plan: made for its structure.
         samples: only the first so many samples are wanted.
+        heads: only these heads are.
         differentiable: keep the graph of the gradients.
 
     Returns:
         Statistics that together cover every chosen parameter that moves the heads.
     """
-    edges = list(dict.fromkeys((use.site, output) for use in plan.uses for output in range(len(use.layouts))))
+    edges = _edges(plan)
     first = next_number() if differentiable else 0
     with cheaper_second_derivatives(graph.nodes if differentiable else ()):
-        found = [dict(zip(edges, pulled, strict=True)) for pulled in _pull_heads(graph, edges, samples, differentiable)]
+        found = [dict(zip(edges, pulled, strict=True)) for pulled in _pull_heads(graph, edges, samples, heads, differentiable)]
     statistics: list[LayerStatistics] = []
     with torch.set_grad_enabled(differentiable):
         for use in reversed(plan.uses):  # the layers next to the data come last
             at_outputs = [[gradients[use.site, output] for gradients in found] for output in range(len(use.layouts))]
             if any(gradient is not None for by_head in at_outputs for gradient in by_head):
-                statistics += _Reader(graph, use, samples, differentiable).read(at_outputs)
+                statistics += _Reader(graph, use, samples, len(heads), differentiable).read(at_outputs)
     if differentiable:
         follow_each_contraction(statistics, first)
     return _divided(statistics)
@@ -111,9 +133,10 @@ def _divided(statistics: list[LayerStatistics]) -> list[LayerStatistics]:
 class _Reader:
     """Read the statistics of one use."""
 
-    def __init__(self, graph: Graph, use: Use, samples: int, differentiable: bool) -> None:
+    def __init__(self, graph: Graph, use: Use, samples: int, heads: int, differentiable: bool) -> None:
         self._graph, self._use, self._differentiable = graph, use, differentiable
-        self._n, self._k = graph.heads.shape
+        self._k = heads
+        self._n = graph.heads.shape[0]
         self._samples = samples
         self._site = site_of(Place(graph, use.site, use.slot))
         self._names = sources(graph, use.source)
