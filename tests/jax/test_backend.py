@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -30,6 +31,29 @@ def test_lower_precision_is_close_and_summed_in_single_precision(build, dtype, t
     low = mgs.kernel(mgs.FunctionalModel(function, cast(parameters, dtype)), x.astype(dtype))
     assert low.dtype == jnp.float32
     close(low, mgs.kernel(mgs.FunctionalModel(function, parameters), x), tolerance)
+
+
+def test_single_precision_is_close_at_the_sizes_of_real_networks():
+    """Small arrays take other ways through XLA: version 0.10.2 of jaxlib is wrong by a third here, and right in smaller networks."""
+    draw = np.random.default_rng(0)
+    parameters = {"w": jnp.asarray(draw.normal(size=(64, 128))), "v": jnp.asarray(draw.normal(size=(128, 10)))}
+    x = jnp.asarray(draw.normal(size=(8, 64, 128)))
+
+    def function(p, x):
+        z = x + p["w"]
+        z = z - z.mean(-1, keepdims=True)
+        return (z * jax.lax.rsqrt((z**2).mean(-1, keepdims=True) + 1e-6)).mean(1) @ p["v"]
+
+    low = mgs.kernel(mgs.FunctionalModel(function, cast(parameters, "float32")), x.astype("float32"), output="full")
+    close(low, mgs.kernel(mgs.FunctionalModel(function, parameters), x, output="full"), 1e-5)
+
+
+@pytest.mark.parametrize(("flags", "warned"), [("", True), ("--xla_cpu_experimental_ynn_fusion_type=-reduce", False)])
+def test_a_version_that_computes_wrongly_is_named(flags, warned):
+    program = "import jaxlib; jaxlib.__version__ = '0.10.2'; import mgs_core.backends.jax"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ("jaxlib 0.10.2 computes some sums wrongly" in found.stderr) == warned
 
 
 def test_kinds_are_those_that_the_other_backends_name(build):
