@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
@@ -29,10 +29,10 @@ from .squeeze import squeezed
 _namespace = JaxNamespace()
 register_namespace(lambda array: isinstance(array, jax.Array), _namespace)
 
-if jaxlib.__version__ == "0.10.2" and "ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
+if jaxlib.version.__version__ == "0.10.2" and "ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
     warnings.warn(
-        "jaxlib 0.10.2 computes some sums wrongly on CPU, by tens of per cent (jax-ml/jax#39103): in kernels and in your own compiled "
-        "functions. Install jax and jaxlib 0.10.1, or set XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce before JAX starts.",
+        "jaxlib 0.10.2 computes some sums wrongly on CPU, by tens of per cent, in kernels and in your own compiled functions "
+        "(jax-ml/jax#39103). Install jax and jaxlib 0.10.1, or set XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -34,7 +34,7 @@ def test_lower_precision_is_close_and_summed_in_single_precision(build, dtype, t
 
 
 def test_single_precision_is_close_at_the_sizes_of_real_networks():
-    """Small arrays take other ways through XLA: version 0.10.2 of jaxlib is wrong by a third here, and right in smaller networks."""
+    """Large arrays take other ways through XLA: jaxlib 0.10.2 is wrong by a third here, and right in smaller networks."""
     draw = np.random.default_rng(0)
     parameters = {"w": jnp.asarray(draw.normal(size=(64, 128))), "v": jnp.asarray(draw.normal(size=(128, 10)))}
     x = jnp.asarray(draw.normal(size=(8, 64, 128)))
@@ -50,7 +50,7 @@ def test_single_precision_is_close_at_the_sizes_of_real_networks():
 
 @pytest.mark.parametrize(("flags", "warned"), [("", True), ("--xla_cpu_experimental_ynn_fusion_type=-reduce", False)])
 def test_a_version_that_computes_wrongly_is_named(flags, warned):
-    program = "import jaxlib; jaxlib.__version__ = '0.10.2'; import mgs_core.backends.jax"
+    program = "import jaxlib.version; jaxlib.version.__version__ = '0.10.2'; import mgs_core.backends.jax"
     environment = os.environ | {"XLA_FLAGS": flags}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert ("jaxlib 0.10.2 computes some sums wrongly" in found.stderr) == warned
