@@ -11,14 +11,10 @@ from mgs_core._types import Array, Tree
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Array]:
     """Return the leaves by dotted name (`"layers.0.weight"`), in order."""
-    if _is_mapping(tree):
-        items: Iterable[tuple[object, Tree]] = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        items = enumerate(tree)
-    else:
+    if not (_is_mapping(tree) or isinstance(tree, (list, tuple))):
         return {prefix or "parameter": tree}
     leaves: dict[str, Array] = {}
-    for key, value in items:
+    for key, value in tree.items() if _is_mapping(tree) else enumerate(tree):
         leaves.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return leaves
 
