@@ -156,11 +156,12 @@ def _pick(outputs: Array, targets: Array) -> Array:
 def _check_labels(labels: Array, c: int) -> None:
     """Refuse labels that name no output; on the host only, for elsewhere a look at the values would wait for the device.
 
-    A namespace's `mgs_labels(labels)` gives those of another framework as integers of NumPy, or None where it cannot know them.
+    A namespace's `mgs_labels(labels, c)` gives those of another framework as integers of NumPy, or None where it cannot know them
+    yet; it may have them looked at later.
     """
     if not is_numpy_array(labels):
         native = getattr(array_namespace(labels), "mgs_labels", None)
-        labels = None if native is None else native(labels)
+        labels = None if native is None else native(labels, c)
     if labels is None or labels.size == 0:
         return
     if not array_namespace(labels).isdtype(labels.dtype, "integral"):

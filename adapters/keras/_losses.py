@@ -103,6 +103,17 @@ def masked(targets: Any, outputs: Any) -> Any:
     return {_TARGETS: targets, _MASKS: [scaled(mask, leaf) for mask, leaf in zip(masks, leaves, strict=True)]}
 
 
+def settings(model: Any) -> tuple[Any, ...]:
+    """Return the numbers and names that the compiled losses hold, which callbacks may change, and their weights."""
+    if model._compile_loss is None or not model._compile_loss.built:
+        return ()
+    found: list[Any] = []
+    for _, function, weight, _ in model._compile_loss._flat_losses:
+        held = {**vars(function), **getattr(function, "_fn_kwargs", {})}
+        found += [weight, *((name, value) for name, value in held.items() if isinstance(value, (int, float, str)))]
+    return tuple(found)
+
+
 def _is_masked(targets: Any) -> bool:
     return isinstance(targets, dict) and targets.keys() == {_TARGETS, _MASKS}
 

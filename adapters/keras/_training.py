@@ -17,7 +17,7 @@ from mgs_core.heads import make_head
 from mgs_core.statistics import contract, merge
 
 from ._keras import keras
-from ._losses import compiled_loss, like, masked
+from ._losses import compiled_loss, like, masked, settings
 from ._regularizer import MGSRegularizer
 
 NAME = "mgs_penalty"
@@ -253,7 +253,7 @@ class Training:
                 function.fixed = None
 
         self._replay = self._replay or backend.replay()
-        return self._replay(penalty, list(model.parameters.values()), [*data, *fixed])
+        return self._replay(penalty, list(model.parameters.values()), [*data, *fixed], settings(self._model))
 
     def _functional(self) -> mgs.FunctionalModel:
         """Return the model as a function, the same one in each step, for what the backend finds out about it is kept with it."""

@@ -7,10 +7,11 @@ which needs a derivative any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import torch
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Tensors: TypeAlias = list[torch.Tensor]
@@ -33,20 +34,24 @@ class Replay:
         self._graphs: dict[Any, Callable[..., Any] | None] = {}
         self._proven: set[Any] = set()
 
-    def __call__(self, function: Function, parameters: Tensors, others: Others) -> torch.Tensor:
+    def __call__(self, function: Function, parameters: Tensors, others: Others, settings: Hashable = ()) -> torch.Tensor:
         """Return the scalar; `backward` takes the gradient from it.
 
         Args:
             function: the same in each call, or one that does the same.
             parameters: tensors to differentiate in.
-            others: all else that the value depends on.
+            others: all other tensors that the value depends on.
+            settings: what else it depends on and a graph would hold fixed.
         """
-        value, gradients = self._evaluated(function, [tensor.detach() for tensor in parameters], others)
+        value, gradients = self._evaluated(function, [tensor.detach() for tensor in parameters], others, settings)
         found: torch.Tensor = _Known.apply(value, gradients, *parameters)  # type: ignore[no-untyped-call]  # of torch
         return found
 
-    def _evaluated(self, function: Function, parameters: Tensors, others: Others) -> tuple[torch.Tensor, Tensors]:
-        key = tuple(tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in others)
+    def _evaluated(
+        self, function: Function, parameters: Tensors, others: Others, settings: Hashable
+    ) -> tuple[torch.Tensor, Tensors]:
+        shapes = tuple(tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in others)
+        key = shapes, settings
         graph = self._graphs.get(key)
         if graph is not None and key in self._proven:
             return _run(graph, parameters, others)
@@ -71,10 +76,24 @@ class Replay:
 
 def _trace(both: Callable[..., Any], parameters: Tensors, others: Others) -> Callable[..., Any] | None:
     try:
-        graph: Callable[..., Any] = make_fx(both, tracing_mode="fake")(parameters, others)  # which no Python can read
+        traced = make_fx(both, tracing_mode="fake")(parameters, others)  # which no Python can read
     except RuntimeError:
         return None
+    _lay_alike(traced)
+    graph: Callable[..., Any] = traced
     return graph
+
+
+def _lay_alike(traced: GraphModule) -> None:
+    """Copy gradients into the layout of the values whose signs mask them: masks over two layouts take four times as long."""
+    aten, graph = torch.ops.aten, traced.graph
+    for mask in graph.find_nodes(op="call_function", target=aten.threshold_backward.default):
+        gradient, values = mask.args[:2]
+        if gradient.meta["val"].stride() != values.meta["val"].stride():
+            with graph.inserting_before(mask):
+                empty = graph.call_function(aten.empty_like.default, (values,))
+                mask.update_arg(0, graph.call_function(aten.copy_.default, (empty, gradient)))
+    traced.recompile()
 
 
 def _run(graph: Callable[..., Any], parameters: Tensors, others: Others) -> tuple[torch.Tensor, Tensors]:

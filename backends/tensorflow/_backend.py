@@ -64,11 +64,12 @@ class TensorFlowBackend:
         found: list[LayerStatistics] = []
 
         # a function of its own also within another: its gradient is right whatever the tape outside has seen
-        def traced(*arguments: Any) -> list[dict[str, Array]]:
-            found[:] = _statistics(scalars, chosen, (leaves, inputs, targets), n, *arguments)
+        def traced(given: dict[str, Array], batch: Any) -> list[dict[str, Array]]:
+            # targets are captured, so that labels can be looked at
+            found[:] = _statistics(scalars, chosen, (leaves, inputs, targets), n, given, batch, targets)
             return [_arrays(use) for use in found]
 
-        arguments = ({name: tf.convert_to_tensor(value) for name, value in values.items()}, inputs, targets)
+        arguments = ({name: tf.convert_to_tensor(value) for name, value in values.items()}, inputs)
         concrete = tf.function(traced, autograph=False).get_concrete_function(*arguments)  # a plain call would warn of retracing
         return [replace(use, **values) for use, values in zip(found, concrete(*arguments), strict=True)]
 

@@ -179,6 +179,18 @@ class TensorFlowNamespace:
         """Return x with the value around it."""
         return tf.pad(x, widths, constant_values=tf.cast(value, x.dtype))
 
+    def mgs_labels(self, labels: Array, c: int) -> Any:
+        """Return labels as integers of NumPy; None where they are not known yet, then the graph refuses bad ones as it runs."""
+        labels = tf.convert_to_tensor(labels)
+        while tf.is_symbolic_tensor(labels) and labels.op.type == "Identity":
+            labels = labels.op.inputs[0]
+        known = tf.get_static_value(labels)
+        if known is None:
+            valid = tf.reduce_all((labels >= 0) & (labels < tf.cast(c, labels.dtype)))
+            range_ = [tf.reduce_min(labels), tf.reduce_max(labels)]
+            tf.debugging.Assert(valid, [f"`targets` must be labels in 0..{c - 1}; got least and most", *range_])
+        return known
+
     def mgs_lookup(self, table: Array, indices: Array) -> Array:
         """Return `table[indices]`."""
         return tf.gather(table, indices)

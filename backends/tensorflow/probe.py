@@ -50,7 +50,11 @@ def find_layouts(
     open_uses = set(range(len(layouts)))
     with tf.init_scope():
         for values in _values((dict(parameters), inputs, targets)):
-            for place, (layout, certain) in enumerate(_evaluate(scalars, chosen, values, n, k, traced)):
+            try:
+                found = _evaluate(scalars, chosen, values, n, k, traced)
+            except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
+                continue
+            for place, (layout, certain) in enumerate(found):
                 if place in open_uses:
                     layouts[place] = layout
                     if certain:

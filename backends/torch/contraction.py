@@ -24,6 +24,8 @@ from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer
 _SLICE, _LEAST = 1 << 19, 64
 #: Elements of one sample's gradient up to which a convolution in groups, a group for each sample, is fastest (on CPU).
 _GROUPED = 1 << 16
+#: Elements of all patches up to which cutting them out is faster still.
+_UNFOLDED = 1 << 17
 
 
 @contextmanager
@@ -200,11 +202,27 @@ def _convolution(use: Convolution) -> torch.Tensor | None:
     i, positions, window = use.images.shape[3], prod(use.gradients.shape[5:]), prod(use.window)
     pairwise = groups * (n * s * positions) ** 2 * (i * window + o + 60)
     rows = k * groups * i * window * o * n * (s * positions + n + 30)
-    if pairwise <= rows or s > 1 or any(before != after for before, after in use.pads):
+    if s > 1 or any(before != after for before, after in use.pads):
+        return None
+    on_host = use.images.device.type == "cpu"
+    if len(use.window) == 2 and (pairwise <= rows or (on_host and n * groups * i * window * positions <= _UNFOLDED)):
+        unfolded = _unfolded(use)
+        found: torch.Tensor = statistics.contribution(unfolded, unfolded)
+        return found
+    if pairwise <= rows:
         return None
     images = use.images.flatten(0, 3)
-    convolution = _grouped if groups * i * o * window <= _GROUPED and use.images.device.type == "cpu" else _by_offset
+    convolution = _grouped if groups * i * o * window <= _GROUPED and on_host else _by_offset
     return _sum_of([convolution(use, images, _head(use, head).gradients.flatten(0, 4)) for head in range(k)])
+
+
+def _unfolded(use: Convolution) -> Outer:
+    """Cut out the patches of images in two dimensions, by one operation with a derivative of one, where the core has many."""
+    n, k, _, groups, o, *out = use.gradients.shape
+    padding = [before for before, _ in use.pads]
+    patches = torch.ops.aten.im2col(use.images.flatten(1, 3), use.window, use.dilations, padding, use.strides)
+    inputs, gradients = patches.view(n, groups, -1, prod(out)).mT, use.gradients.reshape(n, k, groups, o, -1).mT
+    return Outer(use.parameter, gradients, use.view, use.restore, use.part, inputs=inputs)
 
 
 def _grouped(use: Convolution, images: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ class TorchNamespace:
         return pooled
 
     @staticmethod
-    def mgs_labels(labels: torch.Tensor) -> Any:
+    def mgs_labels(labels: torch.Tensor, c: int) -> Any:
         """Return labels as integers of NumPy, without the −100 that PyTorch's losses leave out; None where that would wait."""
         if labels.device.type != "cpu":
             return None

@@ -88,6 +88,35 @@ def test_another_loss_is_traced_anew():
     assert abs(found[0] - found[1]) > 0.1 * found[0]
 
 
+class Scaled(keras.losses.Loss):
+    """A loss with a number that a callback may change."""
+
+    factor = 1.0
+
+    def call(self, y_true, y_pred):
+        return self.factor * keras.ops.mean((y_true - y_pred) ** 2, axis=-1)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_numbers_in_a_loss_may_change_between_steps(keyword):
+    model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(3)]))
+    regularize(model, MGSRegularizer("trace", strength=0.5))
+    loss = keras.losses.Huber(1e-3) if keyword else Scaled()
+    model.compile(keras.optimizers.SGD(0.0), loss, jit_compile=False)
+
+    def change(epoch, logs=None):
+        if keyword:
+            loss._fn_kwargs["delta"] = 1e-3 if epoch < 4 else 2e-3
+        else:
+            loss.factor = 1.0 if epoch < 4 else 2.0
+
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_begin=change)]
+    found = model.fit(X, X[:, :3], batch_size=7, epochs=8, verbose=0, callbacks=callbacks).history["mgs_penalty"]
+    assert found[:4] == pytest.approx([found[0]] * 4, rel=1e-5)
+    assert found[4:] == pytest.approx([4 * found[0]] * 4, rel=1e-2)
+    assert len(model._mgs._replay._proven) == 2
+
+
 def test_shapes_without_end_are_not_traced():
     model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(3)]))
     regularize(model, MGSRegularizer("trace", strength=0.5))

@@ -188,6 +188,24 @@ LOOP = mgs.FunctionalModel(loop_reading(SQUARE), {"w": SQUARE})
 SWISH = mgs.FunctionalModel(lambda _, x: tf.nn.silu(x @ SQUARE), {"w": SQUARE})
 
 
+def with_labels(labels, output, traced=False):
+    if not traced:
+        return lambda: mgs.kernel(GOOD, X, labels, output=output)
+    return lambda: tf.function(lambda x, y: mgs.kernel(GOOD, x, y, output=output))(tf.constant(X), tf.constant(labels))
+
+
+@pytest.mark.parametrize("output", ["loss", "target"])
+def test_traced_labels_are_looked_at(output):
+    labels = [0, 1, 2, 2, 1, 0]
+    np.testing.assert_allclose(with_labels(labels, output, traced=True)(), with_labels(np.array(labels), output)(), rtol=1e-12)
+
+
+def test_labels_drawn_for_a_model_of_one_output_may_be_none():  # its samples' axis is found with labels 0 and 1
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": tf.ones((4, 1), tf.float64)})
+    kernel = tf.function(lambda x, y: mgs.kernel(model, x, y, output="target"))
+    np.testing.assert_allclose(kernel(tf.constant(X), tf.zeros(6, tf.int32)), X @ X.T, rtol=1e-12)
+
+
 def kernel_of_function(function, parameters):
     return lambda: mgs.kernel(mgs.FunctionalModel(function, parameters), X)
 
@@ -198,6 +216,23 @@ def kernel_of_function(function, parameters):
         (lambda: mgs.kernel(GOOD, np.full((6, 4), np.nan)), mgs.ArgumentError, "`inputs` must be finite"),
         (kernel_of_function(lambda p, x: x, {"w": tf.range(3)}), mgs.ArgumentError, "`parameters` must be floating"),
         (kernel_of_function(lambda p, x: x[0] * p["w"], {"w": SQUARE}), mgs.ArgumentError, "outputs of shape"),
+        *(
+            (with_labels(np.array(labels), output), mgs.ArgumentError, message)
+            for output in ("loss", "target")
+            for labels, message in (
+                ([0, 1, 2, 3, 1, 0], r"`targets` must be labels in 0\.\.2; got 0\.\.3"),
+                ([0, 1, 2, -1, 1, 0], r"`targets` must be labels in 0\.\.2; got -1\.\.2"),
+                ([0.0, 0.5, 1.0, 1.0, 1.0, 0.0], "`targets` must be integers to be labels; got dtype float64"),
+            )
+        ),
+        *(
+            (
+                with_labels([0, 1, 2, 3, 1, 0], output, traced=True),
+                tf.errors.InvalidArgumentError,
+                r"`targets` must be labels in 0\.\.2; got least and most\] \[0\] \[3\]",
+            )
+            for output in ("loss", "target")
+        ),
         (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
         (lambda: mgs.kernel(LOOP, X), mgs.UnsupportedModelError, "must read its variables outside of control flow"),
         (lambda: mgs.kernel(SWISH, X), mgs.UnsupportedModelError, "must have no custom gradient where it reads variables"),

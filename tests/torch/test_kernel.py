@@ -145,12 +145,13 @@ def test_gradient_of_a_penalty_is_that_of_a_loop(case, request):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "grouped", "resnet_group_norm", "frames", "embedding", "tied", "transformer"])
 @pytest.mark.parametrize("output", ["loss", "trace"])
-def test_slices_and_other_ways_of_large_layers_change_nothing(of, name, output, monkeypatch):
+@pytest.mark.parametrize("constants", [{"_SLICE": 1, "_LEAST": 1, "_GROUPED": 0, "_UNFOLDED": 0}, {"_UNFOLDED": 0}])
+def test_slices_and_other_ways_of_large_layers_change_nothing(of, name, output, constants, monkeypatch):
     model, x = of(name)
     expected = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
     monkeypatch.setattr("mgs_core.statistics.prefers_pairwise", lambda left, right: False)
     monkeypatch.setattr(contraction, "_equal_pairs", lambda use: None)
-    for constant, value in (("_SLICE", 1), ("_LEAST", 1), ("_GROUPED", 0)):
+    for constant, value in constants.items():
         monkeypatch.setattr(contraction, constant, value)
     found = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
     for part, other in zip(found, expected, strict=True):
