@@ -172,7 +172,8 @@ def as_rows(use: LayerStatistics, *, restore: bool = False) -> Array:
     elif isinstance(use, Scale):
         rows = _over_positions(xp, use.gradients * xp.expand_dims(use.inputs, axis=1))
     elif isinstance(use, Lookup):
-        one_hot = _equal(xp, use.indices, xp.arange(use.size, dtype=use.indices.dtype), use.gradients)  # (n, s, size)
+        places = xp.arange(use.size)  # of its own dtype, for the indices' may be too narrow for it
+        one_hot = _equal(xp, xp.astype(use.indices, places.dtype), places, use.gradients)  # (n, s, size)
         rows = xp.matmul(xp.expand_dims(xp.permute_dims(one_hot, (0, 2, 1)), axis=1), use.gradients)
     elif isinstance(use, Outer):
         groups, s, i = use.inputs.shape[1:]
