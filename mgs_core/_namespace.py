@@ -22,8 +22,8 @@ def register_namespace(matches: Callable[[Array], bool], namespace: Namespace) -
 
     Args:
         matches: predicate on one array.
-        namespace: object with the array-API functions for the arrays that match. One whose functions make arrays on a default device
-            has `mgs_beside(array)`, which returns the namespace that makes them where that one is.
+        namespace: object with the array-API functions for the arrays that match. One that makes arrays on a default device has
+            `mgs_beside(array)`, which returns the namespace that makes them where that one is.
     """
     _registered.append((matches, namespace))
 

@@ -71,7 +71,8 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         Scores, suggested labels, neighbours and weights, NumPy arrays.
 
     Raises:
-        ArgumentError: when the kernel is not square, finite, symmetric and of positive trace, labels do not fit, or there are fewer than 2 samples or classes.
+        ArgumentError: when the kernel is not square, finite, symmetric and of positive trace, labels do not fit, or there are
+            fewer than 2 samples or classes.
 
     Cost:
         One eigendecomposition and at most `rounds` inversions on the host in float64, about (10 + 2·rounds) n³ operations; not

@@ -25,7 +25,7 @@ def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[I
     eager = model.run_eagerly
     step = model.train_step
     if not eager:
-        step = tf.function(step, jit_compile=model.jit_compile)
+        step = tf.function(step, jit_compile=model.jit_compile, autograph=False)  # as Keras has it; errors keep their class
         step._omit_frequent_tracing_warning = True  # a trace for each size of batch is meant
     try:
         model.run_eagerly = True  # Keras shall not trace around this step

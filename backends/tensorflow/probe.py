@@ -69,21 +69,23 @@ def find_layouts(
 def _values(graph_values: Any) -> Iterator[Any]:
     """Yield values for the tensors: their own as far as they have one, the others drawn; then all drawn."""
     leaves = tf.nest.flatten(graph_values)
+    first_target = len(leaves) - len(tf.nest.flatten(graph_values[2]))
     known = [None if leaf is None or tf.is_symbolic_tensor(leaf) else tf.convert_to_tensor(leaf) for leaf in leaves]
     for attempt in range(_DRAWS + 1):
         random = np.random.default_rng(attempt)
         values = [
-            _draw(leaf, random, attempt) if value is None or attempt else value for leaf, value in zip(leaves, known, strict=True)
+            _draw(leaf, random, attempt, target=place >= first_target) if value is None or attempt else value
+            for place, (leaf, value) in enumerate(zip(leaves, known, strict=True))
         ]
         yield tf.nest.pack_sequence_as(graph_values, values)
 
 
-def _draw(leaf: Array, random: np.random.Generator, attempt: int) -> Array:
+def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: bool) -> Array:
     if leaf is None:
         return None
-    shape = tuple(leaf.shape)
-    if not leaf.dtype.is_floating:
-        return tf.ones(shape, leaf.dtype) if attempt % 2 else tf.zeros(shape, leaf.dtype)
+    shape, floating = tuple(leaf.shape), leaf.dtype.is_floating
+    if target or not floating:  # floating targets too may be labels; as probabilities, zeros would leave no loss
+        return tf.ones(shape, leaf.dtype) if (attempt + floating) % 2 else tf.zeros(shape, leaf.dtype)
     fan_in = max(1, int(np.prod(shape[:-1])))
     scale = 1.0 if len(shape) < 2 else fan_in**-0.5
     return tf.constant(0.5 * (len(shape) < 2) + scale * random.normal(size=shape), dtype=leaf.dtype)

@@ -225,7 +225,8 @@ class _Training:
 
 def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
     x, y = np.asarray(inputs), np.asarray(labels)
-    if x.ndim < 2 or len(x) < 2 or x.size == 0 or not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or np.iscomplexobj(x):
+    real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
+    if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
         raise ArgumentError(f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}.")
     if not np.all(np.isfinite(x)):
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")

@@ -216,7 +216,7 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
 def scale(inputs: Array) -> tuple[Array, float, float]:
     """Return inputs with mean 0 and standard deviation 1 over all values in float32, and the mean and deviation they had.
 
-    It is done in float64: the differences between large numbers would not outlast float32, nor the squares of very large or small ones.
+    It is done in float64: in float32 differences between large numbers would be lost, and squares of very large or small ones.
 
     Args:
         inputs: real numbers, finite.

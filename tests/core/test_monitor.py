@@ -49,7 +49,7 @@ def test_numbers_may_be_arrays_of_one_number(tmp_path):
 
 @pytest.mark.wrong_types
 def test_a_schedule_of_another_type_is_refused():
-    with pytest.raises(mgs.ArgumentError, match="`every` must be an integer of at least 1; got 2.5"):
+    with pytest.raises(mgs.ArgumentError, match=r"`every` must be an integer of at least 1; got 2\.5"):
         mgs.Recorder(PROBE, schedule=2.5)
 
 

@@ -159,8 +159,8 @@ def test_equal_samples_are_all_as_suspicious():
         (lambda: mgs.audit(IMAGES, LABELS, networks=0), "`networks` must be an integer of at least 1; got 0"),
         (lambda: mgs.audit(IMAGES, LABELS, seed=-1), "`seed` must be an integer of at least 0; got -1"),
         (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 3; got 1"),
-        (lambda: mgs.audit(IMAGES, LABELS, learning_rate=float("nan")), "`learning_rate` must be a finite number above 0; got nan"),
-        (lambda: mgs.audit(IMAGES[:5], [0, 1, 0, 1, 10**7]), "`labels` must number its classes from 0 without large gaps; got 3 c"),
+        (lambda: mgs.audit(IMAGES, LABELS, learning_rate=float("nan")), "`learning_rate` must be a finite number above 0"),
+        (lambda: mgs.audit(IMAGES[:5], [0, 1, 0, 1, 10**7]), "`labels` must number its classes from 0 without large"),
         (lambda: mgs.audit(IMAGES, LABELS, model="oracle.onnx"), "oracle.onnx"),
     ],
 )
