@@ -149,7 +149,7 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
         ArgumentError: when the file is missing, damaged, holds objects, or lacks an array.
     """
     if not str(path).endswith(".npz"):
-        raise ArgumentError(f"`data` must be digits, mnist, or the path of an .npz file; got {str(path)!r}.")
+        raise ArgumentError(f"`data` must be the path of an .npz file, or a name that --help lists; got {str(path)!r}.")
     if not Path(path).is_file():
         raise ArgumentError(f"`data` must be a file that exists; got {str(path)!r}. Check the path.")
     try:
