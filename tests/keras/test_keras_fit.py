@@ -326,6 +326,16 @@ def test_targets_of_any_dtype_that_the_loss_takes():
         )
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the other two refuse losses without reduction")
+def test_losses_without_reduction_are_summed_and_the_penalty_counts_once():
+    models = []
+    for reduction in ("sum", None):
+        loss = keras.losses.SparseCategoricalCrossentropy(reduction=reduction)
+        models.append(compiled(regularize(network(), REGULARIZERS["loss"]), loss=loss))
+        fit(models[-1], x=X[:10], y=Y[:10])
+    assert changed(models[0], models[1].get_weights()) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["loss", "agreement"])
 def test_what_layers_add_to_the_loss_stays_in_it(name):
     """The second pass, and the check of the first batch, do not drop it."""
