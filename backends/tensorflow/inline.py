@@ -86,7 +86,8 @@ def _repeat(graph: Any, values: dict[str, Array], held: Mapping[str, Array | Non
             body = graph._get_function(op.get_attr("f").name).graph
             inside = dict(zip((tensor.name for tensor in body.inputs), inputs, strict=True))
             variables = dict(zip((tensor.name for tensor in body.inputs), read, strict=True))
-            found = _repeat(body, inside, variables, body.outputs)
+            # a gradient that was taken of the function before has added outputs to its graph, behind those of the call
+            found = _repeat(body, inside, variables, body.outputs[: len(op.outputs)])
         elif any(value is not None for value in read):
             raise UnsupportedModelError(
                 f"`model` must read its variables outside of control flow; operation {op.name!r} ({op.type}) reads one within. "

@@ -109,6 +109,16 @@ def test_penalty_of_a_module_on_a_tape(mode):
     assert along == pytest.approx(slope(at), rel=1e-6)
 
 
+def test_a_traced_function_that_has_been_trained():
+    w, v = variable(4, 3), variable(3, 2)
+    function = tf.function(lambda x: tf.tanh(x @ w) @ v, input_signature=[tf.TensorSpec((None, 4), tf.float64)])
+    model = mgs.FunctionalModel(lambda _, x: function(x), {"w": w, "v": v})
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(function(tf.constant(X)))
+    tape.gradient(loss, [w, v])
+    close(mgs.kernel(model, X), expected(lambda x: tf.tanh(x @ w) @ v, [w, v], X))
+
+
 def test_variables_are_read_at_indices():
     table, out, pairs = variable(9, 4), variable(4, 2), tf.constant(IDS)[:, :, None]
 
