@@ -22,7 +22,8 @@ def register_namespace(matches: Callable[[Array], bool], namespace: Namespace) -
 
     Args:
         matches: predicate on one array.
-        namespace: object with the array-API functions for the arrays that match.
+        namespace: object with the array-API functions for the arrays that match. One that makes arrays on a default device has
+            `mgs_beside(array)`, which returns the namespace that makes them where that one is.
     """
     _registered.append((matches, namespace))
 
@@ -49,8 +50,9 @@ def array_namespace(*arrays: Array) -> Namespace:
 
             get_backend(backend)
     for matches, namespace in _registered:
-        if any(matches(a) for a in found):
-            return namespace
+        for array in filter(matches, found):
+            beside = getattr(namespace, "mgs_beside", None)
+            return namespace if beside is None else beside(array)
     try:
         return cast(Namespace, array_api_compat.array_namespace(*found))
     except TypeError as error:

@@ -8,8 +8,10 @@ from typing import Any
 
 from mgs_core import _batch
 from mgs_core._errors import SamplesInteractError, UnsupportedModelError
+from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerReport, LayerStatistics
 from mgs_core._registry import get_backend
+from mgs_core._types import Array
 from mgs_core.heads import make_head
 from mgs_core.statistics import merge, operations
 
@@ -54,7 +56,7 @@ def check(model: Any, inputs: Any) -> Report:
         UnsupportedModelError: when no kernel can be had, whatever parameters are chosen.
 
     Cost:
-        One kernel's statistics of the batch for the sum of the outputs, twice; a few samples are enough.
+        One kernel's statistics of the batch for one scalar a sample, twice; a few samples are enough.
 
     Example:
         >>> import numpy as np
@@ -68,7 +70,7 @@ def check(model: Any, inputs: Any) -> Report:
     _batch.count(inputs)
     backend = get_backend(model)
     sizes = {name: prod(array.shape) for name, array in backend.parameters(model).items()}
-    head = make_head("sum", "identity", None, 1, 0, None)
+    head = make_head(_uneven, "identity", None, 1, 0, None)
 
     def uses_of(chosen: list[str] | None, differentiable: bool = False) -> list[LayerStatistics]:
         return backend.statistics(model, inputs, None, head.function, chosen, differentiable=differentiable)
@@ -102,3 +104,9 @@ def check(model: Any, inputs: Any) -> Report:
         else:
             layers.append(LayerReport(name, "+".join(sorted(kinds)) or "unused", "statistics", size, cost=cost))
     return Report(tuple(layers), penalty)
+
+
+def _uneven(outputs: Array, _: Any) -> Array:
+    """Return a sum of the outputs with unequal weights, for that of a softmax's outputs is always 1."""
+    xp, c = array_namespace(outputs), outputs.shape[-1]
+    return xp.sum(outputs * (xp.arange(1, c + 1, dtype=outputs.dtype) / c), axis=-1)

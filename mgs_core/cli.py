@@ -148,6 +148,10 @@ def audit(
         images, labels = (arrays[name] for name in pair)
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
+    from mgs_core.report import headline, write_audit  # needs Matplotlib and Jinja, which measuring a model does not
+    from mgs_core.report.files import write_files
+
+    write_files(out, {})  # refuse a folder that cannot be made before the training
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
         epochs = usual_epochs(len(labels), model=model) if epochs is None else epochs
         task = bar.add_task("", total=networks * epochs)
@@ -155,8 +159,6 @@ def audit(
             images, labels, model=model, backend=backend, networks=networks, epochs=epochs, seed=seed,
             on_epoch=lambda _: bar.advance(task),
         )  # fmt: skip
-    from mgs_core.report import headline, write_audit  # needs Matplotlib and Jinja, which measuring a model does not
-
     page = write_audit(found, images, out, shown=shown)
     console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
     listed = Table("sample", "given", "suggested", "score", box=box.SIMPLE_HEAD)

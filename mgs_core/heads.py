@@ -143,7 +143,10 @@ def _pick(outputs: Array, targets: Array) -> Array:
     xp = array_namespace(outputs)
     if targets.ndim == 1 and outputs.shape[:-1] == targets.shape:
         _check_labels(targets, outputs.shape[-1])
-        targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.arange(outputs.shape[-1], dtype=targets.dtype), outputs.dtype)
+        places = xp.arange(outputs.shape[-1])
+        if xp.isdtype(targets.dtype, "integral"):  # perhaps of 8 bits, where the places would begin anew at 256
+            targets = xp.astype(targets, places.dtype)
+        targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.astype(places, targets.dtype), outputs.dtype)
     elif targets.shape != outputs.shape:
         *lead, c = outputs.shape
         raise ArgumentError(
@@ -159,6 +162,8 @@ def _check_labels(labels: Array, c: int) -> None:
     A namespace's `mgs_labels(labels, c)` gives those of another framework as integers of NumPy, or None where it cannot know them
     yet; it may have them looked at later.
     """
+    if array_namespace(labels).isdtype(labels.dtype, "bool"):
+        raise ArgumentError(f"`targets` must be integers to be labels; got dtype {labels.dtype}. Convert them, or pass a loss.")
     if not is_numpy_array(labels):
         native = getattr(array_namespace(labels), "mgs_labels", None)
         labels = None if native is None else native(labels, c)

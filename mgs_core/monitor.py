@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class Recorder:
         self.history: list[dict[str, Any]] = []
         self._batch = (inputs, targets)
         self._labels = labels
-        self._schedule = Schedule(schedule) if isinstance(schedule, int) else schedule
+        self._schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
         self._sinks = tuple(sinks)
         self._prefix = prefix
         self._options = kernel_options
@@ -166,7 +167,7 @@ class JSONLinesSink:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
-        self._file.write(json.dumps(dict(record)) + "\n")
+        self._file.write(json.dumps(dict(record), default=_plain) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -203,13 +204,20 @@ class CallbackSink:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Pass one record on."""
-        numbers = {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, (int, float))}
-        self._log(numbers, int(record["step"]))
+        values = {name: _plain(value) for name, value in record.items() if name != "step"}
+        self._log({name: float(value) for name, value in values.items() if isinstance(value, (int, float))}, int(record["step"]))
 
     def close(self) -> None:
         """Call the tracker's own end."""
         if self._close is not None:
             self._close()
+
+
+def _plain(value: Any) -> Any:
+    """Return an array of one number, as a loss may be, as a number of Python; what is no number as it reads."""
+    if isinstance(value, (int, float, str)):
+        return value
+    return value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else str(value)
 
 
 def tracker_sink(name: str, **options: Any) -> CallbackSink:

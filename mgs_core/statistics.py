@@ -172,7 +172,7 @@ def as_rows(use: LayerStatistics, *, restore: bool = False) -> Array:
     elif isinstance(use, Scale):
         rows = _over_positions(xp, use.gradients * xp.expand_dims(use.inputs, axis=1))
     elif isinstance(use, Lookup):
-        one_hot = _equal(xp, use.indices, xp.arange(use.size, dtype=use.indices.dtype), use.gradients)  # (n, s, size)
+        one_hot = _equal(xp, use.indices, xp.arange(use.size), use.gradients)  # (n, s, size)
         rows = xp.matmul(xp.expand_dims(xp.permute_dims(one_hot, (0, 2, 1)), axis=1), use.gradients)
     elif isinstance(use, Outer):
         groups, s, i = use.inputs.shape[1:]
@@ -276,7 +276,7 @@ def _arranged(xp: Namespace, array: Array, order: tuple[int, ...], shape: tuple[
 
 def _equal(xp: Namespace, a: Array, b: Array, like: Array) -> Array:
     """Return the outer equality of `a` (…, s) and `b` (t,), as numbers of the dtype of `like`."""
-    return xp.astype(xp.expand_dims(a, axis=-1) == b, like.dtype)
+    return xp.astype(xp.expand_dims(xp.astype(a, b.dtype), axis=-1) == b, like.dtype)  # few bits of `a` may have no room for `b`
 
 
 def _join(group: list[LayerStatistics]) -> LayerStatistics:

@@ -94,18 +94,9 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
         raise ArgumentError("`kernel` must have at least 2 samples to be summarised; got 1. Use a larger probe batch.")
     if not isinstance(ridge, (int, float)) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise ArgumentError(f"`ridge` must be a finite number above 0; got {ridge!r}. The default is 1e-6.")
-    matrix = np.asarray(_to_numpy(kernel), dtype=np.float64)
-    if not bool(np.all(np.isfinite(matrix))):
-        raise ArgumentError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
-    size = float(np.max(np.abs(matrix)))
-    if float(np.max(np.abs(matrix - matrix.T))) > 1e-3 * size:
-        raise ArgumentError("`kernel` must be symmetric; got one that is not. Pass the kernel of one batch with itself.")
+    matrix = _checked(kernel)
     diagonal = np.linalg.diagonal(matrix)
     trace = float(np.sum(diagonal))
-    if trace <= 0:
-        raise ArgumentError(
-            f"`kernel` must have a positive trace; got {trace}. No chosen parameter moves the head on this batch."
-        )
     eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2)
     shares = np.maximum(eigenvalues, 0.0) / np.sum(np.maximum(eigenvalues, 0.0))
     entropy = -float(np.sum(np.where(shares > 0, shares * np.log(np.where(shares > 0, shares, 1.0)), 0.0)))
@@ -133,6 +124,21 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
         mean_cosine=float(np.mean(cosine[off])),
         **values,
     )
+
+
+def _checked(kernel: Array) -> Array:
+    """Return a kernel as a float64 matrix on the host, or refuse what is none."""
+    matrix = np.asarray(_to_numpy(kernel), dtype=np.float64)
+    if not bool(np.all(np.isfinite(matrix))):
+        raise ArgumentError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
+    if float(np.max(np.abs(matrix - matrix.T))) > 1e-3 * float(np.max(np.abs(matrix))):
+        raise ArgumentError("`kernel` must be symmetric; got one that is not. Pass the kernel of one batch with itself.")
+    trace = float(np.sum(np.linalg.diagonal(matrix)))
+    if trace <= 0:
+        raise ArgumentError(
+            f"`kernel` must have a positive trace; got {trace}. No chosen parameter moves the head on this batch."
+        )
+    return matrix
 
 
 def _cosine(matrix: Array, diagonal: Array) -> Array:

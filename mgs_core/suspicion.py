@@ -9,7 +9,7 @@ from mgs_core._errors import ArgumentError
 from mgs_core._namespace import host as np
 from mgs_core._types import Array, Shaped
 from mgs_core.penalty import _square
-from mgs_core.summary import _cosine, _to_numpy
+from mgs_core.summary import _checked, _cosine, _to_numpy
 
 _RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 _STEEPNESS = 3.0
@@ -71,7 +71,8 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         Scores, suggested labels, neighbours and weights, NumPy arrays.
 
     Raises:
-        ArgumentError: when the kernel is not square or finite, labels do not fit, or there are fewer than 2 samples or classes.
+        ArgumentError: when the kernel is not square, finite, symmetric and of positive trace, labels do not fit, or there are
+            fewer than 2 samples or classes.
 
     Cost:
         One eigendecomposition and at most `rounds` inversions on the host in float64, about (10 + 2·rounds) n³ operations; not
@@ -97,9 +98,7 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         raise ArgumentError("`kernel` must have at least 2 samples, for labels are judged by others; got 1. Use more samples.")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
         raise ArgumentError(f"`rounds` must be an integer of at least 0; got {rounds!r}. The default is 6.")
-    matrix = np.asarray(_to_numpy(kernel), dtype=np.float64)
-    if not bool(np.all(np.isfinite(matrix))):
-        raise ArgumentError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
+    matrix = _checked(kernel)
     given, c = _labels(labels, n, classes)
     cosine = _cosine(matrix, np.linalg.diagonal(matrix))
     one_hot = np.astype(given[:, None] == np.arange(c)[None, :], np.float64)
@@ -166,7 +165,11 @@ def _trust(predicted: Array, one_hot: Array) -> Array:
     usual = _usual(predicted, one_hot)
     usual = np.where(np.isfinite(usual), usual, np.max(usual[np.isfinite(usual)]))  # a class without samples must not seem likely
     measured = _scores(predicted - _USUAL * usual, one_hot)
-    weights = 0.5 - 0.5 * np.tanh(0.5 * _STEEPNESS * measured / (float(np.std(measured)) or 1.0))
+    spread = float(np.std(measured))
+    if spread <= 1e-9 * float(np.max(np.abs(measured))):  # all alike but for rounding, as those of equal samples
+        return np.ones_like(measured)
+    logarithm = -np.logaddexp(0.0, _STEEPNESS * measured / spread)  # where all are contradicted, σ itself would be 0 for each
+    weights = np.exp(logarithm - np.max(logarithm))
     return weights / np.mean(weights)
 
 

@@ -115,6 +115,12 @@ def test_audit_lists_and_writes(mgs_command, tmp_path):
     assert "of 30 samples better" in mgs_command("audit", tmp_path / "data.npz", "--epochs", "1", "--out", tmp_path / "other")
 
 
+def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(mgs, "audit", None)
+    assert "`folder` must be a folder that can be written" in mgs_command("audit", "digits", "--out", tmp_path / "file", status=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -38,7 +39,7 @@ def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
         spec = loss.compute_output_spec(inputs if len(inputs) > 1 else inputs[0]) if inputs else None
         return compiled_loss(loss, spec)
     function = keras.losses.get(loss)
-    call = function.call if isinstance(function, keras.losses.Loss) else function
+    call = partial(_values, function) if isinstance(function, keras.losses.Loss) else function
     return lambda outputs, targets: _each(call(targets, outputs))
 
 
@@ -72,7 +73,7 @@ def compiled_loss(model: Any, spec: Any) -> Callable[[Any, Any], Any]:
             y_true, y_pred, mask = targets, predicted, masks
             for key in path:
                 y_true, y_pred, mask = y_true[key], y_pred[key], None if mask is None else mask[key]
-            values = function.call(y_true, y_pred)
+            values = _values(function, y_true, y_pred)
             if mask is not None:
                 values = values * keras.ops.reshape(mask, (*mask.shape, *(1,) * (len(values.shape) - len(mask.shape))))
             value = _each(values)
@@ -112,6 +113,15 @@ def settings(model: Any) -> tuple[Any, ...]:
         held = {**vars(function), **getattr(function, "_fn_kwargs", {})}
         found += [weight, *((name, value) for name, value in held.items() if isinstance(value, (int, float, str)))]
     return tuple(found)
+
+
+def _values(loss: Any, y_true: Any, y_pred: Any) -> Any:
+    """Return a Keras loss before its reduction; like Keras, of values in the dtype of the loss."""
+
+    def convert(leaf: Any) -> Any:
+        return keras.ops.convert_to_tensor(leaf, dtype=loss.dtype)
+
+    return loss.call(*(keras.tree.map_structure(convert, values) for values in (y_true, y_pred)))
 
 
 def _is_masked(targets: Any) -> bool:

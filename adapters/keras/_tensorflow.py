@@ -25,7 +25,7 @@ def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[I
     eager = model.run_eagerly
     step = model.train_step
     if not eager:
-        step = tf.function(step, jit_compile=model.jit_compile)
+        step = tf.function(step, jit_compile=model.jit_compile, autograph=False)  # as Keras has it; errors keep their class
         step._omit_frequent_tracing_warning = True  # a trace for each size of batch is meant
     try:
         model.run_eagerly = True  # Keras shall not trace around this step
@@ -33,12 +33,17 @@ def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[I
     finally:
         model.run_eagerly = eager
 
+    begun = False
+
     def train(iterator: Iterator[Any]) -> Any:
+        nonlocal begun
         first = next(iterator)
         one = model.distribute_strategy.experimental_local_results(first)[0]
-        if not model.built:  # a subclassed model; within the step its variables would have no values yet
+        # layers of a subclassed model, which may itself pass for built; within the step their variables would have no values yet
+        if not begun and not all(layer.built for layer in model._flatten_layers()):
             with model.distribute_strategy.scope():
                 model(keras.utils.unpack_x_y_sample_weight(one)[0])
+        begun = True
         check(one)
         return function(chain([first], iterator))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
+from math import prod
 from typing import Any, cast
 
 from keras.src.models.functional import Functional  # the class of `keras.Model(inputs, outputs)` has no public name
@@ -130,7 +131,8 @@ class Training:
         loss = original(x, y, y_pred, sample_weight)
         if self.regularizer.penalty is None:
             return loss
-        return loss + keras.ops.cast(self._penalty(x, y, y_pred, matrix), loss.dtype) / self._replicas()
+        # TensorFlow takes a loss that is not reduced too, and differentiates its sum
+        return loss + keras.ops.cast(self._penalty(x, y, y_pred, matrix), loss.dtype) / (self._replicas() * prod(loss.shape))
 
     def results(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the metrics' results, those of validation without the penalty.

@@ -180,6 +180,7 @@ def _lookup(node: TapeNode, position: int) -> Site | None:
     if not np.issubdtype(indices.dtype, np.integer):
         return None
     size, width = table.shape[0], prod(table.shape[1:])
+    indices = indices.astype(np.int64)  # in 8 bits the size may have no room
     indices = np.where(indices < 0, indices + size, indices)
     return Site("lookup", indices.shape, lambda g: anp.reshape(g, (1, *indices.shape, width)), indices[None], size=size)
 

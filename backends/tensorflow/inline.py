@@ -15,7 +15,12 @@ from mgs_core._errors import UnsupportedModelError
 from mgs_core._types import Array
 
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
-_READS = ("ReadVariableOp", "ResourceGather")
+#: Operations that read a variable, and what each is for the value.
+_READS: dict[str, Callable[..., Array]] = {
+    "ReadVariableOp": tf.identity,
+    "ResourceGather": tf.gather,
+    "ResourceGatherNd": tf.gather_nd,
+}
 
 
 def call(function: Callable[[dict[str, Array], Any], Array], parameters: Mapping[str, Array], given: Any, inputs: Any) -> Array:
@@ -76,12 +81,13 @@ def _repeat(graph: Any, values: dict[str, Array], held: Mapping[str, Array | Non
         read = [held.get(tensor.name) for tensor in op.inputs]
         inputs = [values[tensor.name] for tensor in op.inputs]
         if op.type in _READS and read[0] is not None:
-            found = [tf.identity(read[0])] if op.type == "ReadVariableOp" else [tf.gather(read[0], inputs[1])]
+            found = [_READS[op.type](read[0], *inputs[1:])]
         elif op.type in _CALLS:
             body = graph._get_function(op.get_attr("f").name).graph
             inside = dict(zip((tensor.name for tensor in body.inputs), inputs, strict=True))
             variables = dict(zip((tensor.name for tensor in body.inputs), read, strict=True))
-            found = _repeat(body, inside, variables, body.outputs)
+            # a gradient that was taken of the function before has added outputs to its graph, behind those of the call
+            found = _repeat(body, inside, variables, body.outputs[: len(op.outputs)])
         elif any(value is not None for value in read):
             raise UnsupportedModelError(
                 f"`model` must read its variables outside of control flow; operation {op.name!r} ({op.type}) reads one within. "

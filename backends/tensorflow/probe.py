@@ -48,24 +48,23 @@ def find_layouts(
     n, k = traced.scalars.shape
     layouts: list[Layout | None] = [None] * len(traced.uses)
     open_uses = set(range(len(layouts)))
-    with tf.init_scope():
-        for values in _values((dict(parameters), inputs, targets)):
-            try:
-                found = _evaluate(scalars, chosen, values, n, k, traced)
-            except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
-                continue
-            for place, (layout, certain) in enumerate(found):
-                if place in open_uses:
-                    layouts[place] = layout
-                    if certain:
-                        open_uses.remove(place)
-            if not open_uses:
-                break
-        for place in open_uses:
-            layouts[place] = None
-        slow = sorted({use.term.parameter for use, layout in zip(traced.uses, layouts, strict=True) if layout is None})
-        if slow:
-            _refuse_interaction(scalars, slow, values, n, k)
+    for values in _values((dict(parameters), inputs, targets)):
+        try:
+            found = _evaluate(scalars, chosen, values, n, k, traced)
+        except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
+            continue
+        for place, (layout, certain) in enumerate(found):
+            if place in open_uses:
+                layouts[place] = layout
+                if certain:
+                    open_uses.remove(place)
+        if not open_uses:
+            break
+    for place in open_uses:
+        layouts[place] = None
+    slow = sorted({use.term.parameter for use, layout in zip(traced.uses, layouts, strict=True) if layout is None})
+    if slow:
+        _refuse_interaction(scalars, slow, values, traced)
     _known[traced.key] = layouts
     return layouts
 
@@ -73,21 +72,25 @@ def find_layouts(
 def _values(graph_values: Any) -> Iterator[Any]:
     """Yield values for the tensors: their own as far as they have one, the others drawn; then all drawn."""
     leaves = tf.nest.flatten(graph_values)
-    known = [None if leaf is None or tf.is_symbolic_tensor(leaf) else tf.convert_to_tensor(leaf) for leaf in leaves]
+    first_target = len(leaves) - len(tf.nest.flatten(graph_values[2]))
+    with tf.init_scope():
+        known = [None if leaf is None or tf.is_symbolic_tensor(leaf) else tf.convert_to_tensor(leaf) for leaf in leaves]
     for attempt in range(_DRAWS + 1):
         random = np.random.default_rng(attempt)
-        values = [
-            _draw(leaf, random, attempt) if value is None or attempt else value for leaf, value in zip(leaves, known, strict=True)
-        ]
+        with tf.init_scope():
+            values = [
+                _draw(leaf, random, attempt, target=place >= first_target) if value is None or attempt else value
+                for place, (leaf, value) in enumerate(zip(leaves, known, strict=True))
+            ]
         yield tf.nest.pack_sequence_as(graph_values, values)
 
 
-def _draw(leaf: Array, random: np.random.Generator, attempt: int) -> Array:
+def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: bool) -> Array:
     if leaf is None:
         return None
-    shape = tuple(leaf.shape)
-    if not leaf.dtype.is_floating:
-        return tf.ones(shape, leaf.dtype) if attempt % 2 else tf.zeros(shape, leaf.dtype)
+    shape, floating = tuple(leaf.shape), leaf.dtype.is_floating
+    if target or not floating:  # floating targets too may be labels; as probabilities, zeros would leave no loss
+        return tf.ones(shape, leaf.dtype) if (attempt + floating) % 2 else tf.zeros(shape, leaf.dtype)
     fan_in = max(1, int(np.prod(shape[:-1])))
     scale = 1.0 if len(shape) < 2 else fan_in**-0.5
     return tf.constant(0.5 * (len(shape) < 2) + scale * random.normal(size=shape), dtype=leaf.dtype)
@@ -127,12 +130,14 @@ def _evaluate(
         elif not pair:
             layouts.append((Layout(-1), True))  # no gradient reaches it: it adds nothing
         else:
-            layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights, _eps(pair[0])))
+            eps = max(_eps(pair[0]), _eps(traced.scalars))  # what comes back through a loss in float32 is as exact as that
+            layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights, eps))
     return layouts
 
 
-def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, n: int, k: int) -> None:
+def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: Record) -> None:
     """Check `Σ_a w_a g_a = ∇ Σ_a w_a h_a`, which fails exactly when a sample's head depends on another sample."""
+    n, k = traced.scalars.shape
     weights = 0.5 + np.random.default_rng(0).random((n, k))
 
     def both(parameters: Any, inputs: Any, targets: Any) -> Any:
@@ -145,7 +150,7 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, n: int, 
     for name in slow:
         each = single[name].numpy().astype(np.float64)
         summed, size = np.einsum("nk,nkp->p", weights, each), float(np.max(np.abs(each), initial=0.0))
-        eps = _eps(whole[name])
+        eps = max(_eps(whole[name]), _eps(traced.scalars))
         tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:
@@ -161,4 +166,16 @@ def _eps(array: Array) -> float:
 
 
 def _run(function: Callable[..., Any], arguments: Any) -> Any:
-    return tf.function(function, autograph=False).get_concrete_function(*arguments)(*arguments)
+    """Call a function eagerly; for what it holds of a graph that is being traced, values are made up."""
+    concrete = tf.function(function, autograph=False).get_concrete_function(*arguments)
+    with tf.init_scope():
+        concrete.set_external_captures([_made_up(held) for held in concrete.captured_inputs])
+        return concrete(*arguments)
+
+
+def _made_up(held: Array) -> Array:
+    if not tf.is_symbolic_tensor(held):
+        return held
+    if held.dtype.is_floating:
+        return tf.constant(np.random.default_rng(0).uniform(0.5, 1.5, tuple(held.shape)), held.dtype)  # perhaps a variance
+    return tf.ones(tuple(held.shape), held.dtype)

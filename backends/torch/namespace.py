@@ -7,6 +7,7 @@ takes and returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import array_api_compat.torch as compat
@@ -17,11 +18,16 @@ from .contraction import contribution, full_precision, symmetric_product, weight
 
 Sizes: TypeAlias = Sequence[int]
 Pairs: TypeAlias = Sequence[tuple[int, int]]
+#: Functions that make an array from none.
+_MAKERS = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 _SCATTER = {"mul": "prod", "max": "amax", "min": "amin", "add": "sum"}
 
 
 class TorchNamespace:
-    """Offer array-API names; those not defined here are array-api-compat's."""
+    """Offer array-API names; those not defined here are array-api-compat's.
+
+    What it makes from nothing is on one device; None is PyTorch's default.
+    """
 
     mgs_contribution = staticmethod(contribution)
     mgs_counts_biases = True
@@ -37,16 +43,23 @@ class TorchNamespace:
     mgs_softmax = staticmethod(torch.softmax)
     mgs_log_softmax = staticmethod(torch.log_softmax)
 
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+
     def __getattr__(self, name: str) -> Any:
         """Return array-api-compat's function of that name."""
-        return getattr(compat, name)
+        function = getattr(compat, name)
+        return partial(function, device=self._device) if name in _MAKERS else function
 
-    @staticmethod
-    def asarray(value: Any, dtype: Any = None, **options: Any) -> torch.Tensor:
+    def mgs_beside(self, array: torch.Tensor) -> TorchNamespace:
+        """Return the namespace that makes arrays where this one is."""
+        return _beside(array.device)
+
+    def asarray(self, value: Any, dtype: Any = None) -> torch.Tensor:
         """Return the value as a tensor; a tensor keeps its graph."""
         if isinstance(value, torch.Tensor):
             return value if dtype is None else value.to(dtype)
-        return torch.as_tensor(value, dtype=dtype, **options)
+        return torch.as_tensor(value, dtype=dtype, device=self._device)
 
     @staticmethod
     def mgs_convolution(
@@ -122,6 +135,11 @@ class TorchNamespace:
         if reduction == "none":
             return data.index_put((indices,), updates)
         return data.scatter_reduce(0, indices.to(torch.int64), updates, _SCATTER[reduction], include_self=True)
+
+
+@cache
+def _beside(device: torch.device) -> TorchNamespace:
+    return TorchNamespace(device)
 
 
 def _by_rank(rank: int, *functions: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,8 +12,9 @@ from mgs_core import onnx
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
+from mgs_core.experiments.data import count_classes, scale
 from mgs_core.experiments.models import MODELS, build
-from mgs_core.experiments.optimizer import adam, schedule, start
+from mgs_core.experiments.optimizer import adam, check_learning_rate, schedule, start
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
@@ -89,8 +90,8 @@ def audit(
         epochs: passes of each over the samples; None for 4, or, where samples are few, as many as make 24 steps
             of "mlp" and 84 of others.
         batch_size: samples a step.
-        learning_rate: of Adam, at the start.
-        block: samples that are judged together, at least 2: more samples are split at random into blocks of at most this many.
+        learning_rate: of Adam, at the start; above 0.
+        block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this many.
         seed: seed of weights, order and blocks.
         on_epoch: called with the number of each finished epoch, of `networks · epochs`.
 
@@ -111,19 +112,19 @@ def audit(
         >>> mgs.audit(images, labels, epochs=1).scores.shape
         (360,)
     """
-    x, given = _checked(inputs, labels)
+    x, given, classes = _checked(inputs, labels)
     for name, value, least in (
         ("networks", networks, 1),
         ("epochs", 1 if epochs is None else epochs, 1),
         ("batch_size", batch_size, 2),
-        ("block", block, 2),
+        ("block", block, 3),
         ("seed", seed, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    check_learning_rate(learning_rate)
     if epochs is None:
         epochs = usual_epochs(len(given), batch_size, model)
-    classes = int(given.max()) + 1
     starts = [_start(model, backend, x, classes, seed, number) for number in range(networks)]
     outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
     if len(outputs) != 2 or outputs[1] < classes:
@@ -222,16 +223,18 @@ class _Training:
         self._counts[batch] += met > 0
 
 
-def _checked(inputs: Array, labels: Array) -> tuple[Array, Array]:
+def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
     x, y = np.asarray(inputs), np.asarray(labels)
-    if x.ndim < 2 or len(x) < 2 or not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or np.iscomplexobj(x):
+    real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
+    if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
         raise ArgumentError(f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}.")
     if not np.all(np.isfinite(x)):
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() < 1:
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
         raise ArgumentError(
             f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
             "Number the classes from 0."
         )
-    x = x.astype(np.float32)
-    return (x - x.mean()) / (float(x.std()) or 1.0), y.astype(np.int64)
+    classes = count_classes(y, "labels")
+    scaled, _, _ = scale(x)
+    return scaled, y.astype(np.int64), classes

@@ -149,7 +149,7 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
         ArgumentError: when the file is missing, damaged, holds objects, or lacks an array.
     """
     if not str(path).endswith(".npz"):
-        raise ArgumentError(f"`data` must be digits, mnist, or the path of an .npz file; got {str(path)!r}.")
+        raise ArgumentError(f"`data` must be the path of an .npz file, or a name that --help lists; got {str(path)!r}.")
     if not Path(path).is_file():
         raise ArgumentError(f"`data` must be a file that exists; got {str(path)!r}. Check the path.")
     try:
@@ -200,17 +200,51 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
         raise ArgumentError(f"`x_train` and `x_test` must have samples of one shape; got {shapes[0]} and {shapes[1]}.")
-    classes = int(arrays["y_train"].max()) + 1
+    classes = count_classes(arrays["y_train"], "y_train")
     if classes < 2 or int(arrays["y_test"].max()) >= classes:
         raise ArgumentError(
             f"`y_train` must hold at least 2 classes, and all that `y_test` holds; got labels up to {classes - 1} "
             f"and {int(arrays['y_test'].max())}."
         )
     chosen = _draw(arrays["y_train"], samples, random)
-    x, y = arrays["x_train"][chosen].astype(np.float32), arrays["y_train"][chosen].astype(np.int64)
-    mean, deviation = float(x.mean()), float(x.std()) or 1.0
-    test = (arrays["x_test"].astype(np.float32) - mean) / deviation
-    return Dataset(name, (x - mean) / deviation, y, y, test, arrays["y_test"].astype(np.int64), classes, mean, deviation)
+    y = arrays["y_train"][chosen].astype(np.int64)
+    x, mean, deviation = scale(arrays["x_train"][chosen])
+    test = ((arrays["x_test"].astype(np.float64) - mean) / deviation).astype(np.float32)
+    return Dataset(name, x, y, y, test, arrays["y_test"].astype(np.int64), classes, mean, deviation)
+
+
+def scale(inputs: Array) -> tuple[Array, float, float]:
+    """Return inputs with mean 0 and standard deviation 1 over all values in float32, and the mean and deviation they had.
+
+    It is done in float64: in float32 differences between large numbers would be lost, and squares of very large or small ones.
+
+    Args:
+        inputs: real numbers, finite.
+    """
+    values = inputs.astype(np.float64)
+    top = float(np.max(np.abs(values))) or 1.0
+    mean, deviation = float(np.mean(values / top)), float(np.std(values / top))
+    mean, deviation = mean * top, (deviation if deviation > 1e-15 else 1.0) * top  # all are equal but for rounding
+    return ((values - mean) / deviation).astype(np.float32), mean, deviation
+
+
+def count_classes(labels: Array, name: str) -> int:
+    """Return the largest label + 1, the number of outputs that a network for them has.
+
+    Args:
+        labels: integers of at least 0.
+        name: what the user calls them.
+
+    Raises:
+        ArgumentError: when nearly all of many classes are without samples, for memory grows with their number.
+    """
+    classes, distinct = int(labels.max()) + 1, len(np.unique(labels))
+    if classes > max(1000, 10 * distinct):
+        raise ArgumentError(
+            f"`{name}` must number its classes from 0 without large gaps; got {distinct} classes and labels up to {classes - 1}. "
+            "Number them anew: numpy.unique(labels, return_inverse=True)."
+        )
+    return classes
 
 
 def _draw(labels: Array, samples: int | None, random: np.random.Generator) -> Any:

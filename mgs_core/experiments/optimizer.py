@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
 
@@ -14,6 +15,12 @@ Parameters: TypeAlias = dict[str, Array]
 Moments: TypeAlias = tuple[Parameters, Parameters]
 
 _FIRST, _SECOND = 0.9, 0.999
+
+
+def check_learning_rate(value: float) -> None:
+    """Refuse a learning rate that is no finite number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ArgumentError(f"`learning_rate` must be a finite number above 0; got {value!r}.")
 
 
 def schedule(step: int, steps: int, learning_rate: float) -> Array:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgs_core._errors import ArgumentError
+from mgs_core.experiments.optimizer import check_learning_rate
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
-        number = isinstance(self.learning_rate, (int, float)) and not isinstance(self.learning_rate, bool)
-        if not number or not 0 < self.learning_rate < float("inf"):
-            raise ArgumentError(f"`learning_rate` must be a finite number above 0; got {self.learning_rate!r}.")
+        check_learning_rate(self.learning_rate)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a dict that JSON can hold; of a model's file also what identifies its contents."""
-        path = Path(self.model)
-        if path.suffix != ".onnx" or not path.is_file():
-            return asdict(self)
-        return {**asdict(self), "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        """Return the settings as a dict that JSON can hold; of files also what identifies their contents."""
+        found = asdict(self)
+        for name, suffix in (("model", ".onnx"), ("data", ".npz")):
+            path = Path(found[name])
+            if path.suffix == suffix and path.is_file():
+                found[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found

@@ -36,6 +36,23 @@ def test_recorder_measures_on_schedule_and_writes(tmp_path):
     assert lines[0]["loss"] == 0.5
 
 
+def test_numbers_may_be_arrays_of_one_number(tmp_path):
+    seen = []
+    with mgs.JSONLinesSink(tmp_path / "run.jsonl") as sink:
+        recorder = mgs.Recorder(PROBE, sinks=[sink, mgs.CallbackSink(lambda numbers, step: seen.append(numbers))])
+        recorder(MODEL, 0, loss=np.float32(0.5), count=np.int64(3), last=np.array([2.0]), note="warm-up", many=np.zeros(2))
+    (line,) = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert (line["loss"], line["count"], line["last"], line["note"], line["many"]) == (0.5, 3, 2.0, "warm-up", "[0. 0.]")
+    assert {"loss": 0.5, "count": 3.0, "last": 2.0}.items() <= seen[0].items()
+    assert not {"note", "many"} & seen[0].keys()
+
+
+@pytest.mark.wrong_types
+def test_a_schedule_of_another_type_is_refused():
+    with pytest.raises(mgs.ArgumentError, match=r"`every` must be an integer of at least 1; got 2\.5"):
+        mgs.Recorder(PROBE, schedule=2.5)
+
+
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"every": True}, {"start": -1}, {"stop": 1.5}])
 @pytest.mark.wrong_types
 def test_bad_schedules_are_refused(arguments):

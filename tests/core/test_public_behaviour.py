@@ -36,6 +36,43 @@ def test_cross_entropy_of_one_output_is_refused():
         mgs.kernel(MODEL, PROBE, np.zeros(7, int), output="loss", transform=lambda outputs: outputs[:, :1])
 
 
+@pytest.mark.parametrize("output", ["target", "loss"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_labels_of_few_bits_name_one_of_many_outputs(framework, dtype, output):
+    pytest.importorskip(framework)
+    backend, weights, labels = mgs.get_backend(framework), RANDOM.normal(size=(3, 600)), np.array([0, 1, 2, 3, 100, 100, 0])
+
+    def of(labels):
+        model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(weights)})
+        return backend.to_numpy(mgs.kernel(model, backend.asarray(PROBE), backend.asarray(labels), output=output))
+
+    np.testing.assert_allclose(of(labels.astype(dtype)), of(labels.astype("int32")), rtol=1e-6)
+    with pytest.raises(mgs.ArgumentError, match="`targets` must be integers to be labels; got dtype"):
+        of(labels > 0)
+
+
+def test_indices_of_few_bits_reach_every_row_of_a_table():
+    words, table = RANDOM.integers(0, 100, (7, 2)), {"table": RANDOM.normal(size=(600, 4))}
+    model = mgs.FunctionalModel(lambda p, x: p["table"][x].sum(axis=1), table)
+    for chunk_size in (7, 1):
+        found = mgs.kernel(model, words.astype(np.uint8), chunk_size=chunk_size)
+        np.testing.assert_allclose(found, mgs.kernel(model, words))
+
+
+def test_check_sees_through_a_softmax():
+    pytest.importorskip("tensorflow")
+    backend = mgs.get_backend("tensorflow")
+
+    def softmax(p, x):
+        outputs = backend.namespace.exp(x @ p["w"])
+        return outputs / backend.namespace.sum(outputs, axis=-1, keepdims=True)
+
+    model = mgs.FunctionalModel(softmax, {"w": backend.asarray(RANDOM.normal(size=(3, 2)))})
+    (layer,) = mgs.check(model, backend.asarray(PROBE)).layers
+    assert (layer.kind, layer.route) == ("outer", "statistics")
+
+
 def test_errors_are_of_one_family():
     for error in (mgs.ArgumentError, mgs.BackendError, mgs.SamplesInteractError, mgs.UnsupportedModelError):
         assert issubclass(error, mgs.MgsError)

@@ -113,6 +113,20 @@ def test_wrong_labels_stand_out():
     np.testing.assert_array_equal(found.suggested, LABELS)
 
 
+@pytest.mark.parametrize("copies", [2, 10])
+def test_equal_samples_with_labels_that_differ_weigh_the_same(copies):
+    found = mgs.suspicion(np.ones((2 * copies, 2 * copies)), np.arange(2 * copies) % 2)
+    np.testing.assert_allclose(found.weights, 1.0)
+    np.testing.assert_allclose(found.scores, found.scores[0])
+
+
+def test_weights_stay_defined_where_all_labels_are_about_as_suspicious():
+    rows = 1.0 + 1e-3 * np.random.default_rng(0).normal(size=(40, 3))
+    weights = mgs.suspicion(rows @ rows.T, np.arange(40) % 2).weights
+    assert weights.min() >= 0
+    assert weights.mean() == pytest.approx(1.0)
+
+
 @pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -120,6 +134,8 @@ def test_wrong_labels_stand_out():
         (lambda: mgs.suspicion(np.ones((1, 1)), [0]), "at least 2 samples"),
         (lambda: mgs.suspicion(np.ones((2, 3)), [0, 1]), "`kernel` must be square"),
         (lambda: mgs.suspicion(np.full((2, 2), np.nan), [0, 1]), "`kernel` must be finite"),
+        (lambda: mgs.suspicion(np.triu(np.ones((2, 2))), [0, 1]), "`kernel` must be symmetric"),
+        (lambda: mgs.suspicion(np.zeros((2, 2)), [0, 1]), "`kernel` must have a positive trace"),
         (lambda: mgs.suspicion(np.eye(2), [0.0, 1.0]), "`labels` must be integers of shape"),
         (lambda: mgs.suspicion(np.eye(2), [0, 1, 1]), r"`labels` must be integers of shape \(2,\)"),
         (lambda: mgs.suspicion(np.eye(2), [0, -1]), r"`labels` must be in 0\.\.c−1"),

@@ -136,6 +136,17 @@ def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
     assert write_audit(audit, inputs, tmp_path).read_text().count("<img") == pictures
 
 
+@pytest.mark.parametrize(("factor", "shift"), [(1e30, 0.0), (1e-30, 0.0), (1.0, 1e9)])
+def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
+    plain, moved = (mgs.audit(x, LABELS[:200], epochs=2) for x in (IMAGES[:200], IMAGES[:200] * factor + shift))
+    np.testing.assert_allclose(moved.scores, plain.scores, atol=0.01)
+
+
+def test_equal_samples_are_all_as_suspicious():
+    found = mgs.audit(np.ones((20, 3)), np.arange(20) % 2, epochs=1)
+    np.testing.assert_allclose(found.weights, 1.0)
+
+
 @pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -147,7 +158,9 @@ def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
         (lambda: mgs.audit(IMAGES, LABELS, epochs=0), "`epochs` must be an integer of at least 1; got 0"),
         (lambda: mgs.audit(IMAGES, LABELS, networks=0), "`networks` must be an integer of at least 1; got 0"),
         (lambda: mgs.audit(IMAGES, LABELS, seed=-1), "`seed` must be an integer of at least 0; got -1"),
-        (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 2; got 1"),
+        (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 3; got 1"),
+        (lambda: mgs.audit(IMAGES, LABELS, learning_rate=float("nan")), "`learning_rate` must be a finite number above 0"),
+        (lambda: mgs.audit(IMAGES[:5], [0, 1, 0, 1, 10**7]), "`labels` must number its classes from 0 without large"),
         (lambda: mgs.audit(IMAGES, LABELS, model="oracle.onnx"), "oracle.onnx"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 import mgs_core as mgs
@@ -76,6 +77,16 @@ def test_more_seeds_may_be_asked_for_but_other_settings_need_another_folder(tmp_
         mgs.ArgumentError, match=r"`out` must be a new folder for other settings; .* {'epochs': 2}, now {'epochs': 5}"
     ):
         compare(Settings(**{**SETTINGS.to_dict(), "epochs": 5}), TWO, tmp_path)
+
+
+def test_data_that_have_changed_need_another_folder(tmp_path, begun):
+    settings = Settings(**{**SETTINGS.to_dict(), "data": str(tmp_path / "my.npz")})
+    for number in (1, 2):
+        np.savez(tmp_path / "my.npz", x_train=np.full(3, number))
+        if number == 1:
+            compare(settings, TWO, tmp_path / "run")
+    with pytest.raises(mgs.ArgumentError, match=r"`out` must be a new folder for other settings; .*data_sha256"):
+        compare(settings, TWO, tmp_path / "run")
 
 
 def test_a_command_that_failed_before_it_began_does_not_bar_its_folder(tmp_path):

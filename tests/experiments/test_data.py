@@ -132,7 +132,7 @@ def test_bad_files_are_refused(changes, message, save):
 
 
 def test_bad_sources_are_refused(tmp_path, save):
-    with pytest.raises(mgs.ArgumentError, match="`data` must be digits, mnist, or the path"):
+    with pytest.raises(mgs.ArgumentError, match=r"`data` must be the path of an \.npz file, or a name"):
         load_dataset("cifar")
     with pytest.raises(mgs.ArgumentError, match="`data` must be a file that exists"):
         load_dataset(str(tmp_path / "none.npz"))

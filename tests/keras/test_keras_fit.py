@@ -290,6 +290,52 @@ def test_subclassed_models():
     assert "mgs_penalty" not in fit(plain)
 
 
+def test_a_subclassed_model_that_passes_for_built():
+    class Outer(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = layers.Dense(4, activation="tanh"), layers.Dense(3, activation="softmax")
+
+        def call(self, x):
+            return self.last(self.first(x))
+
+    model = Outer()
+    model.built = True  # as `build` says of a model whose layers it does not know
+    assert fit(compiled(regularize(model, REGULARIZERS["loss"])))["mgs_penalty"][0] > 0
+
+
+class Distance(keras.losses.Loss):
+    """Take for granted that Keras brings targets and outputs to one dtype."""
+
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_pred - y_true), axis=-1)
+
+
+def test_targets_of_any_dtype_that_the_loss_takes():
+    one_hot, penalties = np.eye(3)[Y], []
+    for loss, y in ((Distance(), one_hot.astype("int64")), ("mse", one_hot)):
+        penalties += fit(compiled(regularize(network(), REGULARIZERS["loss"]), loss=loss), y=y)["mgs_penalty"]
+    for y in (Y, Y.astype("float32")):
+        penalties += fit(compiled(regularize(network(), REGULARIZERS["loss"])), y=y)["mgs_penalty"]
+    assert penalties[0] == pytest.approx(penalties[1], rel=1e-5)
+    assert penalties[2] == pytest.approx(penalties[3], rel=1e-5)
+    with pytest.raises(mgs.ArgumentError, match="`loss` must return one value for each of"):
+        fit(
+            compiled(regularize(network(), REGULARIZERS["loss"]), loss=lambda y, p: keras.ops.mean(keras.ops.square(p - y))),
+            y=one_hot,
+        )
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the other two refuse losses without reduction")
+def test_losses_without_reduction_are_summed_and_the_penalty_counts_once():
+    models = []
+    for reduction in ("sum", None):
+        loss = keras.losses.SparseCategoricalCrossentropy(reduction=reduction)
+        models.append(compiled(regularize(network(), REGULARIZERS["loss"]), loss=loss))
+        fit(models[-1], x=X[:10], y=Y[:10])
+    assert changed(models[0], models[1].get_weights()) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["loss", "agreement"])
 def test_what_layers_add_to_the_loss_stays_in_it(name):
     """The second pass, and the check of the first batch, do not drop it."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 from keras_oracle import BACKEND, draw_weights, kernel
-from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize
+from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize, sample_loss
 
 import mgs_core as mgs
 
@@ -37,6 +37,17 @@ def test_figures_are_the_summary_of_the_kernel():
         assert history[f"mgs_{name}"][1] == pytest.approx(value, rel=1e-3, abs=1e-4)
     assert monitor.history[1]["mgs_trace"] == history["mgs_trace"][1]
     assert monitor.history[0]["mgs_trace"] != monitor.history[1]["mgs_trace"]
+
+
+def test_losses_of_a_model_with_running_statistics():
+    hidden = [layers.Dense(4, activation="tanh"), layers.BatchNormalization()]
+    model = draw_weights(keras.Sequential([keras.Input((5,)), *hidden, layers.Dense(3)]))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)
+    options = {"output": "loss", "loss": sample_loss(loss)}
+    history = fit(model, [MGSMonitor(X[:6], Y[:6], **options)], epochs=2)
+    expected = mgs.summarize(mgs.kernel(model, X[:6], Y[:6], **options))
+    assert history["mgs_trace"][1] == pytest.approx(expected.trace, rel=1e-4)
 
 
 def test_measurement_is_compiled_once(monkeypatch):

@@ -131,6 +131,46 @@ def test_penalty_of_a_module_on_a_tape(mode):
     assert along == pytest.approx(slope(at), rel=1e-6)
 
 
+def test_a_traced_function_that_has_been_trained():
+    w, v = variable(4, 3), variable(3, 2)
+    function = tf.function(lambda x: tf.tanh(x @ w) @ v, input_signature=[tf.TensorSpec((None, 4), tf.float64)])
+    model = mgs.FunctionalModel(lambda _, x: function(x), {"w": w, "v": v})
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(function(tf.constant(X)))
+    tape.gradient(loss, [w, v])
+    close(mgs.kernel(model, X), expected(lambda x: tf.tanh(x @ w) @ v, [w, v], X))
+
+
+def test_variables_are_read_at_indices():
+    table, out, pairs = variable(9, 4), variable(4, 2), tf.constant(IDS)[:, :, None]
+
+    def model(x):
+        return tf.reduce_mean(tf.gather_nd(table, x), axis=1) @ out
+
+    found = mgs.kernel(mgs.FunctionalModel(lambda _, x: model(x), {"table": table, "out": out}), pairs)
+    close(found, expected(model, [table, out], pairs))
+
+
+def test_a_model_may_hold_tensors_of_the_graph_that_is_traced():
+    w, scale = variable(4, 3), tf.constant(RANDOM.normal(size=3))
+
+    @tf.function
+    def found(x, scale):
+        return mgs.kernel(mgs.FunctionalModel(lambda p, x: tf.tanh(x @ p["w"] * scale), {"w": w}), x)
+
+    close(found(tf.constant(X), scale), expected(lambda x: tf.tanh(x @ w * scale), [w], X))
+
+
+def test_a_loss_in_single_precision_of_a_model_in_double():
+    w = variable(4, 3)
+
+    def loss(outputs, targets):
+        return tf.reduce_sum(tf.cast(outputs, tf.float32) ** 2, axis=-1)
+
+    kernel = mgs.kernel(mgs.FunctionalModel(lambda p, x: tf.tanh(x @ p["w"]), {"w": w}), X, X, output="loss", loss=loss)
+    close(kernel, expected(lambda x: tf.reduce_sum(tf.tanh(x @ w) ** 2, axis=-1, keepdims=True), [w], X), 1e-5)
+
+
 def test_half_precision_contracts_in_single():
     w = tf.constant(RANDOM.normal(size=(4, 3)), tf.float32)
 

@@ -12,7 +12,9 @@ torch = pytest.importorskip("torch")
 from mgs_core.adapters.torch import Configured, MGSMonitor, twice_differentiable  # noqa: E402  # after the skip
 from mgs_core.backends.torch.graph import read_graph  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402  # after the skip
 
+from mgs_core.heads import make_head  # noqa: E402  # after the skip
 from mgs_core.statistics import merge  # noqa: E402  # after the skip
 
 BACKEND = mgs.get_backend("torch")
@@ -346,3 +348,13 @@ def test_monitor_takes_epochs_and_selects():
     assert monitor.step(7) is not None
     assert monitor.step(number=9) is not None
     assert [record["step"] for record in monitor.history] == [7, 9]
+
+
+@pytest.mark.parametrize("name", ["trace", "log_trace", "log_determinant", "cosine", "log_determinant_cosine"])
+def test_what_the_core_makes_is_where_the_kernel_is(name):
+    with FakeTensorMode():  # tensors without values, of a device that need not be there
+        kernel, outputs = torch.ones(4, 4, device="cuda"), torch.ones(4, 3, device="cuda")
+        labels = torch.zeros(4, dtype=torch.int64, device="cuda")
+        made = [mgs.Penalty(name)(kernel), mgs.agreement_weights(kernel), mgs.cross_entropy(outputs, labels)]
+        made.append(make_head("random", "identity", None, 2, 0, None).function(outputs, None))
+    assert {array.device.type for array in made} == {"cuda"}
