@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from mgs_core._errors import ArgumentError
+from mgs_core._protocol import LayerStatistics, Outer
 from mgs_core._types import Array
+from mgs_core.statistics import MEMORY_BUDGET, as_rows, prefers_pairwise
 
 Pairs: TypeAlias = Sequence[tuple[int, int]]
 
@@ -60,6 +62,17 @@ class JaxNamespace:
     def mgs_product(left: Array, right: Array) -> Array:
         """Return `left rightᵀ` over the last axis, (..., n, p) and (..., m, p) to (..., n, m), in float32 at least."""
         return _gram(left) if left is right else _product(left, right)
+
+    @staticmethod
+    def mgs_weighted_gradient(use: LayerStatistics, weights: Array) -> Array | None:
+        """Return `Σ_a w_a g_a` (p,) of a weight's rows, if its kernel is made of them: XLA sees that they are the same."""
+        if not isinstance(use, Outer) or use.gradients.shape[1] > 1 or prefers_pairwise(use, use):
+            return None
+        n, groups, _, i = use.inputs.shape
+        if n * groups * i * use.gradients.shape[-1] > MEMORY_BUDGET:  # the kernel makes them in slices
+            return None
+        found = jnp.reshape(weights, (1, n)) @ jnp.reshape(as_rows(use), (n, -1))
+        return jnp.ravel(found if use.restore is None else use.restore(found[None]))
 
     @staticmethod
     def mgs_log_determinant(kernel: Array, rounding: float) -> Array:
