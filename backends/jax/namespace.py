@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mgs_core._errors import ArgumentError
@@ -16,6 +20,25 @@ from mgs_core._types import Array
 from mgs_core.statistics import MEMORY_BUDGET, as_rows, prefers_pairwise
 
 Pairs: TypeAlias = Sequence[tuple[int, int]]
+
+
+#: Values of traced arrays by the arrays' identities, while these are alive: the labels of a batch whose samples are traced.
+_known: ContextVar[Mapping[int, Array]] = ContextVar("known", default=MappingProxyType({}))
+
+
+@contextmanager
+def known(traced: Sequence[Array], values: Sequence[Array]) -> Iterator[None]:
+    """Let labels among traced arrays be seen by their values.
+
+    Args:
+        traced: arrays.
+        values: what stands for each; those that are traced themselves are not known.
+    """
+    token = _known.set({id(a): b for a, b in zip(traced, values, strict=True) if not isinstance(b, jax.core.Tracer)})
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 class JaxNamespace:
@@ -57,6 +80,25 @@ class JaxNamespace:
         if reduction not in reductions:
             raise ArgumentError(f"`reduction` must be none, {', '.join(reductions)}; got {reduction!r}. Choose one of them.")
         return reductions[reduction](updates)
+
+    @staticmethod
+    def mgs_labels(labels: Array) -> Any:
+        """Return labels as NumPy's, whole numbers as integers; None where they have no values, or on a device that would wait."""
+        if isinstance(labels, jax.core.Tracer):
+            labels = _known.get().get(id(labels))
+        if labels is None or any(device.platform != "cpu" for device in labels.devices()):
+            return None
+        values = np.asarray(labels)
+        whole = values.astype(np.int64)
+        return whole if np.all(whole == values) else values
+
+    @staticmethod
+    def mgs_picked(outputs: Array, labels: Array) -> Array:
+        """Return the labelled outputs (n,); NaN, and so its gradient, for a label that names none: under jit none can be refused."""
+        c = outputs.shape[-1]
+        labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+        one_hot = jnp.expand_dims(labels, -1) == jnp.arange(c, dtype=labels.dtype)
+        return jnp.where((labels >= 0) & (labels < c), 1.0, jnp.nan) * jnp.sum(outputs * one_hot, -1)
 
     @staticmethod
     def mgs_product(left: Array, right: Array) -> Array:
