@@ -94,7 +94,7 @@ class JaxNamespace:
 
     @staticmethod
     def mgs_picked(outputs: Array, labels: Array) -> Array:
-        """Return the labelled outputs (n,); NaN, and so its gradient, for a label that names none: under jit none can be refused."""
+        """Return the labelled outputs (n,); NaN, with a gradient of NaN, for a label that names none."""
         c = outputs.shape[-1]
         labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
         one_hot = jnp.expand_dims(labels, -1) == jnp.arange(c, dtype=labels.dtype)
