@@ -96,9 +96,10 @@ class JaxNamespace:
     def mgs_picked(outputs: Array, labels: Array) -> Array:
         """Return the labelled outputs (n,); NaN, with a gradient of NaN, for a label that names none."""
         c = outputs.shape[-1]
-        labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
-        one_hot = jnp.expand_dims(labels, -1) == jnp.arange(c, dtype=labels.dtype)
-        return jnp.where((labels >= 0) & (labels < c), 1.0, jnp.nan) * jnp.sum(outputs * one_hot, -1)
+        labels = jnp.expand_dims(labels.astype(jnp.promote_types(labels.dtype, jnp.int32)), -1)
+        hit = (labels == jnp.arange(c, dtype=labels.dtype)).astype(outputs.dtype)
+        # NaN within the sum: XLA makes a product with a condition a choice, which would keep NaN out of the gradient
+        return jnp.sum(outputs * jnp.where((labels >= 0) & (labels < c), hit, jnp.nan), -1)
 
     @staticmethod
     def mgs_product(left: Array, right: Array) -> Array:
