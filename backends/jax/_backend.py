@@ -22,7 +22,7 @@ from mgs_core.functional import FunctionalModel
 from .fingerprint import fingerprint
 from .interaction import refuse_interaction
 from .models import functional, leaves_of, named, pure, scalars
-from .namespace import JaxNamespace
+from .namespace import JaxNamespace, known
 from .program import program_for
 from .squeeze import squeezed
 
@@ -94,16 +94,19 @@ class JaxBackend:
             return [scalars(found, head, targets, 1 if mean else samples[0].shape[0]), *([found] if outputs else [])]
 
         def one(leaves: list[Array], sample: list[Array]) -> list[Any]:
-            found = batch(leaves, [leaf[None] for leaf in sample])
+            of_one = [leaf[None] for leaf in sample]
+            with known(of_one, samples):
+                found = batch(leaves, of_one)
             return [jax.tree.map(lambda leaf: jax.lax.squeeze(leaf, (0,)), value) for value in found]
 
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
         slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
         traced, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
         jaxpr = squeezed(traced)
-        program = program_for(jaxpr, list(leaves), chosen, differentiable)
-        if n > 1:  # known by the program as traced: squeezed, a sum over the batch is gone
-            refuse_interaction(fingerprint(traced.jaxpr), batch, jaxpr, list(leaves.values()), samples)
+        key = fingerprint(jaxpr.jaxpr)
+        program = program_for(key, jaxpr, list(leaves), chosen, differentiable)
+        if n > 1:
+            refuse_interaction(key, batch, jaxpr, list(leaves.values()), samples)
         given = (leaves, samples, jaxpr.consts)
         try:
             values, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))

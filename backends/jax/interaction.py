@@ -1,8 +1,9 @@
 """Refuse models in which samples interact: one sample's scalars must not change with the rest of the batch.
 
-The scalars of a few samples are compared with those of each alone, once per program. That takes values. Where they are known,
-they are used, with the parameters moved a little, for an output layer that starts at zero would hide everything in front of it.
-Under jit, grad or vmap, values are made up: the comparison runs while the function is traced, and costs nothing when it runs.
+The scalars of a few samples are compared with those of each alone, once for each pair of programs. That takes values. Where they
+are known, they are used, with the parameters moved a little, for an output layer that starts at zero would hide everything in
+front of it. Under jit, grad or vmap, values are made up: the comparison runs while the function is traced, and costs nothing when
+it runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from mgs_core._errors import SamplesInteractError
 from mgs_core._types import Array
 
+from .fingerprint import fingerprint
 from .program import remember
 
 _MOVE = 0.05
@@ -36,12 +38,16 @@ _verdicts: OrderedDict[Hashable, bool] = OrderedDict()
 
 
 def refuse_interaction(
-    key: Hashable, whole: Callable[..., list[Any]], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]
+    known_by: Hashable,
+    whole: Callable[..., list[Any]],
+    single: ClosedJaxpr,
+    parameters: Sequence[Array],
+    samples: Sequence[Array],
 ) -> None:
-    """Compare the scalars of a few samples with those of each alone, unless the verdict on their program is known.
+    """Compare the scalars of a few samples with those of each alone, unless the verdict on the two programs is known.
 
     Args:
-        key: of one sample's program as it was traced; the verdict holds whichever of its parameters are chosen.
+        known_by: the fingerprint of `single`; the verdict holds whichever of its parameters are chosen.
         whole: `(parameters, samples) → [(m, k), …]`, of m samples; the first is compared. It may be (1, k), the mean over them.
         single: the jaxpr of one sample: parameters and the leaves of a sample to (k,) and the rest.
         parameters: values or traced arrays.
@@ -50,8 +56,12 @@ def refuse_interaction(
     Raises:
         SamplesInteractError: when they differ by more than rounding.
     """
+    few = min(len(samples[0]), _FEW)
+    shapes = [jax.ShapeDtypeStruct((few, *value.shape[1:]), value.dtype) for value in samples]
+    batch = jax.make_jaxpr(whole)([jax.ShapeDtypeStruct(value.shape, value.dtype) for value in parameters], shapes)
+    key = (known_by, fingerprint(batch.jaxpr))  # what the program of one sample hides, as in `h + h[:1]`, that of a few shows
     if key not in _verdicts:
-        remember(_verdicts, key, _interact(whole, single, parameters, samples))
+        remember(_verdicts, key, _interact(batch, single, parameters, samples))
     if _verdicts[key]:
         raise SamplesInteractError(
             "`model` must treat each sample by itself; got outputs that change with the rest of the batch (batch statistics, "
@@ -60,20 +70,16 @@ def refuse_interaction(
         )
 
 
-def _interact(
-    whole: Callable[..., list[Any]], single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]
-) -> bool:
-    n = samples[0].shape[0]
-    places = np.linspace(0, n - 1, min(n, _FEW)).astype(int)
-    shapes = [jax.ShapeDtypeStruct((len(places), *value.shape[1:]), value.dtype) for value in samples]
-    batch = jax.make_jaxpr(whole)([jax.ShapeDtypeStruct(value.shape, value.dtype) for value in parameters], shapes)
+def _interact(batch: ClosedJaxpr, single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]) -> bool:
     with jax.ensure_compile_time_eval():
         draw = np.random.default_rng(0)
         known: dict[int, Array] = {}
         theta = [_moved(value, draw) for value in parameters]
         data = [
-            _made_up(shape, draw, sample=True) if isinstance(value, jax.core.Tracer) else value[places]
-            for value, shape in zip(samples, shapes, strict=True)
+            _made_up(variable.aval, draw, sample=True)
+            if isinstance(value, jax.core.Tracer)
+            else value[np.linspace(0, len(value) - 1, variable.aval.shape[0]).astype(int)]
+            for value, variable in zip(samples, batch.jaxpr.invars[len(parameters) :], strict=True)
         ]
         constants = [[known.setdefault(id(c), _value(c, draw)) for c in jaxpr.consts] for jaxpr in (single, batch)]
 

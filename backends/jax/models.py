@@ -132,7 +132,7 @@ def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
     try:
         values = head(outputs, targets)
     except (ArgumentError, AttributeError, TypeError) as error:
-        if shape is not None:
+        if shape is not None or "`targets`" in str(error):
             raise
         values = error
     if getattr(values, "shape", (0,))[:1] != (n,) or values.ndim != 2:

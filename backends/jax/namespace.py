@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mgs_core._errors import ArgumentError
+from mgs_core._protocol import LayerStatistics, Outer
 from mgs_core._types import Array
+from mgs_core.statistics import MEMORY_BUDGET, as_rows, prefers_pairwise
 
 Pairs: TypeAlias = Sequence[tuple[int, int]]
+
+
+#: Values of traced arrays by the arrays' identities, while these are alive: the labels of a batch whose samples are traced.
+_known: ContextVar[Mapping[int, Array]] = ContextVar("known", default=MappingProxyType({}))
+
+
+@contextmanager
+def known(traced: Sequence[Array], values: Sequence[Array]) -> Iterator[None]:
+    """Let labels among traced arrays be seen by their values.
+
+    Args:
+        traced: arrays.
+        values: what stands for each; those that are traced themselves are not known.
+    """
+    token = _known.set({id(a): b for a, b in zip(traced, values, strict=True) if not isinstance(b, jax.core.Tracer)})
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 class JaxNamespace:
@@ -57,9 +82,40 @@ class JaxNamespace:
         return reductions[reduction](updates)
 
     @staticmethod
+    def mgs_labels(labels: Array, c: int) -> Any:
+        """Return labels as NumPy's, whole numbers as integers; None where they have no values, or on a device that would wait."""
+        if isinstance(labels, jax.core.Tracer):
+            labels = _known.get().get(id(labels))
+        if labels is None or any(device.platform != "cpu" for device in labels.devices()):
+            return None
+        values = np.asarray(labels)
+        whole = values.astype(np.int64)
+        return whole if np.all(whole == values) else values
+
+    @staticmethod
+    def mgs_picked(outputs: Array, labels: Array) -> Array:
+        """Return the labelled outputs (n,); NaN, with a gradient of NaN, for a label that names none."""
+        c = outputs.shape[-1]
+        labels = jnp.expand_dims(labels.astype(jnp.promote_types(labels.dtype, jnp.int32)), -1)
+        hit = (labels == jnp.arange(c, dtype=labels.dtype)).astype(outputs.dtype)
+        # NaN within the sum: XLA makes a product with a condition a choice, which would keep NaN out of the gradient
+        return jnp.sum(outputs * jnp.where((labels >= 0) & (labels < c), hit, jnp.nan), -1)
+
+    @staticmethod
     def mgs_product(left: Array, right: Array) -> Array:
         """Return `left rightᵀ` over the last axis, (..., n, p) and (..., m, p) to (..., n, m), in float32 at least."""
         return _gram(left) if left is right else _product(left, right)
+
+    @staticmethod
+    def mgs_weighted_gradient(use: LayerStatistics, weights: Array) -> Array | None:
+        """Return `Σ_a w_a g_a` (p,) of a weight's rows, if its kernel is made of them: XLA sees that they are the same."""
+        if not isinstance(use, Outer) or use.gradients.shape[1] > 1 or prefers_pairwise(use, use):
+            return None
+        n, groups, _, i = use.inputs.shape
+        if n * groups * i * use.gradients.shape[-1] > MEMORY_BUDGET:  # the kernel makes them in slices
+            return None
+        found = jnp.reshape(weights, (1, n)) @ jnp.reshape(as_rows(use), (n, -1))
+        return jnp.ravel(found if use.restore is None else use.restore(found[None]))
 
     @staticmethod
     def mgs_log_determinant(kernel: Array, rounding: float) -> Array:

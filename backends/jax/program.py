@@ -17,7 +17,6 @@ from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array
 
 from .execute import Parameterised, execute
-from .fingerprint import fingerprint
 from .plan import DATA, Plan, Site, make_plan, undifferentiated
 from .views import View
 
@@ -64,10 +63,13 @@ class Program:
         return Lookup(**common, indices=inputs, size=rule.size) if rule.kind == "lookup" else Outer(**common, inputs=inputs)
 
 
-def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str], differentiable: bool) -> Program:
+def program_for(
+    known_by: Hashable, jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str], differentiable: bool
+) -> Program:
     """Return the program of a traced sample.
 
     Args:
+        known_by: the jaxpr's fingerprint.
         jaxpr: from the parameters and the leaves of one sample to its heads (k,) and whatever is to come out besides; its
             constants are given when it runs.
         names: of the parameters, the first inputs of the jaxpr.
@@ -77,7 +79,7 @@ def program_for(jaxpr: ClosedJaxpr, names: Sequence[str], chosen: Sequence[str],
     Returns:
         The program, a known one when the same computation came before.
     """
-    key = (fingerprint(jaxpr.jaxpr), tuple(names), tuple(chosen), differentiable)
+    key = (known_by, tuple(names), tuple(chosen), differentiable)
     program = _programs.get(key) or _make(jaxpr, tuple(names), frozenset(chosen), differentiable)
     remember(_programs, key, program)
     return program

@@ -20,6 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from mgs_core._types import Array
 
 from .views import View
+from .windows import windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,18 +111,10 @@ def _convolution(equation: Any, place: int, view: View) -> Rule | None:
         margins = [(low, high, factor - 1) for (low, high), factor in zip(params["padding"], params["lhs_dilation"], strict=True)]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *margins])
         x = jnp.reshape(x, (x.shape[0], groups, i, *x.shape[2:]))
-        # Cut along one axis after another. An axis of the output has the window's behind it, the last one before it: what is
-        # joined are short stretches of memory, which XLA for CPU does in one kernel with the cuts; long ones take one each.
-        where, outs, windows = 3, [], []
-        for axis, size in enumerate(window):
-            last, stride = axis == len(window) - 1, params["window_strides"][axis]
-            starts = [at * params["rhs_dilation"][axis] for at in range(size)]
-            cuts = [lax.slice_in_dim(x, start, start + (space[axis] - 1) * stride + 1, stride, where) for start in starts]
-            x = jnp.stack(cuts, where if last else where + 1)
-            outs.append(where + last)
-            windows.append(where + 1 - last)
-            where += 2
-        return jnp.swapaxes(jnp.reshape(jnp.transpose(x, (1, *windows, 2, 0, *outs)), (groups, width, s)), 1, 2)
+        how = {"window": window, "out": space, "strides": params["window_strides"], "dilations": params["rhs_dilation"]}
+        x = windows(x, **how)  # (s, g, i, *window, *out)
+        order = (1, *range(3, 3 + len(window)), 2, 0, *range(3 + len(window), x.ndim))
+        return jnp.swapaxes(jnp.reshape(jnp.transpose(x, order), (groups, width, s)), 1, 2)
 
     def by_products(x: Array, weight: Array) -> Array:
         y = jnp.reshape(jnp.moveaxis(inputs(x) @ arrange(weight), 0, 1), (out[numbers.out_spec[0]], *space, features))

@@ -186,7 +186,8 @@ class TensorFlowNamespace:
             labels = labels.op.inputs[0]
         known = tf.get_static_value(labels)
         if known is None:
-            valid = tf.reduce_all((labels >= 0) & (labels < tf.cast(c, labels.dtype)))
+            labels = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)  # in 8 bits `c` may have no room
+            valid = tf.reduce_all((labels >= 0) & (labels < c))
             range_ = [tf.reduce_min(labels), tf.reduce_max(labels)]
             tf.debugging.Assert(valid, [f"`targets` must be labels in 0..{c - 1}; got least and most", *range_])
         return known

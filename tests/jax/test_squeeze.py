@@ -83,10 +83,12 @@ def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
         lambda h: h + jnp.sum(h, axis=0, keepdims=True),
         lambda h: h + jnp.max(h, axis=0),
         lambda h: h + jnp.reshape(h, (-1,))[: h.shape[1]],
+        lambda h: h + h[:1],
+        lambda h: h + h[::-1],
     ],
 )
 def test_a_program_that_is_alike_for_one_sample_has_a_verdict_of_its_own(mixing):
-    """Without the batch's axis each of these is `h + h`, whose samples do not interact."""
+    """Of one sample each of these is `h + h`, whose samples do not interact."""
     parameters, x = {"w": draw(3, 2)}, draw(4, 3)
     mgs.kernel(mgs.FunctionalModel(lambda p, x: (lambda h: h + h)(jnp.tanh(x @ p["w"])), parameters), x)
     with pytest.raises(mgs.SamplesInteractError):
