@@ -43,11 +43,15 @@ def test_labels_of_few_bits_name_one_of_many_outputs(framework, dtype, output):
     pytest.importorskip(framework)
     backend, weights, labels = mgs.get_backend(framework), RANDOM.normal(size=(3, 600)), np.array([0, 1, 2, 3, 100, 100, 0])
 
-    def of(labels):
+    def kernel(labels):
         model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(weights)})
-        return backend.to_numpy(mgs.kernel(model, backend.asarray(PROBE), backend.asarray(labels), output=output))
+        return mgs.kernel(model, backend.asarray(PROBE), labels, output=output)
+
+    def of(labels, function=kernel):
+        return backend.to_numpy(function(backend.asarray(labels)))
 
     np.testing.assert_allclose(of(labels.astype(dtype)), of(labels.astype("int32")), rtol=1e-6)
+    np.testing.assert_allclose(of(labels.astype(dtype), backend.compile(kernel)), of(labels.astype("int32")), rtol=1e-5)
     with pytest.raises(mgs.ArgumentError, match="`targets` must be integers to be labels; got dtype"):
         of(labels > 0)
 
