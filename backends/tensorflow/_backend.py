@@ -150,10 +150,16 @@ def _statistics(
         at_use = [gradient[place] for gradient in found]
         if any(gradient is not None for gradient in at_use):
             dense = [tf.zeros_like(use.op.outputs[0]) if gradient is None else gradient for gradient in at_use]
-            statistics.append(_layer(use, layout, dense, n, leaves[use.term.parameter].dtype))
+            statistics.append(_layer(use, layout, dense, n, _wide(leaves[use.term.parameter].dtype)))
     if slow:
-        statistics += [Rows(name, row) for name, row in rows(scalars, leaves, sorted(slow), inputs, targets).items()]
-    return statistics or [Rows(chosen[0], tf.zeros((n, k, 1), leaves[chosen[0]].dtype))]
+        by_name = rows(scalars, leaves, sorted(slow), inputs, targets)
+        statistics += [Rows(name, tf.cast(row, _wide(row.dtype))) for name, row in by_name.items()]
+    return statistics or [Rows(chosen[0], tf.zeros((n, k, 1), _wide(leaves[chosen[0]].dtype)))]
+
+
+def _wide(dtype: Any) -> Any:
+    """Return the type in which kernels are summed: single precision at least."""
+    return tf.float32 if dtype in (tf.bfloat16, tf.float16) else dtype
 
 
 def _absorbs(use: Use) -> bool:

@@ -182,6 +182,18 @@ def test_half_precision_contracts_in_single():
     close(kernel, 3 * X @ X.T, 0.02)
 
 
+@pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16])
+def test_models_in_half_precision_have_kernels_in_single(dtype):
+    def function(p, x):  # the factor reaches the data through an operation, so that it has rows
+        return x @ p["w"] * tf.reduce_sum(p["factor"] ** 2)
+
+    parameters = {"w": tf.constant(RANDOM.normal(size=(4, 3)), dtype), "factor": tf.constant([0.5, 0.5], dtype)}
+    kernel = mgs.kernel(mgs.FunctionalModel(function, parameters), tf.cast(X, dtype))
+    assert kernel.dtype == tf.float32
+    exact = {name: tf.cast(value, tf.float64) for name, value in parameters.items()}
+    close(kernel, mgs.kernel(mgs.FunctionalModel(function, exact), tf.cast(tf.cast(X, dtype), tf.float64)), 0.02)
+
+
 def test_replicas_get_a_kernel_each():
     if len(tf.config.list_logical_devices("CPU")) < 2:
         pytest.skip("TensorFlow was started with one device")
