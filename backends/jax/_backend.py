@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
@@ -29,7 +29,7 @@ from .squeeze import squeezed
 _namespace = JaxNamespace()
 register_namespace(lambda array: isinstance(array, jax.Array), _namespace)
 
-if jaxlib.version.__version__ == "0.10.2" and "ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
+if version("jaxlib") == "0.10.2" and "ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
     warnings.warn(
         "jaxlib 0.10.2 computes some sums wrongly on CPU, by tens of per cent, in kernels and in your own compiled functions "
         "(jax-ml/jax#39103). Install jax and jaxlib 0.10.1, or set XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce.",
