@@ -141,7 +141,7 @@ def main() -> None:
     for name in filter(cells.get, kinds):
         print(f"\n## {name}\n\n{table(figures, cells[name])}")
     most = max(map(len, figures.values()))
-    full = {name: cell for name, cell in figures.items() if len(cell) > most / 2}  # few recipes were run on the CNN
+    full = {name: cell for name, cell in figures.items() if len(cell) > most / 2}  # ranks among few recipes say little
     print(f"\n## Mean rank\n\n{ranks(full)}")
     print(f"\n## Cost\n\n{cost(records)}")
     if options.figure:
