@@ -148,15 +148,16 @@ def kernel_blocks(
         batch, labels = _batch.take(inputs, samples), _batch.take(targets, samples)
         return merge(backend.statistics(model, batch, labels, head.function, parameters, differentiable=differentiable))
 
-    summed = getattr(backend, "summed_kernel", None)
-    if summed is not None and n <= chunk_size and not head.full and not differentiable:
-        block = summed(model, inputs, targets, head.function, parameters)
-        yield slice(0, n), slice(0, n), block if head.factor == 1.0 else block * head.factor
-        return
+    def scaled(block: Array) -> Array:
+        return block if head.factor == 1.0 else block * head.factor
+
     chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
+    summed = getattr(backend, "summed_kernel", None)
+    if summed is not None and len(chunks) == 1 and not head.full and not differentiable:
+        yield chunks[0], chunks[0], scaled(summed(model, inputs, targets, head.function, parameters))
+        return
     for number, rows in enumerate(chunks):
         left = statistics(rows)
         for columns in chunks[number:]:
             right = left if columns is rows else statistics(columns)
-            block = contract(left, right, full=head.full)
-            yield rows, columns, block if head.factor == 1.0 else block * head.factor
+            yield rows, columns, scaled(contract(left, right, full=head.full))

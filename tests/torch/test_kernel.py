@@ -167,24 +167,6 @@ def test_outputs_taken_one_after_the_other_change_nothing(of, name, monkeypatch)
     close(mgs.kernel(model, x, output="random", probes=3), mgs.kernel(model, x, output="random", probes=3, chunk_size=3))
 
 
-def test_memory_of_a_kernel_does_not_grow_with_the_outputs_of_a_large_model(monkeypatch):
-    def peak(outputs: int) -> int:
-        torch.manual_seed(0)
-        head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4 * 64, outputs))
-        model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 1, 1), torch.nn.Tanh(), head), torch.randn(32, 3, 8, 8)
-        mgs.kernel(model, x)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            mgs.kernel(model, x)
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        return int(np.max(np.cumsum(sizes)))
-
-    monkeypatch.setattr(collect, "_TOGETHER", 1)
-    assert peak(40) < 1.5 * peak(4)
-    monkeypatch.undo()
-    assert peak(40) > 2 * peak(4)  # a small model takes all outputs at once, which is faster
-
-
 def test_central_differences_find_the_weight_norm_of_pytorch_wrong(of):
     """The reason for our own: when this fails, PyTorch is repaired."""
     v, g = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (4, 1)))

@@ -1,4 +1,4 @@
-"""What the derivative of a penalty holds at once."""
+"""What kernels, and derivatives of penalties, hold at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mgs_core as mgs
 torch = pytest.importorskip("torch")
 
 from mgs_core.adapters.torch import MGSLoss  # noqa: E402  # after the skip
+from mgs_core.backends.torch import collect  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 
 
@@ -39,3 +40,17 @@ def test_layers_are_differentiated_one_after_the_other():
     activation = 4 * n * s * width
     # the forward pass keeps one for each layer, the first gradient another; all contractions at once would give two more
     assert peak(step) < 3 * depth * activation
+
+
+def test_memory_of_a_kernel_does_not_grow_with_the_outputs_of_a_large_model(monkeypatch):
+    def peak_of(outputs: int) -> int:
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, outputs))
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.Tanh(), head), torch.randn(32, 3, 8, 8)
+        mgs.kernel(model, x)
+        return peak(lambda: mgs.kernel(model, x))
+
+    monkeypatch.setattr(collect, "_TOGETHER", 1)
+    assert peak_of(40) < 1.5 * peak_of(4)
+    monkeypatch.undo()
+    assert peak_of(40) > 2 * peak_of(4)  # a small model takes all outputs at once, which is faster
