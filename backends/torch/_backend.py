@@ -108,7 +108,7 @@ class TorchBackend:
                 if model.outputs.shape[0] != _batch.count(inputs):
                     raise ArgumentError("`chunk_size` must be None for outputs that are there already. Leave it out.")
             elif isinstance(model, FunctionalModel):
-                leaves = {name: _source(value, differentiable and name in chosen) for name, value in leaves.items()}
+                leaves = {name: _source(value, differentiable) if name in chosen else value for name, value in leaves.items()}
                 outputs = model.function(unflatten(model.parameters, leaves), inputs)
                 evaluated = Evaluated(outputs, leaves, plans=_known_plans(model.function))
             else:

@@ -230,9 +230,9 @@ class _Reader:
         if self._views and len(self._views) == 1 and self._views[0][0] == "T":  # of every nn.Linear
             return rows.mT.flatten(2)
         if self._views and rows.shape[:2] == (1, 1):
-            (pulled,) = pull_chain(self._graph, self._use.source, rows[0, 0], self._names, differentiable=False)
+            (pulled,) = pull_chain(self._graph, self._use.source, rows[0, 0], self._names, differentiable=self._differentiable)
             return pulled.reshape(1, 1, -1)
-        rows = rows.flatten(2)
+        rows = rows.reshape(*rows.shape[:2], -1)  # `flatten` takes no element of a parameter, which has no axis
         if not self._views:
             return rows
         places = places_in(self._graph, self._use.source, self._names[0])

@@ -128,5 +128,5 @@ def elementwise(place: Place, factor: Callable[[], torch.Tensor] | float, own: t
 
 def _lead_first(array: torch.Tensor, own: tuple[int, ...]) -> torch.Tensor:
     lead = [axis for axis in range(array.ndim) if axis not in own]
-    array = array.permute(*lead, *own)  # there may be no element: a last size of -1 would be unknown
+    array = array.permute([*lead, *own])  # there may be no element: a last size of -1 would be unknown
     return array.reshape(1, *array.shape[: len(lead)], prod(array.shape[len(lead) :]))
