@@ -18,6 +18,7 @@ from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
 
 _BASE = 8  # weights 1, 2, …, 128: far from overflow even in float16
+_FEW = 4
 # spacing of single precision: scaling is exact in lower ones too, and in higher ones losses may be in single precision
 _EPS = 2.0**-23
 
@@ -96,7 +97,9 @@ def find_layout(
             "`model` must have finite gradients; got NaN or infinity. Look for them in the inputs and the parameters."
         )
     tolerance = 1e3 * min(eps, _EPS) * size
-    fits = [layout for layout in candidates if _fits(layout, gradient, weighted, weights, tolerance)]
+    few = [array[..., :_FEW] for array in (gradient, *weighted)]  # enough to rule most of them out
+    fits = [layout for layout in candidates if _fits(layout, few[0], few[1:], weights, tolerance)]
+    fits = [layout for layout in fits if _fits(layout, gradient, weighted, weights, tolerance)]
     if candidates and (size == 0 or (not fits and size <= noise_floor(eps))):
         return candidates[0], "silent"
     if not fits:
