@@ -1,8 +1,8 @@
 """Keep what was found out about a structure of computation, for the last used ones, and find it out anew from time to time.
 
-Where the samples are, and whether they interact, is found by evaluation: it depends on the structure (the operations, their shapes
-and settings), but in some models on values too, as `h + s·h.mean(0)` does on s. So what is kept is verified at the 2nd, 4th, 8th,
-16th, … use of a structure, which costs nothing in the long run, and at each use of one that has been seen to depend on values.
+Where the samples are, and whether they interact, is found by evaluation: it depends on the structure (the operations, their
+shapes and settings), but in some models on values too, as that of `h + s·h.mean(0)` does on s. So what is kept is verified at the
+2nd, 4th, 8th, 16th, … use of a structure, which costs nothing in the long run, and what has been seen to depend on values at each.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ class Known(Generic[T]):
 
         Args:
             key: equal for equal structures.
-            find: returns the finding, which can be compared, and whether it may hold for other values too; where it does not, it is
-                not kept.
+            find: returns the finding, which can be compared, and whether it may hold for other values too; else it is not kept.
 
         Returns:
             The finding.

@@ -62,7 +62,8 @@ def sample_weights(n: int) -> list[list[float]]:
     Args:
         n: number of samples.
     """
-    passes, digit = [], 1
+    passes: list[list[float]] = []
+    digit = 1
     while not passes or digit < n:
         passes.append([2.0 ** (sample // digit % _BASE) for sample in range(n)])
         digit *= _BASE

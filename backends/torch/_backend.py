@@ -112,9 +112,7 @@ class TorchBackend:
                 evaluated = Evaluated(outputs, leaves, plans=_plans.of(model.function))
             else:
                 settings = model if isinstance(model, Configured) else Configured(model)
-                evaluated = Evaluated(
-                    settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_plans.of(settings.model)
-                )
+                evaluated = Evaluated(settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_plans.of(settings.model))
             heads = _heads(head(evaluated.outputs, _tensors(targets, evaluated.outputs)), _batch.count(inputs))
             wanted = {name: leaves[name] for name in chosen}
             graph = read_graph(heads, wanted)

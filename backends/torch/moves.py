@@ -1,7 +1,8 @@
 """Ask of a graph whether values decide which samples meet: then its plan may be wrong for the next batch, and is not kept.
 
-Ways between samples that values close (a factor of zero, a mask, a matrix that is the identity for once) are found by a backward pass
-that begins with NaN, for `0 · NaN = NaN`. Where values choose a way, so that NaN goes no other (indexing, sorting), it is known by name.
+Ways between samples that values close (a factor of zero, a mask, a matrix that is the identity for once) are found by a backward
+pass that begins with NaN, for `0 · NaN = NaN`. Operations in which values choose a way, so that NaN goes no other (indexing,
+sorting), are known by name.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | 
 
 # data say to which sample they take a row
 _MOVERS = {
-    "Cummax", "Cummin", "Embedding", "EmbeddingBag", "Gather", "IndexAdd", "IndexCopy", "IndexPut", "IndexSelect", "MaskedScatter",
-    "MaskedSelect", "PackPaddedSequence", "PadPackedSequence", "Scatter", "ScatterAdd", "ScatterReduce", "SegmentReduce", "Sort",
-    "SparseAddmm", "Take", "Topk",
+    "Cummax", "Cummin", "Embedding", "EmbeddingBag", "Gather", "IndexAdd", "IndexCopy", "IndexPut", "IndexSelect",
+    "MaskedScatter", "MaskedSelect", "PackPaddedSequence", "PadPackedSequence", "Scatter", "ScatterAdd", "ScatterReduce",
+    "SegmentReduce", "Sort", "SparseAddmm", "Take", "Topk",
 }  # fmt: skip
 _PRODUCTS = {"Addmm", "Addmv", "Baddbmm", "Bmm", "Mm", "Mv"}
 # elementwise, with a derivative that is zero, not zero times what comes, where values say so
 _GATES = {
-    "Clamp", "ClampMax", "ClampMin", "Fmax", "Fmin", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "MaskedFill", "Maximum",
-    "Minimum", "NanToNum", "Relu", "Softshrink", "Threshold", "Where",
+    "Clamp", "ClampMax", "ClampMin", "Fmax", "Fmin", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "MaskedFill",
+    "Maximum", "Minimum", "NanToNum", "Relu", "Softshrink", "Threshold", "Where",
 }  # fmt: skip
 
 
