@@ -1,14 +1,14 @@
 """Refuse models in which samples interact: one sample's scalars must not change with the rest of the batch.
 
-The scalars of a few samples are compared with those of each alone, once for each pair of programs. That takes values. Where they
-are known, they are used, with the parameters moved a little, for an output layer that starts at zero would hide everything in
-front of it. Under jit, grad or vmap, values are made up: the comparison runs while the function is traced, and costs nothing when
-it runs.
+The scalars of a few samples are compared with those of each alone, for each pair of programs the first time and from time to time.
+That takes values. Where they are known, they are used, with the parameters moved a little, for an output layer that starts at zero
+would hide everything in front of it. Under jit, grad or vmap, values are made up: the comparison runs while the function is traced,
+and costs nothing when it runs. Where made-up values make samples interact and those at hand do not (a mask, a gate), it depends on
+values whether they do, and they are compared at each call.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -18,15 +18,15 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mgs_core._errors import SamplesInteractError
+from mgs_core._known import Known, Recent
 from mgs_core._types import Array
 
 from .fingerprint import fingerprint
-from .program import remember
 
 _MOVE = 0.05
 #: Samples that are compared.
 _FEW = 4
-#: The comparison runs once, so that optimising its machine code would take longer than it saves; the older emitter of XLA for CPU
+#: The comparison runs seldom, so that optimising its machine code would take longer than it saves; the older emitter of XLA for CPU
 #: writes it in a third of the time, and one module of it is compiled sooner than many.
 _QUICKLY = {
     "xla_backend_optimization_level": 0,
@@ -34,7 +34,11 @@ _QUICKLY = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-_verdicts: OrderedDict[Hashable, bool] = OrderedDict()
+#: `(theta, data, constants) → (scalars of each sample alone, those of the few together)`.
+Comparison = Callable[[list[Array], list[Array], list[list[Array]]], tuple[Array, Array]]
+#: Programs in which samples do not interact; of another verdict there is none to keep.
+_verdicts: Known[bool] = Known()
+_comparisons: Recent[Comparison] = Recent()
 
 
 def refuse_interaction(
@@ -44,7 +48,7 @@ def refuse_interaction(
     parameters: Sequence[Array],
     samples: Sequence[Array],
 ) -> None:
-    """Compare the scalars of a few samples with those of each alone, unless the verdict on the two programs is known.
+    """Compare the scalars of a few samples with those of each alone, unless it is known that they agree for the two programs.
 
     Args:
         known_by: the fingerprint of `single`; the verdict holds whichever of its parameters are chosen.
@@ -60,28 +64,55 @@ def refuse_interaction(
     shapes = [jax.ShapeDtypeStruct((few, *value.shape[1:]), value.dtype) for value in samples]
     batch = jax.make_jaxpr(whole)([jax.ShapeDtypeStruct(value.shape, value.dtype) for value in parameters], shapes)
     key = (known_by, fingerprint(batch.jaxpr))  # what the program of one sample hides, as in `h + h[:1]`, that of a few shows
-    if key not in _verdicts:
-        remember(_verdicts, key, _interact(batch, single, parameters, samples))
-    if _verdicts[key]:
-        raise SamplesInteractError(
-            "`model` must treat each sample by itself; got outputs that change with the rest of the batch (batch statistics, "
-            "attention across the batch, or a loss that divides by a statistic of it; or dropout). Use inference mode: "
-            "`use_running_average=True`, `deterministic=True`; and a loss without reduction."
-        )
+
+    def find() -> tuple[bool, bool]:
+        if _interact(key, batch, single, parameters, samples):
+            raise SamplesInteractError(
+                "`model` must treat each sample by itself; got outputs that change with the rest of the batch (batch statistics, "
+                "attention across the batch, or a loss that divides by a statistic of it; or dropout). Use inference mode: "
+                "`use_running_average=True`, `deterministic=True`; and a loss without reduction."
+            )
+        return False, not _interact(key, batch, single, parameters, samples, made_up=True)
+
+    _verdicts.of(key, find)
 
 
-def _interact(batch: ClosedJaxpr, single: ClosedJaxpr, parameters: Sequence[Array], samples: Sequence[Array]) -> bool:
+def _interact(
+    key: Hashable,
+    batch: ClosedJaxpr,
+    single: ClosedJaxpr,
+    parameters: Sequence[Array],
+    samples: Sequence[Array],
+    *,
+    made_up: bool = False,
+) -> bool:
+    """Return whether samples interact, by the values at hand, or by none of them."""
     with jax.ensure_compile_time_eval():
         draw = np.random.default_rng(0)
         known: dict[int, Array] = {}
-        theta = [_moved(value, draw) for value in parameters]
+        theta = [_made_up(value, draw) if made_up else _moved(value, draw) for value in parameters]
         data = [
             _made_up(variable.aval, draw, sample=True)
-            if isinstance(value, jax.core.Tracer)
-            else value[np.linspace(0, len(value) - 1, variable.aval.shape[0]).astype(int)]
+            if made_up or isinstance(value, jax.core.Tracer)
+            else _on_host(value[np.linspace(0, len(value) - 1, variable.aval.shape[0]).astype(int)])
             for value, variable in zip(samples, batch.jaxpr.invars[len(parameters) :], strict=True)
         ]
-        constants = [[known.setdefault(id(c), _value(c, draw)) for c in jaxpr.consts] for jaxpr in (single, batch)]
+        constants = [
+            [known.setdefault(id(c), _made_up(c, draw) if made_up else _value(c, draw)) for c in jaxpr.consts]
+            for jaxpr in (single, batch)
+        ]
+    given = (theta, data, constants)
+    alone, together = (np.asarray(value, np.float64) for value in _compare(key, batch, single, *given)(*given))
+    eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
+    defined = np.isfinite(alone) | np.isfinite(together)
+    size = float(np.max(np.abs(together), initial=0.0, where=np.isfinite(together)))
+    difference = np.abs(alone - together)[defined]
+    # written so that NaN on one side, which a batch of one can give, is refused too
+    return not np.all(difference <= max(eps**0.5, 1e-6) * size)
+
+
+def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, *given: Any) -> Comparison:
+    """Return the compiled comparison, an earlier one of the same programs where there is one."""
 
     def compare(theta: list[Array], data: list[Array], constants: list[list[Array]]) -> tuple[Array, Array]:
         one = jaxpr_as_fun(ClosedJaxpr(_open(single), ()))
@@ -90,18 +121,14 @@ def _interact(batch: ClosedJaxpr, single: ClosedJaxpr, parameters: Sequence[Arra
         return alone if len(together) == len(data[0]) else jnp.mean(alone, 0, keepdims=True), together
 
     # a compiled program takes values even where a call would become part of the function that is being traced
-    lowered = jax.jit(compare).lower(theta, data, constants)
+    return _comparisons.put(key, _comparisons.take(key) or _compiled(jax.jit(compare).lower(*given)))
+
+
+def _compiled(lowered: Any) -> Any:
     try:
-        compiled = lowered.compile(_QUICKLY)
+        return lowered.compile(_QUICKLY)
     except jax.errors.JaxRuntimeError:  # options come and go with XLA's versions
-        compiled = lowered.compile()
-    alone, together = (np.asarray(value, np.float64) for value in compiled(theta, data, constants))
-    eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
-    defined = np.isfinite(alone) | np.isfinite(together)
-    size = float(np.max(np.abs(together), initial=0.0, where=np.isfinite(together)))
-    difference = np.abs(alone - together)[defined]
-    # written so that NaN on one side, which a batch of one can give, is refused too
-    return not np.all(difference <= max(eps**0.5, 1e-6) * size)
+        return lowered.compile()
 
 
 def _open(jaxpr: ClosedJaxpr) -> Any:
@@ -117,7 +144,12 @@ def _moved(value: Array, draw: np.random.Generator) -> Array:
 
 
 def _value(value: Array, draw: np.random.Generator) -> Array:
-    return _made_up(value, draw) if isinstance(value, jax.core.Tracer) else value
+    return _made_up(value, draw) if isinstance(value, jax.core.Tracer) else _on_host(value)
+
+
+def _on_host(value: Array) -> Array:
+    """Return the value as an array of NumPy, so that one compiled comparison serves, wherever values are."""
+    return value if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else np.asarray(value)
 
 
 def _made_up(like: Array | jax.ShapeDtypeStruct, draw: np.random.Generator, *, sample: bool = False) -> Array:

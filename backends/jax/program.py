@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from mgs_core._known import Recent
 from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array
 
@@ -20,9 +20,7 @@ from .execute import Parameterised, execute
 from .plan import DATA, Plan, Site, make_plan, undifferentiated
 from .views import View
 
-#: Programs that are kept, and verdicts on them: the last used ones.
-_KEPT = 64
-_programs: OrderedDict[Any, Program] = OrderedDict()
+_programs: Recent[Program] = Recent()
 
 
 @dataclass(eq=False)
@@ -80,17 +78,7 @@ def program_for(
         The program, a known one when the same computation came before.
     """
     key = (known_by, tuple(names), tuple(chosen), differentiable)
-    program = _programs.get(key) or _make(jaxpr, tuple(names), frozenset(chosen), differentiable)
-    remember(_programs, key, program)
-    return program
-
-
-def remember(cache: OrderedDict[Any, Any], key: Hashable, value: Any) -> None:
-    """Put a value into a cache, as the last used one, and drop the first ones beyond those that are kept."""
-    cache[key] = value
-    cache.move_to_end(key)
-    while len(cache) > _KEPT:
-        cache.popitem(last=False)
+    return _programs.put(key, _programs.take(key) or _make(jaxpr, tuple(names), frozenset(chosen), differentiable))
 
 
 def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str], differentiable: bool) -> Program:

@@ -1,7 +1,7 @@
 """Find by evaluation which axis of each use holds the samples, and refuse models in which samples interact.
 
-It is done eagerly, on the values at hand, and again from time to time; where there are none, because the caller is being traced, on
-drawn ones. Where drawn values, or NaN on its way back, show that values decide which samples meet, it is done at each use.
+It is done eagerly, on the values at hand, and again from time to time; where there are none, because the caller is being traced,
+on drawn ones. Where drawn values, or NaN on its way back, show that values decide which samples meet, it is done at each use.
 """
 
 from __future__ import annotations

@@ -246,7 +246,8 @@ def _of_sample(gradient: torch.Tensor | None, layout: Layout | None, sample: int
         return gradient
     mask = torch.zeros(n, dtype=gradient.dtype, device=gradient.device)
     mask[sample] = 1.0
-    return gradient * layout.spread(mask, gradient.shape)
+    masked: torch.Tensor = gradient * layout.spread(mask, gradient.shape)
+    return masked
 
 
 def _wide(array: torch.Tensor) -> torch.Tensor:

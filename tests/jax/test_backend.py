@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import subprocess
 import sys
@@ -100,24 +101,39 @@ def test_outputs_come_from_the_same_pass(build):
     assert {use.parameter for use in found} == set(parameters)
 
 
-def test_the_same_computation_is_planned_compiled_and_checked_once(build, monkeypatch):
+def test_the_same_computation_is_planned_and_compiled_once_and_checked_again_now_and_then(build, monkeypatch):
     function, parameters, x = build("rules_of_their_own")
-    checks = []
-    monkeypatch.setattr(interaction, "_interact", lambda *given: checks.append(given))
-    monkeypatch.setattr(interaction, "_verdicts", type(interaction._verdicts)())
-    monkeypatch.setattr(program, "_programs", type(program._programs)())
-    for _ in range(3):  # each time another function object
+    counts = collections.Counter()
+
+    def counting(module, name):
+        original = getattr(module, name)
+
+        def counted(*given, **options):
+            counts[name] += 1
+            return original(*given, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    counting(program, "_make")
+    counting(interaction, "_compiled")
+    counting(interaction, "_interact")
+    for module, name in ((interaction, "_verdicts"), (interaction, "_comparisons"), (program, "_programs")):
+        monkeypatch.setattr(module, name, type(getattr(module, name))())
+    checked = []
+    for _ in range(9):  # each time another function object
+        before = counts["_interact"]
         mgs.kernel(mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, x)), parameters), x, output="sum")
-    (only,) = program._programs.values()
-    assert only.run._cache_size() == 1
-    assert len(checks) == 1
+        checked.append(counts["_interact"] > before)
+    assert checked == [True, True, False, True, False, False, False, True, False]
+    assert (counts["_make"], len(program._programs)) == (1, 1)
+    assert counts["_compiled"] == 1
     for factor in (2.0, 3.0):
         other = mgs.FunctionalModel(lambda p, x, factor=factor: jax.nn.softmax(function(p, factor * x)), parameters)
         mgs.kernel(other, x, output="sum")
-    assert (len(program._programs), len(checks)) == (3, 3)
+    assert (counts["_make"], counts["_compiled"], len(interaction._verdicts)) == (3, 3, 3)
     softmax = mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, x)), parameters)
     mgs.kernel(softmax, x, output="sum", parameters=["w"])
-    assert (len(program._programs), len(checks)) == (4, 3)  # the same samples, whichever parameters are looked at
+    assert (counts["_make"], counts["_compiled"], len(interaction._verdicts)) == (4, 3, 3)  # the same samples, whichever parameters are looked at
 
 
 def test_constants_of_a_cached_program_are_not_baked_in():

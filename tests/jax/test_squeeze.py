@@ -70,7 +70,8 @@ def test_axes_of_length_1_are_dropped(name):
 
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
     monkeypatch.setattr(interaction, "_QUICKLY", {"xla_of_another_version": True})
-    monkeypatch.setattr(interaction, "_verdicts", type(interaction._verdicts)())
+    for name in ("_verdicts", "_comparisons"):
+        monkeypatch.setattr(interaction, name, type(getattr(interaction, name))())
     model = mgs.FunctionalModel(lambda p, x: jnp.sin(x @ p), draw(3, 2))
     assert mgs.kernel(model, draw(4, 3)).shape == (4, 4)
     with pytest.raises(mgs.SamplesInteractError):

@@ -78,7 +78,7 @@ def test_half_precision_hides_no_interaction(dtype, normalised):
         h = x @ w
         return tf.tanh(h + tf.cast(mixing, h.dtype) * tf.reduce_mean(h, 0)) @ p["v"]
 
-    for mixing in (0.05, 0.2, 0.5):
+    for mixing in (0.05, 0.2, 0.5):  # noqa: B007  # the model reads it
         with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
             mgs.kernel(mgs.FunctionalModel(function, values), tf.cast(X, dtype))
     mixing = 0.0
