@@ -1,4 +1,4 @@
-"""Audit labels: train networks for a few epochs, and let their kernel say which labels the other samples contradict."""
+"""Audit labels: train networks for a few epochs, and let their kernel say which labels other samples contradict."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from mgs_core.kernel import kernel
 from mgs_core.summary import _cosine
 from mgs_core.suspicion import suspicion
 
+#: Samples that are judged together: the regression takes their cube in time and their square in memory.
+BLOCK = 2048
 _EPOCHS = 4
 _LEAST_STEPS, _LEAST_STEPS_OF_OTHERS = 24, 84  # convolutions learn more slowly what to look at than "mlp"
 
@@ -29,14 +31,19 @@ _LEAST_STEPS, _LEAST_STEPS_OF_OTHERS = 24, 84  # convolutions learn more slowly 
 class Audit:
     """Hold what an audit found.
 
+    A sample is judged by all other samples of its block. There is one block, of all samples, unless there are more than `block`
+    of them: then they are split at random, and no sample is compared with one of another block.
+
     Attributes:
-        scores: (n,), how far another class is predicted ahead of the given one, from all other samples; high is suspicious.
+        scores: (n,), how far another class is predicted ahead of the given one, from the others of its block; high is suspicious.
         given: (n,), the labels as they came.
-        suggested: (n,), the labels that the other samples predict.
-        contradicted: (n,) of bool, labels that the others surely contradict; their number estimates how many are wrong.
-        agreement: (n,), mean cosine of a sample's gradient of the loss with those of the same label in its batch, over training.
-        neighbours: (n,), share of the ten nearest samples that bear another label.
+        suggested: (n,), the labels that the others of its block predict.
+        contradicted: (n,) of bool, labels that these surely contradict; their number estimates how many are wrong.
+        class_cosine: (n,), mean cosine of the gradient of a sample's loss with those of the same label in its batch, over the
+            training.
+        neighbours: (n,), share of the ten nearest samples of its block that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)` to make little of suspicious labels.
+        blocks: how many blocks the samples were split into.
 
     Example:
         >>> import mgs_core as mgs
@@ -51,9 +58,10 @@ class Audit:
     given: Array
     suggested: Array
     contradicted: Array
-    agreement: Array
+    class_cosine: Array
     neighbours: Array
     weights: Array
+    blocks: int = 1
 
     @property
     def order(self) -> Array:
@@ -71,11 +79,11 @@ def audit(
     epochs: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
-    block: int = 2048,
+    block: int = BLOCK,
     seed: int = 0,
     on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Audit:
-    """Rank labels by how far the gradients of all other samples contradict them.
+    """Rank labels by how far the gradients of other samples contradict them: all others, or of many samples those of a block.
 
     Networks are trained for a few epochs, before they can learn wrong labels by heart, and the mean of their cosine kernels goes
     through `suspicion`.
@@ -89,9 +97,10 @@ def audit(
         networks: how many are trained; each from weights and in an order of its own, those of a model of yours from its weights.
         epochs: passes of each over the samples; None for 4, or, where samples are few, as many as make 24 steps
             of "mlp" and 84 of others.
-        batch_size: samples a step.
+        batch_size: samples per step.
         learning_rate: of Adam, at the start; above 0.
-        block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this many.
+        block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this
+            many, and each is compared with those of its own block only.
         seed: seed of weights, order and blocks.
         on_epoch: called with the number of each finished epoch, of `networks · epochs`.
 
@@ -102,8 +111,9 @@ def audit(
         ArgumentError: when inputs, labels or another argument do not fit.
 
     Cost:
-        For each network its training, with one kernel a step (about twice plain training), and one kernel of the c outputs of
-        each block; about `16 · n · block²` operations for the regression; memory for `block²` numbers.
+        For each network its training, with one kernel per step (about twice plain training), and one kernel of the c outputs of
+        each block; for each block one eigendecomposition and up to six inversions, together at most about `22 · n · block²`
+        operations; memory for `block²` numbers.
 
     Example:
         >>> import mgs_core as mgs
@@ -148,7 +158,8 @@ def audit(
         name: np.concatenate([getattr(one, name) for one in judged])[back]
         for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
-    return Audit(given=given, agreement=np.mean([own.agreement for own in trained], axis=0), **fields)
+    class_cosine = np.mean([own.class_cosine for own in trained], axis=0)
+    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), **fields)
 
 
 def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
@@ -185,7 +196,7 @@ class _Training:
         self._step = self._backend.compile(step)
 
     @property
-    def agreement(self) -> Array:
+    def class_cosine(self) -> Array:
         """Return the mean cosine with samples of the same label; 0 for a sample that never met one."""
         return self._sums / np.maximum(self._counts, 1)
 
@@ -201,7 +212,7 @@ class _Training:
             matrix, self._parameters, self._moments = self._step(
                 self._parameters, self._moments, asarray(self._x[batch]), asarray(targets), now
             )
-            self._agree(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
+            self._compare(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
 
     def cosine(self, samples: Array) -> Array:
         """Return the cosine kernel of the outputs at samples."""
@@ -214,7 +225,7 @@ class _Training:
         losses = cross_entropy(self._function(parameters, inputs), targets)
         return self._backend.namespace.mean(losses)
 
-    def _agree(self, matrix: Array, batch: Array) -> None:
+    def _compare(self, matrix: Array, batch: Array) -> None:
         given = self._given[batch]
         same = (given[:, None] == given) & ~np.eye(len(batch), dtype=bool)
         root = np.sqrt(np.maximum(np.diagonal(matrix), np.finfo(np.float64).tiny))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, extra, renamed
 from mgs_core._types import Array
 
 NOISE_KINDS = ("symmetric", "pair")
@@ -63,6 +63,7 @@ def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> D
 
     Raises:
         ArgumentError: when the source is unknown or damaged, or too small.
+        BackendError: when scikit-learn is needed and not installed.
 
     Example:
         >>> from mgs_core.experiments import load_dataset
@@ -73,26 +74,27 @@ def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> D
     if source == "digits":
         arrays = _split(*load_digits_arrays(), random)
     elif source == "mnist":
-        from sklearn.datasets import fetch_openml
-
+        with extra("app", "The data set 'mnist'"):
+            from sklearn.datasets import fetch_openml
         try:
             bundle = fetch_openml("mnist_784", version=1, as_frame=False)
         except OSError as error:  # URLError is one
             raise ArgumentError(
-                f"`data` must be within reach; mnist could not be fetched from OpenML ({error}). "
+                f"`source` must be within reach; mnist could not be fetched from OpenML ({error}). "
                 "Pass the path of an .npz file with x_train, y_train, x_test, y_test instead."
             ) from error
         x, y = bundle.data.reshape(-1, 28, 28), bundle.target.astype(int)
         arrays = {"x_train": x[:60000], "y_train": y[:60000], "x_test": x[60000:], "y_test": y[60000:]}
     else:
-        arrays = read_arrays(source, ("x_train", "y_train", "x_test", "y_test"))
+        with renamed(path="source"):
+            arrays = read_arrays(source, ("x_train", "y_train", "x_test", "y_test"))
     return _prepare(Path(source).stem if source.endswith(".npz") else source, arrays, samples, random)
 
 
 def load_digits_arrays() -> tuple[Array, Array]:
     """Return scikit-learn's digits: images (1797, 8, 8) and labels."""
-    from sklearn.datasets import load_digits
-
+    with extra("app", "The data set 'digits'"):
+        from sklearn.datasets import load_digits
     bundle = load_digits()
     return bundle.images, bundle.target
 
@@ -117,15 +119,20 @@ def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 
         >>> float(corrupt(load_dataset("digits"), 0.5, "pair").wrong.mean().round(1))
         0.5
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-        raise ArgumentError(f"`noise` must be a probability between 0 and 1; got {rate!r}.")
-    if kind not in NOISE_KINDS:
-        raise ArgumentError(f"`noise_kind` must be one of {', '.join(NOISE_KINDS)}; got {kind!r}.")
+    check_noise(rate, kind)
     random = np.random.default_rng(seed)
     labels = data.true_labels
     chosen = random.random(labels.shape) < rate
     other = random.integers(0, data.classes, labels.shape) if kind == "symmetric" else (labels + 1) % data.classes
     return replace(data, train_labels=np.where(chosen, other, labels))
+
+
+def check_noise(rate: float, kind: str) -> None:
+    """Refuse a rate that is no probability, and an unknown kind."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ArgumentError(f"`rate` must be a probability between 0 and 1; got {rate!r}.")
+    if kind not in NOISE_KINDS:
+        raise ArgumentError(f"`kind` must be one of {', '.join(NOISE_KINDS)}; got {kind!r}.")
 
 
 def _split(inputs: Array, labels: Array, random: np.random.Generator) -> dict[str, Array]:
@@ -149,15 +156,15 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
         ArgumentError: when the file is missing, damaged, holds objects, or lacks an array.
     """
     if not str(path).endswith(".npz"):
-        raise ArgumentError(f"`data` must be the path of an .npz file, or a name that --help lists; got {str(path)!r}.")
+        raise ArgumentError(f"`path` must be the path of an .npz file, or a name that --help lists; got {str(path)!r}.")
     if not Path(path).is_file():
-        raise ArgumentError(f"`data` must be a file that exists; got {str(path)!r}. Check the path.")
+        raise ArgumentError(f"`path` must be a file that exists; got {str(path)!r}. Check the path.")
     try:
         with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArgumentError(
-            f"`data` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. "
+            f"`path` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. "
             "Pickled objects are refused, for reading them can run code; save the arrays with a numeric dtype."
         ) from error
     require(arrays, names, path)
@@ -178,7 +185,7 @@ def require(arrays: Mapping[str, Array], names: Iterable[str], path: str | Path)
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ArgumentError(
-            f"`data` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} "
+            f"`path` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} "
             f"and has {', '.join(arrays) or 'nothing'}."
         )
 

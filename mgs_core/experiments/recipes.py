@@ -141,5 +141,5 @@ def choose(names: Iterable[str]) -> list[Recipe]:
     wanted = list(dict.fromkeys(names))
     unknown = [name for name in wanted if name not in RECIPES]
     if unknown or not wanted:
-        raise ArgumentError(f"`regularizers` must be among {', '.join(RECIPES)}; got {', '.join(unknown) or 'none'}.")
+        raise ArgumentError(f"`names` must be among {', '.join(RECIPES)}; got {', '.join(unknown) or 'none'}.")
     return [RECIPES[name] for name in wanted]

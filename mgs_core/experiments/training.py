@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mgs_core._errors import ArgumentError, MgsError, renamed
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
 from mgs_core.experiments.audit import audit
@@ -40,6 +41,9 @@ def train(recipe: Recipe, seed: int, settings: Settings, *, folder: Path | None 
 
     Yields:
         Records with "event" ("epoch" or "run"), "regularizer", "seed" and figures by name; accuracies are shares.
+
+    Raises:
+        ArgumentError: when the data or the model do not fit the settings, the training diverges, or the audit leaves no sample.
     """
     data = draw(settings, seed)
     begun, best = time.perf_counter(), 0.0
@@ -66,7 +70,8 @@ def train(recipe: Recipe, seed: int, settings: Settings, *, folder: Path | None 
 
 def draw(settings: Settings, seed: int) -> Dataset:
     """Return the data of a run: what the seed draws, with its wrong labels."""
-    data = load_dataset(settings.data, samples=settings.samples, seed=seed)
+    with renamed(source="data"):
+        data = load_dataset(settings.data, samples=settings.samples, seed=seed)
     return corrupt(data, settings.noise, settings.noise_kind, seed=seed)
 
 
@@ -86,7 +91,7 @@ class Run:
         # the order is drawn apart, so that what a recipe draws does not change it
         self._order, self._random = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
         n = len(data.train_labels)
-        held = int(recipe.hold_out * n)
+        held = max(1, int(recipe.hold_out * n)) if recipe.hold_out else 0
         self._fit, self._held = slice(held, n), slice(0, held)
         self._inputs, self._targets = data.train_inputs[self._fit], data.train_labels[self._fit]
         network = make_network(settings.model, data, backend=settings.backend, seed=seed)
@@ -100,6 +105,8 @@ class Run:
                 self._targets = found.suggested
             if recipe.select:
                 trusted = ~found.contradicted
+                if not trusted.any():
+                    raise ArgumentError("`select` must leave samples to train on; the audit contradicts the label of each.")
                 self._inputs, self._targets = self._inputs[trusted], self._targets[trusted]
         trained, self._masks = network.masked() if recipe.dropout else (self._model, {})
         self._parameters = self.kept = self._model.parameters
@@ -147,7 +154,15 @@ class Run:
         given, wrong = data.train_labels[self._fit], data.wrong[self._fit]
         fitted = self._predict(self.kept, data.train_inputs[self._fit]) == given
         right = self._predict(self.kept, data.test_inputs) == data.test_labels
-        summary = self._recorder(FunctionalModel(self._model.function, self.kept), epoch)
+        try:
+            summary = self._recorder(FunctionalModel(self._model.function, self.kept), epoch)
+        except MgsError as error:  # the model was accepted before it was trained
+            top = max(float(np.max(np.abs(self._backend.to_numpy(value)))) for value in self.kept.values())
+            raise ArgumentError(
+                f"`learning_rate` must be one at which training converges; got {self._settings.learning_rate!r}, and after epoch "
+                f"{epoch} the largest weight is {top:.3g}. Lower it, or the strength of {self._recipe.name}."
+                + (f" The kernel says: {error}" if np.isfinite(top) else "")
+            ) from error
         return {
             "train_accuracy": float(np.mean(fitted)),
             "test_accuracy": float(np.mean(right)),
@@ -166,8 +181,8 @@ class Run:
     def _disparity(self) -> float:
         """Return the distance between the mean loss gradients of the probe's two halves.
 
-        It is the gradient disparity of Chavoshi et al. 2021 (arXiv 2107.06665). With u = ±1 over the size of each half,
-        `‖g₁ − g₂‖² = uᵀ K u` for the kernel K of the losses.
+        It is the gradient disparity of Forouzesh and Thiran (ECML PKDD 2021, arXiv 2107.06665). With u = ±1 over the size of each
+        half, `‖g₁ − g₂‖² = uᵀ K u` for the kernel K of the losses.
         """
         model = FunctionalModel(self._model.function, self.kept)
         targets = self._backend.asarray(self._probe_labels)

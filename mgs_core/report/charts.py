@@ -128,7 +128,7 @@ def curve_chart(comparison: Comparison, metric: Metric, looks: dict[str, Look]) 
     if any(point.low < up.low for curve in curves.values() for point in curve):
         notes.append("The axis leaves out the lowest values of the first epochs; the numbers hold them.")
     if any(partial.values()):
-        notes.append("Thin broken lines without a name: runs that are not finished.")
+        notes.append("Thin broken lines without a name: runs that are not finished, or failed.")
     return Chart(
         identity=metric.field.replace("_", "-"),
         title=metric.title,

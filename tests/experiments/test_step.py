@@ -171,8 +171,8 @@ def test_adam_is_that_of_the_paper():
 
 def test_recipes_are_chosen_by_name():
     assert [recipe.name for recipe in choose(["mixup", "none", "mixup"])] == ["mixup", "none"]
-    with pytest.raises(mgs.ArgumentError, match=r"`regularizers` must be among none, weight-decay, .*; got prayer"):
+    with pytest.raises(mgs.ArgumentError, match=r"`names` must be among none, weight-decay, .*; got prayer"):
         choose(["none", "prayer"])
-    with pytest.raises(mgs.ArgumentError, match=r"`regularizers` must be among .*; got none"):
+    with pytest.raises(mgs.ArgumentError, match=r"`names` must be among .*; got none"):
         choose([])
     assert Recipe("none") == RECIPES["none"]

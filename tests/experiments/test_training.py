@@ -64,6 +64,19 @@ def test_early_stopping_keeps_what_is_best_on_held_out_noisy_labels():
     assert run["last_test_accuracy"] == epochs[kept]["test_accuracy"]
 
 
+def test_few_samples_leave_one_to_stop_by():
+    epochs, _ = records(RECIPES["early-stopping"], replace(SETTINGS, samples=4, probe_samples=2, noise=0.0))
+    assert {record["validation_accuracy"] for record in epochs} <= {0.0, 1.0}
+
+
+def test_an_audit_that_contradicts_every_label_leaves_nothing_to_select(tmp_path):
+    x, y = np.repeat(np.eye(2, 3), 2, axis=0), np.array([0, 1, 0, 1])  # each sample twice, with opposite labels
+    np.savez(tmp_path / "pairs.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    settings = replace(SETTINGS, data=str(tmp_path / "pairs.npz"), samples=None, noise=0.0, probe_samples=2, batch_size=4)
+    with pytest.raises(mgs.ArgumentError, match="`select` must leave samples to train on; the audit contradicts"):
+        records(RECIPES["mgs-select"], settings)
+
+
 def test_relabelling_keeps_wrong_labels_out():
     settings = replace(SETTINGS, samples=400, epochs=15)
     plain, relabelled = records(RECIPES["none"], settings)[1], records(RECIPES["mgs-relabel"], settings)[1]
