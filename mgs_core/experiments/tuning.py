@@ -8,7 +8,7 @@ from typing import Any
 
 from mgs_core.experiments.recipes import RECIPES, Recipe
 from mgs_core.experiments.settings import Settings
-from mgs_core.experiments.training import Run, draw
+from mgs_core.experiments.training import Trainer, draw
 
 _HELD = 0.2
 #: The seed of every trial.
@@ -33,7 +33,7 @@ def try_strength(name: str, strength: float, settings: Settings) -> dict[str, An
     """
     begun, seed = time.perf_counter(), TRIAL_SEED
     recipe = replace(RECIPES[name].with_strength(strength), hold_out=_HELD)
-    run = Run(recipe, draw(settings, seed), settings, seed)
+    run = Trainer(recipe, draw(settings, seed), settings, seed)
     for epoch in range(1, settings.epochs + 1):
         run.epoch(epoch)
     return {

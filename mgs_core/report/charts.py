@@ -114,12 +114,12 @@ def curve_chart(comparison: Comparison, metric: Metric, looks: dict[str, Look]) 
     up = axis(held, box[3], box[1], logarithmic=metric.logarithmic, share=metric.share, from_zero=metric.from_zero)
     lines = [
         Line(
-            looks[name],
-            path([(across.place(point.epoch), up.place(point.mean)) for point in curve]),
-            _band(curve, across, up),
-            (across.place(curve[-1].epoch), up.place(curve[-1].mean)),
-            _kept(comparison, name, curve, across, up),
-            tuple(path([(across.place(point.epoch), up.place(point.mean)) for point in run]) for run in partial[name]),
+            look=looks[name],
+            path=path([(across.place(point.epoch), up.place(point.mean)) for point in curve]),
+            band=_band(curve, across, up),
+            end=(across.place(curve[-1].epoch), up.place(curve[-1].mean)),
+            kept=_kept(comparison, name, curve, across, up),
+            unfinished=tuple(path([(across.place(point.epoch), up.place(point.mean)) for point in run]) for run in partial[name]),
         )
         for name, curve in curves.items()
     ]

@@ -95,7 +95,7 @@ def test_what_is_known_to_withstand_wrong_labels_does(name):
 def test_selection_leaves_out_what_the_audit_contradicts_and_nothing_else():
     settings = replace(SETTINGS, samples=300)
     data = experiments.training.draw(settings, 0)
-    run = experiments.training.Run(RECIPES["mgs-select"], data, settings, 0)
+    run = experiments.training.Trainer(RECIPES["mgs-select"], data, settings, 0)
     kept = ~mgs.audit(data.train_inputs, data.train_labels, batch_size=settings.batch_size).contradicted
     assert 0.4 * data.wrong.sum() < (~kept).sum() < data.wrong.sum()
     np.testing.assert_array_equal(run._inputs, data.train_inputs[kept])
@@ -104,7 +104,7 @@ def test_selection_leaves_out_what_the_audit_contradicts_and_nothing_else():
 
 def test_gradient_disparity_is_the_distance_of_the_mean_gradients():
     epoch = records(RECIPES["none"], replace(SETTINGS, epochs=1))[0][0]
-    run = experiments.training.Run(RECIPES["none"], experiments.training.draw(SETTINGS, 0), replace(SETTINGS, epochs=1), 0)
+    run = experiments.training.Trainer(RECIPES["none"], experiments.training.draw(SETTINGS, 0), replace(SETTINGS, epochs=1), 0)
     run.epoch(1)
     x, y = run._data.train_inputs[: SETTINGS.probe_samples], run._data.train_labels[: SETTINGS.probe_samples]
     half, gradient = len(y) // 2, mgs.get_backend("numpy").value_and_gradient
