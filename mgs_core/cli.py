@@ -92,7 +92,7 @@ def measure(
     model: Annotated[Path, typer.Argument(help="An .onnx file.")],
     data: Annotated[Path, typer.Argument(help="An .npz file with x (n, …) and, for labels, y (n,).")],
     output: Annotated[str, typer.Option(help="Head: trace, sum, target, random or loss.")] = "trace",
-    samples: Annotated[int, typer.Option(min=2, help="The first so many samples are measured.")] = 256,
+    samples: Annotated[int, typer.Option(min=2, help="Number of samples to measure, from the first.")] = 256,
     backend: _BackendOption = "numpy",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
@@ -139,12 +139,12 @@ def audit(
     networks: Annotated[int, typer.Option(help="Networks that are trained; their kernels are averaged.")] = 2,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the samples; 4 by default, more where samples are few: wrong labels stay unlearnt."),
+        typer.Option(help="Passes over the samples; 4 by default, more where samples are few. Longer training learns wrong labels."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="The first so many samples are audited; all by default.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Number of samples to audit, from the first; all by default.")] = None,
     block: Annotated[
         int,
-        typer.Option(min=3, help="Samples that are judged together; more are split at random into blocks of at most so many."),
+        typer.Option(min=3, help="Samples that are judged together; larger data are split at random into blocks of at most this size."),
     ] = BLOCK,
     shown: Annotated[int, typer.Option(min=0, help="Samples in the gallery.")] = 200,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,

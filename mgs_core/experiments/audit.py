@@ -95,8 +95,8 @@ def audit(
             or a `FunctionalModel` on the backend that does.
         backend: name of the backend that trains.
         networks: how many are trained; each from weights and in an order of its own, those of a model of yours from its weights.
-        epochs: passes of each over the samples; None for 4, or, where samples are few, as many as make 24 steps
-            of "mlp" and 84 of others.
+        epochs: passes of each over the samples; None for 4, or more where samples are few: enough for 24 steps of "mlp" and
+            84 of others.
         batch_size: samples per step.
         learning_rate: of Adam, at the start; above 0.
         block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this
@@ -163,7 +163,7 @@ def audit(
 
 
 def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
-    """Return the epochs of an audit that is not told how many: 4, or as many as make 24 steps, or 84 of models but the MLP."""
+    """Return the default number of epochs: 4, or enough for 24 steps of the MLP and 84 of other models."""
     least = _LEAST_STEPS if model == "mlp" else _LEAST_STEPS_OF_OTHERS
     return max(_EPOCHS, -(-least // max(1, samples // batch_size)))
 

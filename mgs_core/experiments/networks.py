@@ -168,7 +168,7 @@ def _outputs(function: _Fitted, parameters: Any, samples: Array, backend: Backen
 
 
 class _Fitted:
-    """Be the function of an own network: undo the scaling, bring samples to its shape, and its outputs to logits (n, c)."""
+    """The function of a user's network: undoes the scaling, brings samples to its shape, and its outputs to logits (n, c)."""
 
     def __init__(self, function: Any, name: str, shape: tuple[int, ...], data: Dataset) -> None:
         self._function, self._name, self._shape = function, name, shape
