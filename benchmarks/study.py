@@ -73,7 +73,7 @@ def summary(folder: Path) -> dict[str, dict[str, list[float]]]:
 def show(out: Path, cells: list[str]) -> None:
     """Print the table: last-epoch test accuracy, mean ± standard error, of each recipe in each cell."""
     tables = {name: summary(out / name) for name in cells if (out / name / "records.jsonl").exists()}
-    shown = Table("recipe", *tables, title="last test accuracy, %, mean ± s.e.")
+    shown = Table("regulariser", *tables, title="last test accuracy, %, mean ± s.e.")
 
     def written(values: list[float]) -> str:
         error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")

@@ -65,7 +65,7 @@ def written(cell: str) -> str:
 
 def table(figures: Figures, cells: list[str]) -> str:
     """Return the table of some cells."""
-    lines = ["| recipe | " + " | ".join(map(written, cells)) + " |", "|---" * (len(cells) + 1) + "|"]
+    lines = ["| regulariser | " + " | ".join(map(written, cells)) + " |", "|---" * (len(cells) + 1) + "|"]
     best = {cell: max(np.mean(values) for recipe, values in figures[cell].items() if recipe != BEST) for cell in cells}
     for recipe in (*RECIPES, BEST):
         row = []
@@ -91,7 +91,7 @@ def ranks(figures: Figures) -> str:
     means = {name: np.mean(found[name], axis=0) for name in kinds}
     total = np.mean(np.concatenate([found[name] for name in kinds]), axis=0)
     heads = [f"{name} ({len(found[name])} cells)" for name in kinds]
-    lines = [f"| recipe | all {len(figures)} cells | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 2) + "|"]
+    lines = [f"| regulariser | all {len(figures)} cells | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 2) + "|"]
     for at in np.argsort(total):
         figures_of = [f"{values[at]:.1f}" for values in (total, *(means[name] for name in kinds))]
         lines.append(f"| `{recipes[at]}` | " + " | ".join(figures_of) + " |")

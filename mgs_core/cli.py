@@ -139,12 +139,18 @@ def audit(
     networks: Annotated[int, typer.Option(help="Networks that are trained; their kernels are averaged.")] = 2,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the samples; 4 by default, more where samples are few. Longer training learns wrong labels."),
+        typer.Option(
+            help="Passes over the samples; 4 by default, more where samples are few. Longer training learns wrong labels."
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Number of samples to audit, from the first; all by default.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Number of samples to audit, from the first; all by default.")
+    ] = None,
     block: Annotated[
         int,
-        typer.Option(min=3, help="Samples that are judged together; larger data are split at random into blocks of at most this size."),
+        typer.Option(
+            min=3, help="Samples that are judged together; larger data are split at random into blocks of at most this size."
+        ),
     ] = BLOCK,
     shown: Annotated[int, typer.Option(min=0, help="Samples in the gallery.")] = 200,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
