@@ -108,7 +108,8 @@ _OTHER_CLASS = Metric(
 _ALIGNMENT = Metric(
     "mgs_alignment",
     "Alignment with the labels",
-    "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal otherwise.",
+    "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal "
+    "otherwise.",
     stop="greatest",
 )
 DISPARITY = Metric(
