@@ -119,7 +119,7 @@ class JaxNamespace:
 
     @staticmethod
     def mgs_log_determinant(kernel: Array, rounding: float) -> Array:
-        """Return `log det(I + K)` of a kernel (n, n) plus `rounding · (1 + tr K / n)` on its diagonal; NaN if not definite."""
+        """Return `log det(r I + K)` of a kernel (n, n) with `r = max(1, rounding · tr K / n)`; NaN if not definite."""
         return _log_determinant(kernel, rounding)
 
 
@@ -156,13 +156,13 @@ def _log_determinant_tangent(rounding: float, primals: tuple[Array], tangents: t
     inverse = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
     for transpose in (False, True):
         inverse = lax.linalg.triangular_solve(factor, inverse, left_side=True, lower=True, transpose_a=transpose)
-    return _of_factor(factor), jnp.sum(inverse.T * change)  # the ridge's own change is below rounding
+    return _of_factor(factor), jnp.sum(inverse.T * change)  # the ridge is 1, or stands for rounding
 
 
 def _factor(kernel: Array, rounding: float) -> Array:
     """Factor `I + K` with the ridge; its transpose, in fact, for LAPACK counts columns first, and would have it copied."""
     diagonal = _diagonal(kernel)
-    ridge = 1.0 + rounding * (1.0 + jnp.sum(jnp.where(diagonal, kernel, 0.0)) / kernel.shape[0])
+    ridge = jnp.maximum(1.0, rounding * jnp.sum(jnp.where(diagonal, kernel, 0.0)) / kernel.shape[0])
     factor: Array = lax.linalg.cholesky(jnp.where(diagonal, kernel + ridge, kernel).T, symmetrize_input=False)
     return factor
 
