@@ -21,6 +21,8 @@ def count(inputs: Any, targets: Any = None) -> int:
     Raises:
         ArgumentError: when there is no sample axis, no sample, or the counts differ.
     """
+    if inputs is None:
+        raise ArgumentError("`inputs` must be an array, or a dict, list or tuple of arrays; got None. Pass the batch.")
     sizes = {}
     for name, leaf in {**_named("inputs", inputs), **_named("targets", targets)}.items():
         if not hasattr(leaf, "shape"):

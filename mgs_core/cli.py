@@ -96,7 +96,8 @@ def measure(
     labels = arrays["y"][:samples] if "y" in arrays else None
     targets = None if labels is None else asarray(labels)
     kernel = mgs.kernel(loaded, asarray(arrays["x"][:samples]), targets, output=cast(Output, output))  # kernel checks the name
-    summary = mgs.summarize(kernel, labels if labels is not None and labels.ndim == 1 else None)
+    classes = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
+    summary = mgs.summarize(kernel, labels if classes else None)
     if as_json:
         print(json.dumps(summary.to_dict()))
         return

@@ -46,7 +46,8 @@ def kernel(
         probes: number of probes of `output="random"`.
         seed: seed of the probes.
         parameters: None for all trainable parameters, names, or a predicate on names.
-        chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only.
+        chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only. With 1
+            samples cannot interact, so a model whose samples do, such as batch normalisation in training, is another model.
         differentiable: keep the result differentiable in the parameters, for a penalty.
 
     Returns:
@@ -58,8 +59,7 @@ def kernel(
 
     Cost:
         One forward pass and k backward passes (k = c for "trace" and "full", `probes` for "random", else 1), plus the
-        contraction of each layer (see `mgs_core.statistics`). With B chunks, B(B + 1)/2 pairs of chunks are visited and
-        about half of the passes are repeated for each.
+        contraction of each layer (see `mgs_core.statistics`). B chunks take (B + 1)/2 times as many passes over the data.
 
     References:
         Szolnoky et al., NeurIPS 2022, arXiv 2205.12642 (the kernel); Jacot et al., NeurIPS 2018 (the tangent kernel).
@@ -118,15 +118,15 @@ def kernel_blocks(
         parameters: as for `kernel`.
         differentiable: as for `kernel`.
 
-    Yields:
-        (rows, columns, block): two slices of the samples and `K[rows, columns]`; row by row, each row from the first column
-        to the diagonal transposed, that is `columns.start >= rows.start`.
+    Returns:
+        An iterator of (rows, columns, block): two slices of the samples and `K[rows, columns]`; row by row, each from the
+        diagonal to the last column.
 
     Raises:
         ArgumentError: when an argument does not fit.
 
     Cost:
-        The statistics of two chunks are held at a time; B chunks take B(B + 1)/2 forward and backward passes.
+        The statistics of two chunks are held at a time; B chunks take (B + 1)/2 passes over the data.
 
     Example:
         >>> import numpy as np
@@ -141,8 +141,11 @@ def kernel_blocks(
     n = _batch.count(inputs, targets)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ArgumentError(f"`chunk_size` must be an integer of at least 1; got {chunk_size!r}. None takes all samples at once.")
+    if not (parameters is None or isinstance(parameters, str) or callable(parameters)):
+        parameters = list(parameters)  # which an iterator gives only once
     backend = get_backend(model)
     head = make_head(output, transform, loss, probes, seed, targets)
+    chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
 
     def statistics(samples: slice) -> list[LayerStatistics]:
         batch, labels = _batch.take(inputs, samples), _batch.take(targets, samples)
@@ -151,13 +154,15 @@ def kernel_blocks(
     def scaled(block: Array) -> Array:
         return block if head.factor == 1.0 else block * head.factor
 
-    chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
-    summed = getattr(backend, "summed_kernel", None)
-    if summed is not None and len(chunks) == 1 and not head.full and not differentiable:
-        yield chunks[0], chunks[0], scaled(summed(model, inputs, targets, head.function, parameters))
-        return
-    for number, rows in enumerate(chunks):
-        left = statistics(rows)
-        for columns in chunks[number:]:
-            right = left if columns is rows else statistics(columns)
-            yield rows, columns, scaled(contract(left, right, full=head.full))
+    def blocks() -> Iterator[tuple[slice, slice, Array]]:
+        summed = getattr(backend, "summed_kernel", None)
+        if summed is not None and len(chunks) == 1 and not head.full and not differentiable:
+            yield chunks[0], chunks[0], scaled(summed(model, inputs, targets, head.function, parameters))
+            return
+        for number, rows in enumerate(chunks):
+            left = statistics(rows)
+            for columns in chunks[number:]:
+                right = left if columns is rows else statistics(columns)
+                yield rows, columns, scaled(contract(left, right, full=head.full))
+
+    return blocks()

@@ -125,8 +125,8 @@ def _trace(kernel: Array, identity: Array) -> Array:
 def _log_determinant(kernel: Array, identity: Array) -> Array:
     """Return log det(I + K) by Cholesky.
 
-    Rounding may cost K its definiteness, by about `√n · eps · tr K / n`: errors of its entries are as good as random. The identity
-    makes up for less than 1; beyond, a multiple of it does, and the value is that of the kernel as far as it is known.
+    Rounding may cost K its definiteness, by about `√n · eps · tr K / n`, for errors of its entries are as good as random. The
+    identity makes up for less than 1; beyond, a multiple of it does, and the value is that of the kernel as far as it is known.
     """
     xp = array_namespace(kernel)
     n = identity.shape[0]
@@ -141,7 +141,9 @@ def _log_determinant(kernel: Array, identity: Array) -> Array:
 
 
 def _square(kernel: Array) -> int:
-    shape = tuple(getattr(kernel, "shape", ()))
+    if not hasattr(kernel, "shape"):
+        raise ArgumentError(f"`kernel` must be an array; got {type(kernel).__name__}. Convert it, for instance by numpy.asarray.")
+    shape = tuple(kernel.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ArgumentError(f'`kernel` must be square, (n, n) with n ≥ 1; got shape {shape}. Use any head but output="full".')
     return int(shape[0])

@@ -97,9 +97,9 @@ class JaxNamespace:
         """Return the labelled outputs (n,); NaN, with a gradient of NaN, for a label that names none."""
         c = outputs.shape[-1]
         labels = jnp.expand_dims(labels.astype(jnp.promote_types(labels.dtype, jnp.int32)), -1)
-        hit = (labels == jnp.arange(c, dtype=labels.dtype)).astype(outputs.dtype)
-        # NaN within the sum: XLA makes a product with a condition a choice, which would keep NaN out of the gradient
-        return jnp.sum(outputs * jnp.where((labels >= 0) & (labels < c), hit, jnp.nan), -1)
+        known = (labels >= 0) & (labels < c)
+        picked = jnp.where((labels == jnp.arange(c, dtype=labels.dtype)) | ~known, outputs, 0.0)
+        return jnp.sum(picked * jnp.where(known, 1.0, jnp.nan), -1)  # within the sum, so that the gradient has the NaN too
 
     @staticmethod
     def mgs_product(left: Array, right: Array) -> Array:

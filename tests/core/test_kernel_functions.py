@@ -157,7 +157,10 @@ def test_summary_leaves_out_what_it_cannot_know():
         (np.full((2, 2), np.nan), {}, "`kernel` must be finite"),
         (np.array([[1.0, 0.5], [0.0, 1.0]]), {}, "`kernel` must be symmetric"),
         (np.zeros((2, 2)), {}, "`kernel` must have a positive trace"),
-        (np.eye(2), {"labels": np.zeros(3)}, r"`labels` must have shape \(2,\)"),
+        (np.diag([2.0, -0.5]), {}, "`kernel` must have squared norms on its diagonal; got -0.5"),
+        ([[1.0, 0.0], [0.0, 1.0]], {}, "`kernel` must be an array; got list. Convert it"),
+        (np.eye(2), {"labels": np.zeros(3, int)}, r"`labels` must be integers of shape \(2,\)"),
+        (np.eye(2), {"labels": np.array([0.5, 1.5])}, "`labels` must be integers.*Leave them out for targets of a regression"),
         (np.eye(2), {"ridge": 0.0}, "`ridge` must be a finite number above 0"),
     ],
 )
