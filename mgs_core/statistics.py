@@ -83,16 +83,20 @@ def _with_biases(
     So in contractions of pairs, and in those of a namespace that says so by `mgs_counts_biases`.
     """
     weights = {
-        a.origin: (place, a, b)
+        (a.origin, b.origin): (place, a, b)
         for place, (a, b) in enumerate(pairs)
         if isinstance(a, Outer)
         and isinstance(b, Outer)
-        and a.origin is not None
+        and None not in (a.origin, b.origin)
         and (prefers_pairwise(a, b) or (b is a and not full and hasattr(array_namespace(a.gradients), "mgs_counts_biases")))
     }
-    counted = {a.origin: place for place, (a, _) in enumerate(pairs) if isinstance(a, Sum) and a.origin in weights}
-    for origin in counted:
-        place, left, right = weights[origin]
+    counted = {
+        (a.origin, b.origin): place
+        for place, (a, b) in enumerate(pairs)
+        if isinstance(a, Sum) and isinstance(b, Sum) and (a.origin, b.origin) in weights
+    }
+    for origins in counted:
+        place, left, right = weights[origins]
         whole = replace(left, one=True)
         pairs[place] = (whole, whole if right is left else replace(right, one=True))
     return [pair for place, pair in enumerate(pairs) if place not in counted.values()]

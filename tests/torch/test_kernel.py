@@ -82,9 +82,9 @@ def test_permuting_samples_permutes_the_kernel_and_parameters_add_up(case):
 
 
 def penalty_of(model, x, output, **options):
-    targets = torch.arange(count(x))
+    targets, loss = torch.arange(count(x)), squared if output == "loss" else None
     with twice_differentiable(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # attention stays fused
-        return PENALTY(mgs.kernel(model, x, targets, output=output, transform="softmax", loss=squared, **options))
+        return PENALTY(mgs.kernel(model, x, targets, output=output, transform="softmax", loss=loss, **options))
 
 
 def squared(outputs, targets):

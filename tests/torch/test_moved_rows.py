@@ -91,7 +91,19 @@ class Branching(nn.Module):
         return self.layers[int(x.sum() > 0)](x)
 
 
-@pytest.mark.parametrize("make", [Routed, Branching])
+class Biased(nn.Module):
+    """Add the bias within the product or after it, as the data have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 40, dtype=torch.float64)
+
+    def forward(self, x):
+        weight, bias = self.linear.weight, self.linear.bias
+        return nn.functional.linear(x, weight, bias) if x.sum() > 0 else 2 * nn.functional.linear(x, weight) + bias
+
+
+@pytest.mark.parametrize("make", [Routed, Branching, Biased])
 def test_samples_that_take_other_ways_are_run_one_by_one(make):
     model, x = make(), torch.randn(8, 3, dtype=torch.float64)
     rows = []
