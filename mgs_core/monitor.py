@@ -166,8 +166,8 @@ class JSONLinesSink:
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(dict(record), default=_plain) + "\n")
+        """Append one record; a number that is none, as the loss of a model that has diverged, is written as null."""
+        self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}, default=_plain) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -214,10 +214,17 @@ class CallbackSink:
 
 
 def _plain(value: Any) -> Any:
-    """Return an array of one number, as a loss may be, as a number of Python; what is no number as it reads."""
-    if isinstance(value, (int, float, str)):
+    """Return an array of one number, as a loss may be, as a number of Python; anything else that is no number as text."""
+    if value is None or isinstance(value, (int, float, str)):
         return value
-    return value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else str(value)
+    if math.prod(getattr(value, "shape", (0,))) != 1:
+        return str(value)
+    return value.item() if hasattr(value, "item") else float(value)  # TensorFlow's have none
+
+
+def _finite(value: Any) -> Any:
+    number = value if isinstance(value, (dict, list, tuple)) else _plain(value)
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def tracker_sink(name: str, **options: Any) -> CallbackSink:
@@ -225,13 +232,13 @@ def tracker_sink(name: str, **options: Any) -> CallbackSink:
 
     Args:
         name: "tensorboard" (a `SummaryWriter` of torch or tensorboardX), "wandb" or "mlflow" (into the active run).
-        **options: for TensorBoard, passed to `SummaryWriter`, for instance `log_dir`.
+        **options: for TensorBoard only, passed to `SummaryWriter`, for instance `log_dir`.
 
     Returns:
         The sink.
 
     Raises:
-        ArgumentError: when the name is unknown.
+        ArgumentError: when the name is unknown, or has no options.
         BackendError: when the tracker is not installed.
 
     Example:
@@ -240,6 +247,10 @@ def tracker_sink(name: str, **options: Any) -> CallbackSink:
         Traceback (most recent call last):
         mgs_core._errors.ArgumentError: `name` must be one of tensorboard, wandb, mlflow; got 'paper'.
     """
+    if options and name in ("wandb", "mlflow"):
+        raise ArgumentError(
+            f"`options` must be empty for {name!r}; got {', '.join(options)}. Give them to the run that you begin."
+        )
     if name == "tensorboard":
         writer = _import("tensorboardX", "torch.utils.tensorboard").SummaryWriter(**options)
 

@@ -47,6 +47,19 @@ def test_numbers_may_be_arrays_of_one_number(tmp_path):
     assert not {"note", "many"} & seen[0].keys()
 
 
+def test_scalars_of_a_framework_and_nested_values_are_written_as_json(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    record = {"step": 0, "loss": tf.constant(0.5), "diverged": float("nan"), "settings": {"rate": np.float64(0.1)}}
+    with mgs.JSONLinesSink(tmp_path / "run.jsonl") as sink:
+        sink.write(record)
+    text = (tmp_path / "run.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {"step": 0, "loss": 0.5, "diverged": None, "settings": {"rate": 0.1}}
+    seen = []
+    mgs.CallbackSink(lambda numbers, step: seen.append(numbers)).write(record)
+    assert seen[0]["loss"] == 0.5
+
+
 @pytest.mark.wrong_types
 def test_a_schedule_of_another_type_is_refused():
     with pytest.raises(mgs.ArgumentError, match=r"`every` must be an integer of at least 1; got 2\.5"):
@@ -101,6 +114,8 @@ def test_trackers_that_are_missing_or_unknown(monkeypatch):
         mgs.tracker_sink("wandb")
     with pytest.raises(mgs.ArgumentError, match="`name` must be one of tensorboard"):
         mgs.tracker_sink("paper")
+    with pytest.raises(mgs.ArgumentError, match="`options` must be empty for 'wandb'; got project"):
+        mgs.tracker_sink("wandb", project="mine")
 
 
 def test_backends_are_found_or_refused(monkeypatch):
