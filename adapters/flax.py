@@ -30,11 +30,12 @@ from mgs_core import (
     get_backend,
 )
 from mgs_core._tree import select
+from mgs_core.contraction import contract
 from mgs_core.gradient import weighted_gradient
 from mgs_core.heads import Output, make_head
 from mgs_core.kernel import kernel
 from mgs_core.monitor import Sink
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 _backend: Any = get_backend("jax")
 

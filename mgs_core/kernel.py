@@ -11,8 +11,9 @@ from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerStatistics, ParameterChoice
 from mgs_core._registry import get_backend
 from mgs_core._types import Array, LossFunction, Shaped
+from mgs_core.contraction import contract
 from mgs_core.heads import Output, Transform, make_head
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 
 def kernel(
@@ -59,7 +60,7 @@ def kernel(
 
     Cost:
         One forward pass and k backward passes (k = c for "trace" and "full", `probes` for "random", else 1), plus the
-        contraction of each layer (see `mgs_core.statistics`). B chunks take (B + 1)/2 times as many passes over the data.
+        contraction of each layer (see `mgs_core.contraction`). B chunks take (B + 1)/2 times as many passes over the data.
 
     References:
         Szolnoky et al., NeurIPS 2022, arXiv 2205.12642 (the kernel); Jacot et al., NeurIPS 2018 (the tangent kernel).
@@ -119,7 +120,7 @@ def kernel_blocks(
         differentiable: as for `kernel`.
 
     Returns:
-        An iterator of (rows, columns, block): two slices of the samples and `K[rows, columns]`; row by row, each from the
+        An iterator of tuples (rows, columns, block), two slices of the samples and `K[rows, columns]`, row by row, each from the
         diagonal to the last column.
 
     Raises:

@@ -14,8 +14,9 @@ from typing import Any, cast
 from keras.src.models.functional import Functional  # the class of `keras.Model(inputs, outputs)` has no public name
 
 import mgs_core as mgs
+from mgs_core.contraction import contract
 from mgs_core.heads import make_head
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 from ._keras import keras
 from ._losses import compiled_loss, like, masked, settings

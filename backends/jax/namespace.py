@@ -17,7 +17,8 @@ from jax import lax
 from mgs_core._errors import ArgumentError
 from mgs_core._protocol import LayerStatistics, Outer
 from mgs_core._types import Array
-from mgs_core.statistics import MEMORY_BUDGET, as_rows, prefers_pairwise
+from mgs_core.contraction import MEMORY_BUDGET, prefers_pairwise
+from mgs_core.statistics import as_rows
 
 Pairs: TypeAlias = Sequence[tuple[int, int]]
 

@@ -16,9 +16,10 @@ from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
 from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
+from mgs_core.contraction import contract
 from mgs_core.functional import FunctionalModel
 from mgs_core.gradient import weighted_gradient
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 from .collect import collect, groups_of_heads, weighted_pulls
 from .evaluated import Evaluated

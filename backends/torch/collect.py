@@ -11,7 +11,8 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from mgs_core._protocol import Convolution, LayerStatistics, Rows
-from mgs_core.statistics import MEMORY_BUDGET, as_rows
+from mgs_core.contraction import MEMORY_BUDGET
+from mgs_core.statistics import as_rows
 
 from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
 from .graph import Edge, Graph

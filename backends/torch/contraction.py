@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from mgs_core import statistics
+from mgs_core import contraction as core
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer
 
 #: Elements of a slice of rows, chosen to stay in the processor's cache; a slice has at least so many columns for each sample.
@@ -54,7 +54,7 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
         if n * s * s * (o + 60) <= left.size * o * (n + 60):  # pairs of positions cost less than tables
             return None
         return _sum_of([_apply(_LookupKernel, use.indices, use.gradients.flatten(0, 1), use.size) for use in heads])
-    if statistics.prefers_pairwise(left, left):
+    if core.prefers_pairwise(left, left):
         return None
     return _sum_of(
         [_apply(_OuterKernel, use.inputs, use.gradients.squeeze(1), use.one) for use in heads if isinstance(use, Outer)]
@@ -207,7 +207,7 @@ def _convolution(use: Convolution) -> torch.Tensor | None:
     on_host = use.images.device.type == "cpu"
     if len(use.window) == 2 and (pairwise <= rows or (on_host and n * groups * i * window * positions <= _UNFOLDED)):
         unfolded = _unfolded(use)
-        found: torch.Tensor = statistics.contribution(unfolded, unfolded)
+        found: torch.Tensor = core.contribution(unfolded, unfolded)
         return found
     if pairwise <= rows:
         return None
@@ -309,7 +309,7 @@ def _equal_pairs(use: Lookup) -> torch.Tensor | None:
     rows, samples, rank = (seen % use.size)[order], (seen // use.size)[order], torch.argsort(order)
     later = torch.searchsorted(rows, rows, right=True) - torch.arange(1, len(rows) + 1)  # in the same group
     count = int(later.sum())
-    if 8 * count > n * use.size or count * k * o > statistics.MEMORY_BUDGET:
+    if 8 * count > n * use.size or count * k * o > core.MEMORY_BUDGET:
         return None
     left = torch.arange(len(rows)).repeat_interleave(later)
     right = left + 1 + torch.arange(count) - (later.cumsum(0) - later).repeat_interleave(later)

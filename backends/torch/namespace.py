@@ -1,6 +1,6 @@
 """The array-API namespace of PyTorch tensors, with PyTorch's own kernels for what the array API lacks.
 
-The names that begin with `mgs_` are those of `mgs_core/statistics.py` and `mgs_core/onnx/extensions.py`, which say what each
+The names that begin with `mgs_` are those of `mgs_core/contraction.py` and `mgs_core/onnx/extensions.py`, which say what each
 takes and returns.
 """
 

@@ -149,7 +149,7 @@ def test_gradient_of_a_penalty_is_that_of_a_loop(case, request):
 def test_slices_and_other_ways_of_large_layers_change_nothing(of, name, output, constants, monkeypatch):
     model, x = of(name)
     expected = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
-    monkeypatch.setattr("mgs_core.statistics.prefers_pairwise", lambda left, right: False)
+    monkeypatch.setattr("mgs_core.contraction.prefers_pairwise", lambda left, right: False)
     monkeypatch.setattr(contraction, "_equal_pairs", lambda use: None)
     for constant, value in constants.items():
         monkeypatch.setattr(contraction, constant, value)

@@ -11,7 +11,7 @@ import mgs_core as mgs
 
 torch = pytest.importorskip("torch")
 
-from mgs_core.adapters.torch import Configured, MGSLoss, twice_differentiable  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import Configured, LossRecord, MGSLoss, twice_differentiable  # noqa: E402  # after the skip
 from mgs_core.backends.torch import fused  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 from torch.nn.functional import cross_entropy  # noqa: E402  # after the skip
@@ -61,6 +61,7 @@ def test_value_is_the_criterion_plus_the_penalty_on_the_kernel_of_its_losses(mlp
         return each if name == "sum" else each * (len(y) * plain.detach() / each.sum().detach())
 
     penalty = 0.3 * (loss_rows(model, x, losses) ** 2).sum() / len(x)
+    assert isinstance(criterion.last, LossRecord)
     torch.testing.assert_close(criterion.last.criterion, plain.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(criterion.last.penalty, penalty, rtol=1e-11, atol=0)
     torch.testing.assert_close(value, plain + penalty, rtol=1e-12, atol=0)
