@@ -51,7 +51,7 @@ def normalised_rows(node: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _replace(node: Any, replacement: _Replacement, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    if inputs[0] is None or outputs[0] is None:
+    if inputs[0] is None or outputs[0] is None or not outputs[0].numel():
         return inputs
     return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
 
