@@ -1,7 +1,7 @@
 """What a backend supplies, and what it hands to the mathematics.
 
-A backend is an object with the methods of `Backend`. Its namespace may have functions of its own besides the array API. Each stands
-in for one place of the core, which says what it returns, and whether None for what it does not do better:
+A backend is an object with the methods of `Backend`. Its namespace may have functions of its own besides the array API. Each
+stands in for one place of the core, which says what it returns, and whether None for what it does not do better:
 
 * `mgs_contribution(left, right, full)`, `mgs_product(left, right)`, and the flag `mgs_counts_biases`: see `contraction.py`;
 * `mgs_weighted_gradient(use, weights)`, `mgs_sum_by_index(values, indices, size)`: see `gradient.py`;

@@ -13,7 +13,7 @@ import torch
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import register_namespace
-from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
+from mgs_core._protocol import Convolution, HeadFunction, LayerStatistics, ParameterChoice, Rows
 from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.contraction import contract
@@ -22,6 +22,7 @@ from mgs_core.gradient import weighted_gradient
 from mgs_core.statistics import merge
 
 from .collect import collect, groups_of_heads, weighted_pulls
+from .convolutions import kept_rows
 from .evaluated import Evaluated
 from .evaluated import covers as _covers
 from .evaluated import evaluated as _evaluated
@@ -137,6 +138,8 @@ class TorchBackend:
             return None
         chosen = select(model.parameters, parameters)
         found = self.statistics(model, model.outputs, None, lambda *_: losses[:, None], None, differentiable=False)
+        with torch.no_grad():
+            found = [kept_rows(use) or use if isinstance(use, Convolution) else use for use in found]
         seen = merge(use for use in found if use.parameter in chosen)
         if not seen:
             return None

@@ -1,8 +1,9 @@
-"""Find the sample axis by weighted backward passes.
+"""Find the samples in an array by weighted backward passes.
 
 A row of the gradient that belongs to sample a is scaled by exactly `w_a` when the heads of sample a are weighted by `w_a`. That
-gives the axis; where no axis is scaled so, the place does not belong to single samples. The weights are powers of two, so that
-scaling commutes with rounding in any precision; sample numbers are spelled in digits, one pass each.
+gives the axis; where no axis is scaled so, each row by itself may be, as where data route rows; else the place does not belong to
+single samples. The weights are powers of two, so that scaling commutes with rounding in any precision; sample numbers are spelled
+in digits, one pass each.
 """
 
 from __future__ import annotations
@@ -53,6 +54,36 @@ class Layout:
         return along.reshape(-1, *(1,) * (len(shape) - self.axis - 1))
 
 
+class Scattered:
+    """Say to which sample each row belongs, where samples have rows in any order and number.
+
+    Attributes:
+        owners: number of the sample for each position of the lead axes, flat; n where none is known, for the gradient is zero.
+    """
+
+    def __init__(self, owners: torch.Tensor, n: int) -> None:
+        self.owners = owners
+        order = torch.argsort(owners, stable=True)
+        counts = torch.bincount(owners, minlength=n + 1)
+        starts = counts.cumsum(0) - counts
+        rank = torch.empty_like(owners)
+        rank[order] = torch.arange(len(owners), device=owners.device) - starts[owners[order]]
+        # the row of each sample and position; a row of zeros, the last one, where a sample has fewer
+        self._rows = owners.new_full((n + 1, max(1, int(counts[:n].max()))), len(owners))
+        known = owners < n
+        self._rows[owners[known], rank[known]] = known.nonzero()[:, 0]
+        self._rows = self._rows[:n]
+
+    def split(self, array: torch.Tensor, n: int) -> torch.Tensor:
+        """Rearrange (groups, *lead, features) to (n, groups, s, features), filled up with zeros."""
+        array = array.reshape(array.shape[0], len(self.owners), array.shape[-1])
+        return torch.nn.functional.pad(array, (0, 0, 0, 1))[:, self._rows].transpose(0, 1)
+
+    def spread(self, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Return values (n,) at the rows of each sample, 0 at those of none, as an array (*lead) of this shape."""
+        return torch.nn.functional.pad(values, (0, 1))[self.owners].reshape(shape)
+
+
 def sample_weights(n: int, like: torch.Tensor) -> list[torch.Tensor]:
     """Return weights (n,), one for each pass, that together tell the samples apart."""
     number = torch.arange(n, device=like.device)
@@ -66,18 +97,19 @@ def sample_weights(n: int, like: torch.Tensor) -> list[torch.Tensor]:
 
 
 def find_layout(
-    gradient: torch.Tensor, weighted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
-) -> tuple[Layout | None, Literal["sure", "open", "silent", "mixed"]]:
+    gradient: torch.Tensor, weighted: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], *, scattered: bool = False
+) -> tuple[Layout | Scattered | None, Literal["sure", "open", "silent", "mixed"]]:
     """Find the layout of one use.
 
     Args:
         gradient: of the sum of the heads, (groups, *lead, features).
         weighted: those of the weighted sums.
         weights: (n,), positive.
+        scattered: whether samples may have rows in any order and number.
 
     Returns:
-        (layout or None; "sure", "open" where zero gradients leave more than one layout, "silent" where all is zero, or "mixed"
-        where no layout fits, for the rows belong to no single sample).
+        (layout or None; "sure", "open" where zero gradients leave more than one layout or another batch may have another,
+        "silent" where all is zero, or "mixed" where no layout fits, for the rows belong to no single sample).
 
     Raises:
         ArgumentError: when the gradient is not finite.
@@ -97,7 +129,8 @@ def find_layout(
     if candidates and (size == 0 or (not fits and size <= _NOISE * eps)):
         return candidates[0], "silent"
     if not fits:
-        return None, "mixed"
+        found = _scattered(gradient, weighted, n, tolerance) if scattered else None
+        return found, "mixed" if found is None else "open"
     return fits[0], "sure" if len(fits) == 1 else "open"
 
 
@@ -115,6 +148,26 @@ def _fits(
         if not bool((difference.abs() <= tolerance * weight[:, None, None, None]).all()):
             return False
     return True
+
+
+def _scattered(gradient: torch.Tensor, weighted: Sequence[torch.Tensor], n: int, tolerance: float) -> Scattered | None:
+    """Read the number of each row's sample from what the row is multiplied by; None where a row has no single factor."""
+    rows, columns = prod(gradient.shape[1:-1]), gradient.shape[0] * gradient.shape[-1]
+    flat, *scaled = (array.movedim(0, -2).reshape(rows, columns) for array in (gradient, *weighted))
+    if not flat.numel():  # an expert without a sample
+        return Scattered(torch.full((rows,), n, device=flat.device), n)
+    size, largest = flat.abs().max(1)
+    at = largest[:, None]
+    owners = torch.zeros_like(largest)
+    for place, array in enumerate(scaled):
+        factor = (array.gather(1, at) / flat.gather(1, at)).squeeze(1)
+        digit = factor.log2().round().nan_to_num(0.0).clamp(0, _BASE - 1)
+        weight = torch.pow(2.0, digit).to(flat.dtype)[:, None]
+        if not bool(((array - flat * weight).abs() <= tolerance * weight).all()):
+            return None
+        owners += digit.to(owners.dtype) * _BASE**place
+    owners = torch.where(size > 0, owners, n)
+    return Scattered(owners, n) if bool((owners <= n).all()) else None
 
 
 def _candidates(lead: Sequence[int], n: int) -> Iterator[Layout]:

@@ -14,7 +14,8 @@ import array_api_compat.torch as compat
 import torch
 from torch.nn import functional
 
-from .contraction import contribution, full_precision, symmetric_product, weighted_gradient
+from .contraction import contribution, weighted_gradient
+from .products import full_precision, symmetric_product
 
 Sizes: TypeAlias = Sequence[int]
 Pairs: TypeAlias = Sequence[tuple[int, int]]

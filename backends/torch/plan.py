@@ -17,7 +17,7 @@ from mgs_core._errors import SamplesInteractError
 
 from .chain import is_view, sources
 from .graph import Edge, Graph
-from .layout import Layout, find_layout, sample_weights
+from .layout import Layout, Scattered, find_layout, sample_weights
 from .rules import Place, Site, site_of
 from .rules.normalisation import BATCH_NORMS
 
@@ -49,7 +49,7 @@ class Use:
     site: int
     slot: int
     source: Edge
-    layouts: tuple[Layout | None, ...]
+    layouts: tuple[Layout | Scattered | None, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
 class _Found:
     """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
 
-    layouts: dict[int, tuple[Layout | None, ...]]
+    layouts: dict[int, tuple[Layout | Scattered | None, ...]]
     separate: bool
     sure: bool
     silent: bool
@@ -207,12 +207,13 @@ def _test(
     at = {edge: (flat[place], [found[place] for found in weighted]) for place, edge in enumerate(edges)}
     results = {}
     for number in fresh:
-        layouts: dict[int, tuple[Layout | None, ...]] = {}
+        layouts: dict[int, tuple[Layout | Scattered | None, ...]] = {}
         states: list[str] = []
+        scattered = not _alone(graph, number, sites[number])  # a chain may lead to one sample only
         for slot in sites[number]:
             site = site_of(Place(graph, number, slot))
             outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
-            found = [_of_output(arrangement(site), *at[edge], weights) for edge in outputs]
+            found = [_of_output(arrangement(site), *at[edge], weights, scattered) for edge in outputs]
             layouts[slot] = tuple(layout for layout, _ in found)
             states += [state for _, state in found]
         results[number] = _Found(
@@ -229,10 +230,12 @@ def _of_output(
     flat: torch.Tensor | None,
     weighted: list[torch.Tensor | None],
     weights: list[torch.Tensor],
-) -> tuple[Layout | None, str]:
+    scattered: bool,
+) -> tuple[Layout | Scattered | None, str]:
     if flat is None:
         return None, "absent"
-    return find_layout(arrange(flat), [arrange(gradient) for gradient in weighted if gradient is not None], weights)
+    arranged = [arrange(gradient) for gradient in weighted if gradient is not None]
+    return find_layout(arrange(flat), arranged, weights, scattered=scattered)
 
 
 def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -244,12 +247,6 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     names = [name for edge in slots.values() for name in sources(graph, edge)]
     mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
     gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
-    if not mixing and any(_indexed(graph, n) for n in range(len(graph.nodes))):
-        return SamplesInteractError(
-            "`model` must keep the samples in order, and as many rows of each; got rows that data have moved or chosen at "
-            f"parameter {names[0]!r} (indexing, routing, packed sequences, graphs). Use `chunk_size=1` where samples can be run "
-            "one by one, or leave these parameters out by `parameters=`."
-        )
     where = "batch normalisation in training mode" if mixing else "statistics over the batch, or outputs flat over positions"
     where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
     return SamplesInteractError(

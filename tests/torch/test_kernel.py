@@ -10,7 +10,7 @@ import mgs_core as mgs
 torch = pytest.importorskip("torch")
 
 from mgs_core.adapters.torch import twice_differentiable  # noqa: E402  # after the skip
-from mgs_core.backends.torch import collect, contraction  # noqa: E402  # after the skip
+from mgs_core.backends.torch import collect, contraction, convolutions  # noqa: E402  # after the skip
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402  # after the skip
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402  # after the skip
 
@@ -152,7 +152,7 @@ def test_slices_and_other_ways_of_large_layers_change_nothing(of, name, output, 
     monkeypatch.setattr("mgs_core.contraction.prefers_pairwise", lambda left, right: False)
     monkeypatch.setattr(contraction, "_equal_pairs", lambda use: None)
     for constant, value in constants.items():
-        monkeypatch.setattr(contraction, constant, value)
+        monkeypatch.setattr(convolutions if hasattr(convolutions, constant) else contraction, constant, value)
     found = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
     for part, other in zip(found, expected, strict=True):
         torch.testing.assert_close(part, other, rtol=1e-8, atol=1e-10)

@@ -132,7 +132,7 @@ def test_max_samples_takes_the_kernel_of_the_first(mlp):
     torch.testing.assert_close(few.last.kernel, all_of_them.last.kernel[:5, :5])
 
 
-@pytest.mark.parametrize("name", ["mlp", "rectified", "normalised_frames"])
+@pytest.mark.parametrize("name", ["mlp", "rectified", "normalised_frames", "experts"])
 def test_max_samples_has_the_gradient_of_the_first(of, name):
     model, x = of(name)
     y = torch.arange(len(x)) % 2
