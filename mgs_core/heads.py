@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from array_api_compat import is_numpy_array
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import HeadFunction
@@ -96,9 +97,8 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
     if output == "target":
         return Head(lambda outputs, labels: _column(_pick(change(outputs), labels)))
     if output == "random":
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-            raise ArgumentError(f"`probes` must be an integer of at least 1; got {probes!r}. One probe is usual.")
-        return Head(lambda outputs, _: _probe(change(outputs), probes, seed), factor=1.0 / probes)
+        count, start = integer("probes", probes, 1, "One probe is usual."), integer("seed", seed, 0)
+        return Head(lambda outputs, _: _probe(change(outputs), count, start), factor=1.0 / count)
     if output == "loss" or callable(output):
         function = output if callable(output) else loss or cross_entropy
         return Head(lambda outputs, labels: _column(_unreduced(function(change(outputs), labels), outputs)))

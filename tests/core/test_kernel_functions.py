@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import array_api_strict
 import autograd
 import numpy as np
@@ -44,6 +46,25 @@ def test_gradient_of_penalty_in_the_kernel(name):
     gradient = autograd.grad(penalty)(KERNEL)
     expected = (penalty(KERNEL + step * direction) - penalty(KERNEL - step * direction)) / (2 * step)
     assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_kernels_in_half_precision(name, framework):
+    half = KERNEL.astype(np.float16)
+    if framework != "numpy":
+        pytest.importorskip(framework)
+        half = mgs.get_backend(framework).asarray(half)
+    value = mgs.Penalty(name, strength=3.0, scale=2.0)(half)
+    assert value.dtype == half.dtype
+    assert float(value) == pytest.approx(3.0 * FORMULAS[name], rel=2e-3)
+
+
+@pytest.mark.wrong_types
+def test_numbers_may_be_those_of_numpy():
+    penalty = mgs.Penalty("trace", np.float32(0.5), np.int64(2))
+    assert json.loads(json.dumps(penalty.to_dict())) == {"name": "trace", "strength": 0.5, "scale": 2.0}
+    assert mgs.summarize(FULL, ridge=np.float32(1e-6)).trace == pytest.approx(np.trace(FULL))
 
 
 def test_log_determinant_survives_float32_of_low_rank_and_zero_rows():

@@ -478,3 +478,14 @@ def test_clones_have_no_regularizer():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         call()
+
+
+@pytest.mark.wrong_types
+def test_arguments_may_be_numbers_of_numpy(tmp_path):
+    two = np.int64(2)
+    numbers = {"strength": np.float32(0.5), "scale": np.float32(2), "probes": two, "every": two, "max_samples": two, "seed": two}
+    model = compiled(regularize(network(), MGSRegularizer("log_trace", output="random", **numbers)))
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    found = keras.saving.load_model(tmp_path / "model.keras").mgs_regularizer.get_config()
+    assert {name: found[name] for name in numbers} == numbers
