@@ -148,7 +148,7 @@ def kernel_blocks(
     head = make_head(output, transform, loss, probes, seed, targets)
 
     def statistics(samples: slice) -> list[LayerStatistics]:
-        batch, labels = _batch.take(inputs, samples), _batch.take(targets, samples)
+        batch, labels = (inputs, targets) if len(chunks) == 1 else (_batch.take(part, samples) for part in (inputs, targets))
         return merge(backend.statistics(model, batch, labels, head.function, parameters, differentiable=differentiable))
 
     def scaled(block: Array) -> Array:

@@ -117,18 +117,19 @@ class Training:
                 "Call compute_loss(x, y, y_pred, sample_weight) in `train_step`."
             )
         self._asked = True
+        given, x = x, keras.tree.map_structure(_dense, x)
         if keras.backend.backend() == "torch":
             self._check(x)
         if self.regularizer.weighting is not None:
             if self._model._compile_loss is not None and not self._model._compile_loss.built:
-                original(x, y, y_pred, sample_weight)  # builds them; the value is not needed
+                original(given, y, y_pred, sample_weight)  # builds them; the value is not needed
             kernel = self._kernel(self._functional(), x, masked(y, y_pred), y_pred, "loss", differentiable=False)
             weights = keras.ops.stop_gradient(mgs.agreement_weights(kernel))
             sample_weight = _weighted(sample_weight, weights, y_pred)
         matrix = None
         if keras.backend.backend() == "jax" and self.regularizer.every == 1 and self._one_pass_serves(y_pred):
             matrix, y_pred = self._kernel_and_outputs(x, y, y_pred)
-        loss = original(x, y, y_pred, sample_weight)
+        loss = original(given, y, y_pred, sample_weight)
         if self.regularizer.penalty is None:
             return loss
         # TensorFlow takes a loss that is not reduced too, and differentiates its sum
@@ -301,7 +302,7 @@ class Training:
             return
         backend: Any = mgs.get_backend(self._model)
         model = backend.functional(self._model, trainable, fixed)
-        x = keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf[:_CHECKED]), x)
+        x = keras.tree.map_structure(lambda leaf: _dense(leaf)[:_CHECKED], x)
 
         def head(outputs: Any, _: Any = None) -> Any:
             c = outputs.shape[-1]  # unequal weights, for the outputs of a softmax have a constant sum
@@ -320,6 +321,10 @@ class Training:
                 f"{expected:.6g}. A layer's gradient is not that of its value; report it with the model."
             )
         self._checked = True
+
+
+def _dense(leaf: Any) -> Any:
+    return leaf if leaf is None else keras.ops.convert_to_tensor(leaf, sparse=False)
 
 
 def _weighted(sample_weight: Any, weights: Any, y_pred: Any) -> Any:

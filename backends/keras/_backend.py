@@ -59,8 +59,8 @@ class KerasBackend:
         return self.framework.namespace
 
     def asarray(self, value: Any) -> Array:
-        """Return the value as an array of the framework, on its default device."""
-        return keras.ops.convert_to_tensor(value)
+        """Return the value as an array of the framework, on its default device; what is sparse becomes dense."""
+        return keras.ops.convert_to_tensor(value.toarray() if hasattr(value, "toarray") else value, sparse=False)
 
     def to_numpy(self, array: Array) -> Any:
         """Return the array as a NumPy array on the host."""
