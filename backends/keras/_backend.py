@@ -35,12 +35,16 @@ class Function:
 
     def __call__(self, parameters: dict[str, Array], inputs: Any) -> Array:
         """Return the outputs (n, c)."""
+        return flat_outputs(self.outputs(parameters, inputs))
+
+    def outputs(self, parameters: dict[str, Array], inputs: Any) -> Any:
+        """Return the outputs in the model's own structure."""
         # read only here, in the graph that needs them
         held = [variable.value for variable in self.others] if self.fixed is None else self.fixed
         state = [(variable, parameters[name]) for name, variable in self.variables.items()]
         scope = keras.StatelessScope(state_mapping=[*state, *zip(self.others, held, strict=True)])
         with _kept_losses(self._model), scope, _differentiable_twice():
-            return flat_outputs(call(self._model, inputs, training=False))
+            return call(self._model, inputs, training=False)
 
 
 class KerasBackend:
