@@ -261,8 +261,9 @@ class Training:
     def _functional(self) -> mgs.FunctionalModel:
         """Return the model as a function, the same one in each step, for what the backend finds out about it is kept with it."""
         backend: Any = mgs.get_backend(self._model)
-        if self._function is None:
-            self._function = backend.functional(self._model).function
+        moved = [id(variable) for variable in self._model.trainable_variables]  # a layer may be frozen between two steps
+        if self._function is None or moved != [id(variable) for variable in self._function.variables.values()]:
+            self._function, self._replay = backend.functional(self._model).function, None
         functional: mgs.FunctionalModel = backend.current(self._function)
         return functional
 
