@@ -29,6 +29,7 @@ from mgs_core import (
     agreement_weights,
     get_backend,
 )
+from mgs_core._arguments import integer
 from mgs_core._tree import select
 from mgs_core.contraction import contract
 from mgs_core.gradient import weighted_gradient
@@ -107,6 +108,7 @@ def regularized(
         >>> float(loss), float(parts.loss), float(parts.penalty)
         (3.0, 1.0, 2.0)
     """
+    every, samples = integer("every", every, 1), None if samples is None else integer("samples", samples, 1)
     _refuse(penalty, output, outputs, weighting, every, samples)
     unused = sorted(set(kernel_options) - {"parameters"})
     if output == "loss" and unused:
@@ -310,9 +312,6 @@ def _refuse(penalty: Any, output: Any, outputs: Any, weighting: Any, every: Any,
         raise ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
     if penalty is None and weighting is None:
         raise ArgumentError('`penalty` must be given without `weighting`; got None. Pass a Penalty, or weighting="agreement".')
-    for name, value in (("every", every), ("samples", 1 if samples is None else samples)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"`{name}` must be an integer of at least 1; got {value!r}.")
     if output == "full":
         raise ArgumentError('`output` must give one scalar a pair of samples; got "full". Use "trace".')
     if output != "loss" and outputs is None:

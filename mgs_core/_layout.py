@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 
+from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
 
@@ -55,6 +56,9 @@ def find_layout(gradient: Array, weighted: Array, weights: Array, eps: float) ->
     Returns:
         (layout, None where the rows belong to no single sample; whether the answer holds for other values too: False where a
         gradient that is zero, or nothing but rounding, leaves it open).
+
+    Raises:
+        ArgumentError: when the gradient is not finite.
     """
     n = weights.shape[0]
     if n == 1:
@@ -64,11 +68,20 @@ def find_layout(gradient: Array, weighted: Array, weights: Array, eps: float) ->
         return None, True
     xp = array_namespace(gradient)
     size = float(xp.max(xp.abs(gradient))) if prod(gradient.shape) else 0.0
+    refuse_infinite(isfinite(size))
     tolerance = min(1e3 * eps, 0.1) * size  # the least matters in half precision, whose cancellation is coarse
     fits = [layout for layout in candidates if _fits(layout, gradient, weighted, weights, tolerance)]
     if size <= noise_floor(eps):  # any layout may hold, or by rounding none
         return (fits or candidates)[0], False
     return (fits[0] if fits else None), len(fits) < 2
+
+
+def refuse_infinite(finite: bool) -> None:
+    """Raise unless gradients are finite; which sample they belong to could not be told."""
+    if not finite:
+        raise ArgumentError(
+            "`model` must have finite gradients; got NaN or infinity. Look for them in inputs, targets and parameters."
+        )
 
 
 def noise_floor(eps: float) -> float:

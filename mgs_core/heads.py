@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from array_api_compat import is_numpy_array
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import HeadFunction
@@ -91,8 +92,7 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
         raise ArgumentError(
             f'`loss` must be None unless output="loss"; got one with output={output!r}. Leave it out, or name the head.'
         )
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ArgumentError(f"`probes` must be an integer of at least 1; got {probes!r}. One probe is usual.")
+    probes, seed = integer("probes", probes, 1, "One probe is usual."), integer("seed", seed, 0)
     if output in ("target", "loss") and targets is None:
         raise ArgumentError(f'`targets` must be given for output="{output}"; got None. Pass labels, or use output="trace".')
     if output == "trace" or output == "full":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mgs_core import _batch
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerStatistics, ParameterChoice
@@ -14,6 +16,8 @@ from mgs_core._types import Array, LossFunction, Shaped
 from mgs_core.contraction import contract
 from mgs_core.heads import Output, Transform, make_head
 from mgs_core.statistics import merge
+
+_ALL = "None takes all samples at once."
 
 
 def kernel(
@@ -140,8 +144,7 @@ def kernel_blocks(
         2 2 (1, 1)
     """
     n = _batch.count(inputs, targets)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ArgumentError(f"`chunk_size` must be an integer of at least 1; got {chunk_size!r}. None takes all samples at once.")
+    chunk_size = integer("chunk_size", chunk_size, 1, _ALL)
     if not (parameters is None or isinstance(parameters, str) or callable(parameters)):
         parameters = list(parameters)  # which an iterator gives only once
     backend = get_backend(model)
@@ -149,7 +152,7 @@ def kernel_blocks(
     chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
 
     def statistics(samples: slice) -> list[LayerStatistics]:
-        batch, labels = _batch.take(inputs, samples), _batch.take(targets, samples)
+        batch, labels = (inputs, targets) if len(chunks) == 1 else (_batch.take(part, samples) for part in (inputs, targets))
         return merge(backend.statistics(model, batch, labels, head.function, parameters, differentiable=differentiable))
 
     def scaled(block: Array) -> Array:
@@ -167,3 +170,24 @@ def kernel_blocks(
                 yield rows, columns, scaled(contract(left, right, full=head.full))
 
     return blocks()
+
+
+def check_options(options: Mapping[str, Any], targets: Any) -> None:
+    """Refuse options of `kernel` that it would refuse, before there is a model to measure.
+
+    Args:
+        options: keyword arguments.
+        targets: what will be passed besides.
+
+    Raises:
+        ArgumentError: when one is unknown or does not fit.
+    """
+    parameters = inspect.signature(kernel).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    unknown = [name for name in options if name not in defaults]
+    if unknown:
+        raise ArgumentError(f"`kernel_options` must be among {', '.join(defaults)}; got {', '.join(unknown)}. Mind the spelling.")
+    given = {**defaults, **options}
+    make_head(given["output"], given["transform"], given["loss"], given["probes"], given["seed"], targets)
+    if given["chunk_size"] is not None:
+        integer("chunk_size", given["chunk_size"], 1, _ALL)

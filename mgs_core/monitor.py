@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, BackendError
-from mgs_core.kernel import kernel
+from mgs_core.kernel import check_options, kernel
 from mgs_core.summary import Summary, summarize
 
 
@@ -41,10 +42,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("stop", self.stop, 0)):
-            if name == "stop" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+            if name != "stop" or value is not None:
+                object.__setattr__(self, name, integer(name, value, least))  # the class is frozen
 
     def __call__(self, step: int) -> bool:
         """Return whether to measure at this step."""
@@ -102,6 +101,9 @@ class Recorder:
             sinks: where records go besides `history`.
             prefix: put before the names of the summary's fields.
             **kernel_options: passed to `kernel`: `output`, `transform`, `parameters`, …
+
+        Raises:
+            ArgumentError: when an option is unknown or does not fit.
         """
         self.history: list[dict[str, Any]] = []
         self._batch = (inputs, targets)
@@ -109,6 +111,7 @@ class Recorder:
         self._schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
         self._sinks = tuple(sinks)
         self._prefix = prefix
+        check_options(kernel_options, targets)
         self._options = kernel_options
 
     def __call__(self, model: Any, step: int, **extra: Any) -> Summary | None:

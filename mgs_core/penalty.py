@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from mgs_core._errors import ArgumentError
@@ -59,13 +60,12 @@ class Penalty:
         if name not in _STRENGTHS:
             raise ArgumentError(f"`name` must be one of {', '.join(_STRENGTHS)}; got {name!r}.")
         strength = _STRENGTHS[name] if strength is None else strength
+        object.__setattr__(self, "name", name)  # the class is frozen
         for field, value, least in (("strength", strength, "at least 0"), ("scale", scale, "above 0")):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (field == "scale" and value == 0):
                 raise ArgumentError(f"`{field}` must be a finite number {least}; got {value!r}.")
-        object.__setattr__(self, "name", name)  # the class is frozen
-        object.__setattr__(self, "strength", strength)
-        object.__setattr__(self, "scale", scale)
+            object.__setattr__(self, field, value if isinstance(value, (int, float)) else float(value))  # which JSON can hold
 
     def __call__(self, kernel: Shaped[Array, "n n"]) -> Shaped[Array, ""]:
         """Return `strength · R(K)`, a scalar that is differentiable in K.
@@ -74,13 +74,15 @@ class Penalty:
             kernel: (n, n), positive semi-definite.
 
         Returns:
-            A scalar array of the kernel's dtype.
+            A scalar array of the kernel's dtype; of half precision it is computed in single.
 
         Raises:
             ArgumentError: when the kernel is not square.
         """
         n = _square(kernel)
-        xp = array_namespace(kernel)
+        xp, dtype = array_namespace(kernel), kernel.dtype
+        half = float(xp.finfo(dtype).eps) > float(xp.finfo(xp.float32).eps)
+        kernel = xp.astype(kernel, xp.float32) if half else kernel  # NumPy has no Cholesky factorisation of it
         identity = xp.eye(n, dtype=kernel.dtype)
         if self.name == "trace":
             value = _trace(kernel, identity) / n
@@ -95,7 +97,7 @@ class Penalty:
             value = _log_determinant(cosine_kernel(kernel) / self.scale, identity) / n
         else:
             raise ArgumentError(f"`name` must be one of {', '.join(_STRENGTHS)}; got {self.name!r}.")
-        return self.strength * value
+        return xp.astype(self.strength * value, dtype) if half else self.strength * value
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as a dict that JSON can hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from mgs_core._errors import ArgumentError
@@ -92,7 +93,7 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
     n = _square(kernel)
     if n < 2:
         raise ArgumentError("`kernel` must have at least 2 samples to be summarised; got 1. Use a larger probe batch.")
-    if not isinstance(ridge, (int, float)) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
+    if not isinstance(ridge, Real) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise ArgumentError(f"`ridge` must be a finite number above 0; got {ridge!r}. The default is 1e-6.")
     matrix = _checked(kernel)
     diagonal = np.linalg.diagonal(matrix)

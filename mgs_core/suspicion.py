@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import host as np
 from mgs_core._types import Array, Shaped
@@ -97,8 +98,7 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     n = _square(kernel)
     if n < 2:
         raise ArgumentError("`kernel` must have at least 2 samples, for labels are judged by others; got 1. Use more samples.")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-        raise ArgumentError(f"`rounds` must be an integer of at least 0; got {rounds!r}. The default is 6.")
+    rounds = integer("rounds", rounds, 0, "The default is 6.")
     matrix = _checked(kernel)
     given, c = _labels(labels, n, classes)
     cosine = _cosine(matrix, np.linalg.diagonal(matrix))
@@ -121,7 +121,7 @@ def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
     given = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
     if given.shape != (n,) or not np.isdtype(given.dtype, "integral"):
         raise ArgumentError(f"`labels` must be integers of shape ({n},); got dtype {given.dtype}, shape {given.shape}.")
-    c = int(np.max(given)) + 1 if classes is None else classes
+    c = int(np.max(given)) + 1 if classes is None else integer("classes", classes, 0)
     if classes is None and c > max(1000, 10 * n):  # memory grows with their number
         raise ArgumentError(
             f"`labels` must number the classes from 0 without large gaps; got labels up to {c - 1} for {n} samples. "

@@ -106,7 +106,7 @@ def leaves_of(batch: Any) -> list[Array]:
     for leaf in leaves:
         known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if known and not np.all(np.isfinite(np.asarray(leaf))):  # on the host, for jax.numpy would trace it under jit
-            raise ArgumentError("`inputs` and `targets` must be finite; got NaN or infinity. Clean the data first.")
+            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     return leaves
 
 

@@ -13,7 +13,7 @@ from autograd.numpy.numpy_boxes import ArrayBox
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError, SamplesInteractError
-from mgs_core._layout import Layout, find_layout, noise_floor
+from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
 from mgs_core._tree import check_parameters, flatten, select, unflatten
@@ -238,6 +238,7 @@ def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[
     for use in rows:
         single = np.einsum("nk,nkp->p", weights, plain(use.gradients))
         batch = np.ravel(plain(whole[use.parameter]))
+        refuse_infinite(bool(np.all(np.isfinite(batch))))
         size = float(np.max(np.abs(plain(use.gradients)), initial=0.0))
         eps = float(np.finfo(_dtype(values)).eps)
         tolerance = n * (1e3 * eps * size + noise_floor(eps))

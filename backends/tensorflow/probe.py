@@ -6,6 +6,7 @@ drawn ones. Which sample a row belongs to does not depend on values.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from mgs_core._errors import ArgumentError, SamplesInteractError
-from mgs_core._layout import Layout, find_layout, noise_floor
+from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite
 from mgs_core._types import Array
 
 from .namespace import namespace
@@ -48,9 +49,9 @@ def find_layouts(
     n, k = traced.scalars.shape
     layouts: list[Layout | None] = [None] * len(traced.uses)
     open_uses = set(range(len(layouts)))
-    for values in _values((dict(parameters), inputs, targets)):
+    for values, own in _values((dict(parameters), inputs, targets)):
         try:
-            found = _evaluate(scalars, chosen, values, n, k, traced)
+            found = _evaluate(scalars, chosen, values, n, k, traced, own=own)
         except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
             continue
         for place, (layout, certain) in enumerate(found):
@@ -69,8 +70,8 @@ def find_layouts(
     return layouts
 
 
-def _values(graph_values: Any) -> Iterator[Any]:
-    """Yield values for the tensors: their own as far as they have one, the others drawn; then all drawn."""
+def _values(graph_values: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield values for the tensors, and whether all are their own: as far as they have one, the others drawn; then all drawn."""
     leaves = tf.nest.flatten(graph_values)
     first_target = len(leaves) - len(tf.nest.flatten(graph_values[2]))
     with tf.init_scope():
@@ -82,7 +83,7 @@ def _values(graph_values: Any) -> Iterator[Any]:
                 _draw(leaf, random, attempt, target=place >= first_target) if value is None or attempt else value
                 for place, (leaf, value) in enumerate(zip(leaves, known, strict=True))
             ]
-        yield tf.nest.pack_sequence_as(graph_values, values)
+        yield tf.nest.pack_sequence_as(graph_values, values), all(map(operator.is_, values, known))
 
 
 def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: bool) -> Array:
@@ -103,7 +104,7 @@ def _weights(n: int, k: int) -> tuple[Any, Any]:
 
 
 def _evaluate(
-    scalars: Scalars, chosen: list[str], values: Any, n: int, k: int, traced: Record
+    scalars: Scalars, chosen: list[str], values: Any, n: int, k: int, traced: Record, *, own: bool
 ) -> list[tuple[Layout | None, bool]]:
     weights, heads = _weights(n, k)
 
@@ -129,6 +130,8 @@ def _evaluate(
             layouts.append((None, True))
         elif not pair:
             layouts.append((Layout(-1), True))  # no gradient reaches it: it adds nothing
+        elif not own and not np.all(np.isfinite(pair[0])):
+            layouts.append((None, False))  # other values may do
         else:
             eps = max(_eps(pair[0]), _eps(traced.scalars))  # what comes back through a loss in float32 is as exact as that
             layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights, eps))
@@ -150,6 +153,7 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
     for name in slow:
         each = single[name].numpy().astype(np.float64)
         summed, size = np.einsum("nk,nkp->p", weights, each), float(np.max(np.abs(each), initial=0.0))
+        refuse_infinite(bool(np.all(np.isfinite(whole[name]))))
         eps = max(_eps(whole[name]), _eps(traced.scalars))
         tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too

@@ -8,15 +8,14 @@ in digits, one pass each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Literal
 
 import torch
 
-from mgs_core._errors import ArgumentError
+from mgs_core._layout import refuse_infinite
 
 _BASE = 8  # weights 1, 2, …, 128: far from overflow even in float16
 # what heads of size 1 may leave by rounding, relative to the precision
@@ -119,10 +118,7 @@ def find_layout(
         return Layout(-1), "sure"
     candidates = list(_candidates(gradient.shape[1:-1], n))
     size = max(_size(gradient), *(_size(array) / float(weight.max()) for array, weight in zip(weighted, weights, strict=True)))
-    if not math.isfinite(size):
-        raise ArgumentError(
-            "`model` must have finite gradients; got NaN or infinity. Look for them in the inputs and the parameters."
-        )
+    refuse_infinite(isfinite(size))
     eps = torch.finfo(gradient.dtype).eps
     tolerance = 1e3 * min(eps, torch.finfo(torch.float32).eps) * size
     fits = [layout for layout in candidates if _fits(layout, gradient, weighted, weights, tolerance)]

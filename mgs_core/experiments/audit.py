@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mgs_core import onnx
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
@@ -113,18 +114,10 @@ def audit(
         (360,)
     """
     x, given, classes = _checked(inputs, labels)
-    for name, value, least in (
-        ("networks", networks, 1),
-        ("epochs", 1 if epochs is None else epochs, 1),
-        ("batch_size", batch_size, 2),
-        ("block", block, 3),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
+    block, seed = integer("block", block, 3), integer("seed", seed, 0)
     check_learning_rate(learning_rate)
-    if epochs is None:
-        epochs = usual_epochs(len(given), batch_size, model)
+    epochs = usual_epochs(len(given), batch_size, model) if epochs is None else integer("epochs", epochs, 1)
     starts = [_start(model, backend, x, classes, seed, number) for number in range(networks)]
     outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
     if len(outputs) != 2 or outputs[1] < classes:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core.experiments.networks import check_fit, is_file
 from mgs_core.experiments.recipes import RECIPES, Recipe
@@ -65,8 +66,7 @@ def compare(
     strange = [recipe.name for recipe in chosen if RECIPES.get(recipe.name) != recipe]
     if strange:
         raise ArgumentError(f"`recipes` must be registered in RECIPES, where other processes find them; got {strange}.")
-    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
-        raise ArgumentError(f"`jobs` must be an integer of at least 1; got {jobs!r}.")
+    jobs = integer("jobs", jobs, 1)
     if is_file(settings.model):
         check_fit(settings, dropout=any(recipe.dropout for recipe in chosen))
     path = _open_folder(Path(folder), settings)

@@ -251,7 +251,7 @@ def _draw(labels: Array, samples: int | None, random: np.random.Generator) -> An
     """Return indices of `samples` samples, taking one of each class in turn."""
     if samples is None:
         return random.permutation(len(labels))
-    if isinstance(samples, bool) or not isinstance(samples, int) or not 2 <= samples <= len(labels):
+    if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)) or not 2 <= samples <= len(labels):
         raise ArgumentError(f"`samples` must be an integer between 2 and {len(labels)}, what the data hold; got {samples!r}.")
     order = random.permutation(len(labels))
     turn = np.empty(len(labels), dtype=int)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mgs_core._errors import ArgumentError
+from mgs_core._arguments import integer
 from mgs_core.experiments.optimizer import check_learning_rate
 
 
@@ -52,10 +52,9 @@ class Settings:
     tuning: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1), ("probe_samples", 2), ("tuning", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+        counts = {"epochs": 1, "batch_size": 2, "seeds": 1, "probe_samples": 2, "tuning": 0}
+        for name, least in (counts if self.samples is None else {**counts, "samples": 2}).items():
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))  # the class is frozen
         check_learning_rate(self.learning_rate)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import array_api_strict
 import autograd
 import numpy as np
@@ -60,6 +62,25 @@ def test_log_determinant_of_large_kernels_of_low_rank_is_right_in_float32(rank, 
 def test_log_determinant_survives_what_rounding_leaves_of_a_kernel(mean_trace):
     rows = np.random.default_rng(0).normal(size=(256, 1)).astype(np.float32) * np.float32(np.sqrt(mean_trace))
     assert np.isfinite(mgs.Penalty("log_determinant")(rows @ rows.T))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_kernels_in_half_precision(name, framework):
+    half = KERNEL.astype(np.float16)
+    if framework != "numpy":
+        pytest.importorskip(framework)
+        half = mgs.get_backend(framework).asarray(half)
+    value = mgs.Penalty(name, strength=3.0, scale=2.0)(half)
+    assert value.dtype == half.dtype
+    assert float(value) == pytest.approx(3.0 * FORMULAS[name], rel=2e-3)
+
+
+@pytest.mark.wrong_types
+def test_numbers_may_be_those_of_numpy():
+    penalty = mgs.Penalty("trace", np.float32(0.5), np.int64(2))
+    assert json.loads(json.dumps(penalty.to_dict())) == {"name": "trace", "strength": 0.5, "scale": 2.0}
+    assert mgs.summarize(FULL, ridge=np.float32(1e-6)).trace == pytest.approx(np.trace(FULL))
 
 
 def test_penalties_of_samples_without_gradient_have_gradients():

@@ -73,6 +73,39 @@ def test_bad_schedules_are_refused(arguments):
         mgs.Schedule(**arguments)
 
 
+@pytest.mark.wrong_types
+def test_integers_may_be_those_of_numpy(tmp_path):
+    two = np.int64(2)
+    schedule = mgs.Schedule(every=two, start=two, stop=np.int8(4))
+    assert [step for step in range(8) if schedule(step)] == [2, 4]
+    options = {"output": "random", "probes": two, "seed": np.uint8(3), "chunk_size": two}
+    expected = mgs.kernel(MODEL, PROBE, output="random", probes=2, seed=3)
+    assert np.allclose(mgs.kernel(MODEL, PROBE, **options), expected)
+    recorder = mgs.Recorder(PROBE, schedule=two, **options)
+    assert recorder(MODEL, 0).trace == pytest.approx(np.trace(expected))
+    assert mgs.suspicion(np.eye(4), np.array([0, 1, 0, 1]), classes=two, rounds=two).scores.shape == (4,)
+    for wrong in (np.bool_(True), 2.0, "2"):
+        with pytest.raises(mgs.ArgumentError, match="`chunk_size` must be an integer of at least 1"):
+            mgs.kernel(MODEL, PROBE, chunk_size=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ouput": "trace"}, "`kernel_options` must be among output, transform, loss, .*; got ouput"),
+        ({"output": "trase"}, "`output` must be one of trace"),
+        ({"transform": "sofmax"}, "`transform` must be one of identity"),
+        ({"output": "loss"}, "`targets` must be given"),
+        ({"output": "random", "probes": 0}, "`probes` must be an integer of at least 1"),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1"),
+    ],
+)
+@pytest.mark.wrong_types
+def test_options_are_refused_before_the_first_measurement(options, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        mgs.Recorder(PROBE, **options)
+
+
 def test_unwritable_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(mgs.ArgumentError, match="`path` must be a file that can be written"):

@@ -134,3 +134,29 @@ def test_summarize_returns_a_frozen_summary():
     assert isinstance(summary, mgs.Summary)
     with pytest.raises(AttributeError):
         summary.trace = 0.0
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_targets_that_are_not_finite(framework):
+    """Without a gradient of the loss there is an error that says so; losses that leave them out have their kernel."""
+    pytest.importorskip(framework)
+    backend = mgs.get_backend(framework)
+    xp, targets, weights = backend.namespace, RANDOM.normal(size=(7, 2)), RANDOM.normal(size=(3, 2))
+    targets[1, 0] = np.nan
+    w, scale, x, y = (backend.asarray(array.astype("float32")) for array in (weights, np.ones((1, 2)), PROBE, targets))
+
+    def plain(outputs, targets):
+        return xp.sum((outputs - targets) ** 2, axis=-1)
+
+    def masked(outputs, targets):
+        known = xp.astype(~xp.isnan(targets), outputs.dtype)
+        return xp.sum(known * (outputs - xp.where(xp.isnan(targets), xp.zeros_like(targets), targets)) ** 2, axis=-1)
+
+    model = mgs.FunctionalModel(lambda p, x: (x @ p["w"]) * p["scale"], {"w": w, "scale": scale})
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must have finite gradients; got NaN.*targets"):
+        mgs.kernel(model, x, y, output="loss", loss=plain)
+    kernel = backend.to_numpy(mgs.kernel(model, x, y, output="loss", loss=masked))
+    outputs = PROBE @ weights
+    slopes = 2 * np.nan_to_num(outputs - targets)
+    expected = (PROBE @ PROBE.T) * (slopes @ slopes.T) + (slopes * outputs) @ (slopes * outputs).T
+    np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-4)

@@ -123,3 +123,9 @@ def test_bad_arguments_are_refused(tmp_path):
     for rate in (0.0, -1.0, float("inf"), "fast", True):
         with pytest.raises(mgs.ArgumentError, match="`learning_rate` must be a finite number above 0"):
             Settings(learning_rate=rate)
+
+
+@pytest.mark.wrong_types
+def test_settings_may_be_integers_of_numpy():
+    names = ("epochs", "batch_size", "seeds", "probe_samples", "samples")
+    assert json.loads(json.dumps(Settings(**dict.fromkeys(names, np.int64(5))).to_dict()))["samples"] == 5

@@ -271,3 +271,10 @@ def test_monitor_measures_linen_nnx_and_functions(p, batch):
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         regularized(loss_fn, **options)
+
+
+@pytest.mark.wrong_types
+def test_options_may_be_integers_of_numpy():
+    regularized(lambda params, batch: jnp.mean((batch @ params) ** 2), PENALTY, every=np.int64(1), samples=np.int64(2))(
+        jnp.ones(2), jnp.ones((3, 2))
+    )

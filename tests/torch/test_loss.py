@@ -5,13 +5,20 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
 import mgs_core as mgs
 
 torch = pytest.importorskip("torch")
 
-from mgs_core.adapters.torch import Configured, LossRecord, MGSLoss, twice_differentiable  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import (  # noqa: E402  # after the skip
+    Configured,
+    LossRecord,
+    MGSLoss,
+    MGSMonitor,
+    twice_differentiable,
+)
 from mgs_core.backends.torch import fused  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 from torch.nn.functional import cross_entropy  # noqa: E402  # after the skip
@@ -475,3 +482,15 @@ def test_compiled_models_are_refused_for_a_penalty_and_weighted_by_rows(mlp):
     torch.testing.assert_close(criteria[0].last.kernel, criteria[1].last.kernel)
     for value, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(value.grad, gradient)
+
+
+@pytest.mark.wrong_types
+def test_options_may_be_integers_of_numpy(mlp):
+    model, x, y = mlp
+    values = []
+    for two in (2, np.int64(2)):
+        criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", type(two)(1)), every=two, max_samples=two)
+        values.append(criterion(model(x), y))
+        values[-1].backward()
+    torch.testing.assert_close(*values)
+    assert MGSMonitor(model, x, every=np.int64(1)).step() is not None
