@@ -225,8 +225,9 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
         raise ArgumentError(
-            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-            "Number the classes from 0."
+            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}"
+            f"{', ' + str(np.unique(y)[:5].tolist()) if y.size else ''}. "
+            "Number the classes from 0: numpy.unique(labels, return_inverse=True)[1]."
         )
     classes = count_classes(y, "labels")
     scaled, _, _ = scale(x)

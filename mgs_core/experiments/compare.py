@@ -8,8 +8,9 @@ import os
 import queue
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, MgsError
@@ -19,6 +20,11 @@ from mgs_core.experiments.settings import Settings
 from mgs_core.experiments.training import train
 from mgs_core.experiments.tuning import best_strength, strengths, try_strength
 from mgs_core.monitor import JSONLinesSink
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]  # its absence
 
 Record: TypeAlias = dict[str, Any]
 #: Name of a recipe, a strength or None for that of `RECIPES`, and the number of the run; None to try the strength.
@@ -51,8 +57,8 @@ def compare(
         The records of all runs in the folder, those of earlier calls first.
 
     Raises:
-        ArgumentError: when the folder cannot be written or holds a comparison with other settings, a recipe is not registered, or
-            the model does not fit the data.
+        ArgumentError: when the folder cannot be written, holds a comparison with other settings or is another's at the time, a
+            recipe is not registered, or the model does not fit the data.
 
     Example:
         >>> import tempfile
@@ -69,9 +75,8 @@ def compare(
     jobs = integer("jobs", jobs, 1)
     if is_file(settings.model):
         check_fit(settings, dropout=any(recipe.dropout for recipe in chosen))
-    path = _open_folder(Path(folder), settings)
-    out = path.parent
-    with JSONLinesSink(path) as sink:
+    out = Path(folder)
+    with _open_folder(out, settings) as path, JSONLinesSink(path) as sink:
         for tasks in (_trials, _runs):
             waiting = tasks(chosen, settings, load_records(path))
             several = jobs > 1 and len(waiting) > 1
@@ -178,27 +183,50 @@ def load_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _open_folder(folder: Path, settings: Settings) -> Path:
-    """Write the settings, and return the path of the records, made to end with a line's end."""
+@contextmanager
+def _open_folder(folder: Path, settings: Settings) -> Iterator[Path]:
+    """Write the settings, and give the path of the records, made to end with a line's end; no other comparison may meanwhile."""
     path, records = folder / "settings.json", folder / "records.jsonl"
-    if path.exists() and load_records(records):  # else it failed before it began, perhaps for these settings
-        before = load_settings(folder)
-        # more seeds may be asked for later
-        changed = {name: value for name, value in settings.to_dict().items() if name != "seeds" and before.get(name) != value}
-        if changed:
-            old = {name: before.get(name) for name in changed}
-            raise ArgumentError(f"`out` must be a new folder for other settings; {folder} was begun with {old}, now {changed}.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
-        with records.open("a+b") as file:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(records.open("a+b"))
+            _hold(file, folder)
+            if path.exists() and load_records(records):  # else it failed before it began, perhaps for these settings
+                _refuse_other(folder, settings)
+            path.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
-    except OSError as error:
+                file.flush()
+        except OSError as error:
+            raise ArgumentError(
+                f"`out` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
+            ) from error
+        yield records
+
+
+def _hold(file: BinaryIO, folder: Path) -> None:
+    """Lock the records until they are closed, where the system has such locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise ArgumentError(
-            f"`out` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
+            f"`out` must be a folder that no other comparison writes at the time; got {str(folder)!r}. "
+            "Wait until it has ended, or choose another."
         ) from error
-    return records
+    except OSError:  # a file system without locks
+        return
+
+
+def _refuse_other(folder: Path, settings: Settings) -> None:
+    before = load_settings(folder)
+    # more seeds may be asked for later
+    changed = {name: value for name, value in settings.to_dict().items() if name != "seeds" and before.get(name) != value}
+    if changed:
+        old = {name: before.get(name) for name in changed}
+        raise ArgumentError(f"`out` must be a new folder for other settings; {folder} was begun with {old}, now {changed}.")
 
 
 def _here(tasks: list[Task], settings: Settings, folder: Path) -> Iterator[Record]:
@@ -250,6 +278,7 @@ def _in_processes(tasks: list[Task], settings: Settings, folder: Path, jobs: int
 
 def _work(waiting: Any, records: Any, settings: Settings, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    parent = multiprocessing.parent_process()
     while True:
         try:
             task = waiting.get(timeout=1.0)
@@ -257,6 +286,8 @@ def _work(waiting: Any, records: Any, settings: Settings, folder: Path) -> None:
             return
         try:
             for record in _perform(task, settings, folder):
+                if parent is not None and not parent.is_alive():  # it was killed, and nobody else takes the records
+                    return
                 records.put(record)
         except MgsError as error:
             records.put(error)

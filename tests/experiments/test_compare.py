@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import queue
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +97,32 @@ def test_a_command_that_failed_before_it_began_does_not_bar_its_folder(tmp_path)
         compare(Settings(**{**SETTINGS.to_dict(), "noise": 1.5}), TWO[:1], tmp_path)
     assert compare(SETTINGS, TWO[:1], tmp_path)
     assert load_settings(tmp_path) == SETTINGS.to_dict()
+
+
+def test_a_second_comparison_in_the_folder_at_the_time_is_refused(tmp_path, monkeypatch):
+    """Before the first record a folder may still be given other settings, which would take over the first comparison's runs."""
+    pytest.importorskip("fcntl")
+
+    def train(recipe, seed, settings, folder):
+        with pytest.raises(mgs.ArgumentError, match="that no other comparison writes at the time"):
+            compare(replace(SETTINGS, noise=0.1), TWO, tmp_path)
+        yield {"event": "run", "regularizer": recipe.name, "seed": seed, "last_test_accuracy": 0.5}
+
+    monkeypatch.setattr(module, "train", train)
+    compare(SETTINGS, TWO[:1], tmp_path)
+    assert load_settings(tmp_path) == SETTINGS.to_dict()
+    compare(SETTINGS, TWO[:1], tmp_path)  # the folder is free again
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_worker_whose_parent_was_killed_ends(tmp_path, monkeypatch, begun, alive):
+    tasks, records = queue.Queue(), queue.Queue()
+    for seed in range(3):
+        tasks.put(("none", None, seed))
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(module.multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: alive))
+    module._work(tasks, records, SETTINGS, tmp_path)
+    assert (len(begun[0]), records.qsize()) == ((3, 9) if alive else (1, 0))
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path, begun):
