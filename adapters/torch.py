@@ -138,7 +138,7 @@ class MGSLoss(torch.nn.Module):
         self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
         self.last: LossRecord | None = None
         self._head: dict[str, Any] = {"output": output, "transform": transform, "probes": probes}
-        self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": {}}
+        self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": _backend.Plans()}
         self._model = (model,)  # in a tuple, so that it does not become a submodule
         self._chosen = parameters
         self._select = select

@@ -123,9 +123,9 @@ def kernel_blocks(
         parameters: as for `kernel`.
         differentiable: as for `kernel`.
 
-    Returns:
-        An iterator of tuples (rows, columns, block), two slices of the samples and `K[rows, columns]`, row by row, each from the
-        diagonal to the last column.
+    Yields:
+        (rows, columns, block): two slices of the samples and `K[rows, columns]`; row by row, each from the diagonal to the last
+        column.
 
     Raises:
         ArgumentError: when an argument does not fit.
@@ -158,18 +158,15 @@ def kernel_blocks(
     def scaled(block: Array) -> Array:
         return block if head.factor == 1.0 else block * head.factor
 
-    def blocks() -> Iterator[tuple[slice, slice, Array]]:
-        summed = getattr(backend, "summed_kernel", None)
-        if summed is not None and len(chunks) == 1 and not head.full and not differentiable:
-            yield chunks[0], chunks[0], scaled(summed(model, inputs, targets, head.function, parameters))
-            return
-        for number, rows in enumerate(chunks):
-            left = statistics(rows)
-            for columns in chunks[number:]:
-                right = left if columns is rows else statistics(columns)
-                yield rows, columns, scaled(contract(left, right, full=head.full))
-
-    return blocks()
+    summed = getattr(backend, "summed_kernel", None)
+    if summed is not None and len(chunks) == 1 and not head.full and not differentiable:
+        yield chunks[0], chunks[0], scaled(summed(model, inputs, targets, head.function, parameters))
+        return
+    for number, rows in enumerate(chunks):
+        left = statistics(rows)
+        for columns in chunks[number:]:
+            right = left if columns is rows else statistics(columns)
+            yield rows, columns, scaled(contract(left, right, full=head.full))
 
 
 def check_options(options: Mapping[str, Any], targets: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import autograd.numpy as anp
 import numpy as np
@@ -13,7 +12,8 @@ from autograd.numpy.numpy_boxes import ArrayBox
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError, SamplesInteractError
-from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite
+from mgs_core._known import KnownByOwner
+from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite, sample_weights
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
 from mgs_core._tree import check_parameters, flatten, select, unflatten
@@ -22,6 +22,7 @@ from mgs_core.functional import FunctionalModel
 
 from . import tape as tapes
 from .namespace import TracedNamespace
+from .structure import key_of, values_decide
 from .tape import Tape, TapeNode, plain
 from .uses import Use, find_uses
 
@@ -34,7 +35,7 @@ _AUTOGRAD = (
     "itself or another library computes. Write `import autograd.numpy as np`, or convert the parameters: for instance "
     "jax.tree.map(jax.numpy.asarray, parameters), or torch.from_numpy of each."
 )
-_layouts: WeakKeyDictionary[Any, dict[Any, list[Layout | None]]] = WeakKeyDictionary()
+_layouts: KnownByOwner[list[Layout | None]] = KnownByOwner()
 
 
 class NumpyBackend:
@@ -69,7 +70,8 @@ class NumpyBackend:
         tape = Tape(scalars, {name: leaves[name] for name in chosen})
         n, k = anp.shape(tape.value)
         uses, stop = find_uses(tape.nodes)
-        layouts = _known_layouts(model.function, tape, uses, stop, chosen, n)
+        key = (tuple(chosen), key_of(tape, n))
+        layouts = _layouts.of(model.function).of(key, lambda: _find_layouts(tape, uses, stop))
         slow = {use.parameter for use, layout in zip(uses, layouts, strict=True) if layout is None}
         fast = [
             (use, layout) for use, layout in zip(uses, layouts, strict=True) if layout is not None and use.parameter not in slow
@@ -147,43 +149,31 @@ def _gradients(tape: Tape, nodes: list[TapeNode], stop: Callable[[TapeNode, Tape
     return found
 
 
-def _known_layouts(
-    function: Any, tape: Tape, uses: Sequence[Use], stop: Callable[[TapeNode, TapeNode], bool], chosen: list[str], n: int
-) -> list[Layout | None]:
-    """Return the layout of each use, from the cache where the same operations met the same shapes before."""
-    owner, method = getattr(function, "__self__", function), getattr(function, "__func__", None)  # bound methods do not last
-    key = (
-        method,
-        tuple(chosen),
-        n,
-        tuple((getattr(node.function, "__name__", node.name), anp.shape(node.value)) for node in tape.nodes),
-    )
-    try:
-        cache = _layouts.setdefault(owner, {})
-    except TypeError:  # a function that takes no weak reference
-        cache = {}
-    if key in cache:
-        return cache[key]
-    k = anp.shape(tape.value)[1]
-    random = np.random.default_rng(0)
-    weights = random.permutation(0.5 + (np.arange(n) + 1.0) / n)
+def _find_layouts(
+    tape: Tape, uses: Sequence[Use], stop: Callable[[TapeNode, TapeNode], bool]
+) -> tuple[list[Layout | None], bool]:
+    """Return the layout of each use, None where rows must be formed, and whether they may hold for other values too."""
+    n, k = anp.shape(tape.value)
+    dtype = plain(tape.value).dtype
     # distinct factors keep heads from cancelling, as the outputs of a softmax would
-    heads = np.broadcast_to(1.0 + random.random(k), (n, k)).astype(plain(tape.value).dtype)
+    heads = np.broadcast_to(1.0 + np.random.default_rng(0).random(k), (n, k)).astype(dtype)
     nodes = [use.node for use in uses]
-    flat, weighted = (tape.pull(seed, nodes, stop) for seed in (heads, (heads * weights[:, None]).astype(heads.dtype)))
-    layouts, certain = [], True
+    weights = [np.asarray(weight, dtype) for weight in sample_weights(n)]
+    flat, *weighted = (tape.pull(seed, nodes, stop) for seed in (heads, *(heads * weight[:, None] for weight in weights)))
+    layouts: list[Layout | None] = []
+    states = []
     for use in uses:
-        layout, sure = None, True
+        layout, state = None, "sure"
         if use.site is not None and use.node in flat:
-            a, b = (use.site.arrange(plain(gradients[use.node])) for gradients in (flat, weighted))
-            layout, sure = find_layout(plain(a), plain(b), weights, float(np.finfo(plain(a).dtype).eps))
+            first, *others = (plain(use.site.arrange(plain(gradients[use.node]))) for gradients in (flat, *weighted))
+            layout, state = find_layout(first, others, weights, float(np.finfo(first.dtype).eps))
         elif use.site is not None:
             layout = Layout(-1)  # no gradient reaches it: it adds nothing
         layouts.append(layout)
-        certain = certain and sure
-    if certain:
-        cache[key] = layouts
-    return layouts
+        states.append(state)
+    holds = "open" not in states and "silent" not in states
+    placed = [(use, layout) for use, layout in zip(uses, layouts, strict=True) if layout is not None and use.node in flat]
+    return layouts, holds and not values_decide(tape, placed, stop, heads)
 
 
 def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerStatistics:
@@ -236,8 +226,11 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
     """Return explicit gradients of the parameters, sample by sample, after a check that samples do not interact."""
     rows: dict[str, list[Array]] = {name: [] for name in leaves}
     for sample in range(n):
-        with np.errstate(invalid="ignore", divide="ignore"):  # statistics of a batch of one: refused below
-            tape = Tape(partial(scalars, samples=slice(sample, sample + 1)), leaves)
+        try:
+            with np.errstate(invalid="ignore", divide="ignore"):  # statistics of a batch of one: refused below
+                tape = Tape(partial(scalars, samples=slice(sample, sample + 1)), leaves)
+        except (IndexError, ValueError) as error:  # it does run on the whole batch
+            raise _interaction(next(iter(leaves))) from error
         roots = {node.name: node for node in tape.nodes if node.name}
         found = _gradients(tape, list(roots.values()), lambda node, parent: False)
         for name, value in leaves.items():
@@ -263,11 +256,15 @@ def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[
         tolerance = n * (1e3 * eps * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(single - batch), initial=0.0) <= tolerance:
-            raise SamplesInteractError(
-                f"`model` must treat each sample by itself; got samples that interact in front of parameter {use.parameter!r} "
-                "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
-                "parameters out by `parameters=`."
-            )
+            raise _interaction(use.parameter)
+
+
+def _interaction(parameter: str) -> SamplesInteractError:
+    return SamplesInteractError(
+        f"`model` must treat each sample by itself; got samples that interact in front of parameter {parameter!r} "
+        "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
+        "parameters out by `parameters=`."
+    )
 
 
 def _dtype(values: dict[str, Array]) -> Any:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
+from mgs_core._layout import Layout
 from mgs_core._protocol import Convolution, LayerStatistics, Rows
 from mgs_core.contraction import MEMORY_BUDGET
 from mgs_core.statistics import as_rows
 
 from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
 from .graph import Edge, Graph
-from .layout import Layout, Scattered
 from .order import follow_each_contraction, next_number
 from .plan import Plan, Use
 from .rules import Place, Site, site_of
+from .scattered import Scattered
 from .second import cheaper_second_derivatives
 
 #: Elements of gradients up to which several heads are faster together on a CPU: more of them leave its cache.
@@ -84,12 +85,12 @@ def _pull_batch(graph: Graph, edges: list[Edge], seeds: torch.Tensor) -> list[to
 
 
 def weighted_pulls(graph: Graph, edges: list[Edge], weights: list[torch.Tensor]) -> list[list[torch.Tensor | None]]:
-    """Return the gradients at the edges of the plain sum of the heads, and of each weighting (n,) of the samples."""
+    """Return the gradients at the edges, for each weighting (n,) of the samples."""
     n, k = graph.heads.shape
     # distinct factors keep heads from cancelling, as the outputs of a softmax would
     factors = 1.0 + torch.arange(1, k + 1, device=graph.heads.device, dtype=graph.heads.dtype) / (k + 1)
     seed = factors.expand(n, k)
-    return [pull(graph, edges, seed), *(pull(graph, edges, seed * weight[:, None]) for weight in weights)]
+    return [pull(graph, edges, seed * weight[:, None]) for weight in weights]
 
 
 def collect(graph: Graph, plan: Plan, samples: int, heads: range, *, differentiable: bool) -> list[LayerStatistics]:

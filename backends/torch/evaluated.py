@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
+from mgs_core._known import Known
 
 from .graph import operation
 from .plan import Plan
@@ -31,7 +32,7 @@ class Evaluated:
     parameters: dict[str, torch.Tensor]
     batch_norm: BatchNorm = "refuse"
     samples: int | None = None
-    plans: dict[Any, Plan] = field(default_factory=dict)
+    plans: Known[Plan] = field(default_factory=Known)
 
 
 def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **options: Any) -> Evaluated:

@@ -123,8 +123,9 @@ def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> G
 
 def _counts_off(node: Any, n: int) -> bool:
     """Return whether one of the tensors of an indexing operation is 0, 1, …, n − 1, so that the samples keep their places."""
-    samples = torch.arange(n)
-    return any(index is not None and torch.equal(index.flatten().cpu(), samples) for index in node._saved_indices)
+    masks = (torch.bool, torch.uint8)
+    given = (i for i in node._saved_indices if i is not None and i.numel() == n and i.dtype not in masks)
+    return any(bool((index.flatten() == torch.arange(n, device=index.device)).all()) for index in given)
 
 
 def _add(graph: Graph, node: Any, inputs: tuple[Edge | None, ...], step: tuple[Any, ...]) -> int:

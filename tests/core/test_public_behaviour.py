@@ -77,11 +77,6 @@ def test_arguments_without_effect_are_refused(arguments, message):
         mgs.kernel(MODEL, PROBE, np.zeros(7, int), **arguments)
 
 
-def test_blocks_refuse_bad_arguments_when_they_are_asked_for():
-    with pytest.raises(mgs.ArgumentError, match="`chunk_size` must be an integer of at least 1; got 0"):
-        mgs.kernel_blocks(MODEL, PROBE, chunk_size=0)
-
-
 @pytest.mark.parametrize("output", ["target", "loss"])
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
 @pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
