@@ -1,17 +1,27 @@
-"""Find the sample axis of a use by a weighted second backward pass, for backends that walk a recorded graph.
+"""Find the sample axis of a use by weighted backward passes.
 
-A row of the gradient that belongs to sample a is scaled by exactly `w_a` when the head of sample a is weighted by `w_a`. That
-gives the axis; and where no axis is scaled so, the place does not belong to single samples.
+A row of the gradient that belongs to sample a is scaled by exactly `w_a` when the heads of sample a are weighted by `w_a`. That
+gives the axis; where no axis is scaled so, the place does not belong to single samples. The weights are powers of two, so that
+scaling commutes with rounding in any precision; sample numbers are spelled in digits, one pass each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
+from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
+
+#: Weights are 1, 2, …, 128: far from overflow even in float16.
+BASE = 8
+_FEW = 4
+# spacing of single precision: scaling is exact in lower ones too, and in higher ones losses may be in single precision
+_EPS = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -19,56 +29,98 @@ class Layout:
     """Say where the samples are among the lead axes.
 
     Attributes:
-        axis: the axis that holds them, alone or merged with positions; -1 when there is one sample and so no axis.
-        sample_first: of a merged axis, whether the sample is the slower index.
+        axis: the axis that holds them; -1 when there is one sample and so no axis.
+        before: positions merged into the axis that are slower than the sample (1: the sample is the slowest index).
     """
 
     axis: int
-    sample_first: bool = True
+    before: int = 1
 
     def split(self, array: Array, n: int) -> Array:
         """Rearrange (groups, *lead, features) to (n, groups, s, features)."""
         xp = array_namespace(array)
         groups, *lead, features = array.shape
-        if groups == 1 and self.axis <= 0 and self.sample_first:  # the samples stand first already
-            return xp.reshape(array, (n, 1, prod(lead) // n, features))
+        if self.axis < 0 or (groups == 1 and self.before == 1 and prod(lead[: self.axis]) == 1):  # they stand first already
+            return xp.reshape(array, (n, groups, prod(lead) // n, features))
+        front, length, rest = prod(lead[: self.axis]), lead[self.axis], prod(lead[self.axis + 1 :])
+        after = length // (n * self.before)
+        array = xp.reshape(array, (groups, front * self.before, n, after * rest, features))
+        return xp.reshape(xp.permute_dims(array, (2, 0, 1, 3, 4)), (n, groups, prod(lead) // n, features))
+
+    def spread(self, values: Array, shape: Sequence[int]) -> Array:
+        """Return values (n,) along the axis of the samples, to be broadcast over an array (*lead) of this shape."""
+        xp = array_namespace(values)
         if self.axis < 0:
-            return xp.reshape(array, (1, groups, prod(lead), features))
-        length = lead[self.axis]
-        parts = (n, length // n) if self.sample_first else (length // n, n)
-        before, after = lead[: self.axis], lead[self.axis + 1 :]
-        array = xp.reshape(array, (groups, *before, *parts, *after, features))
-        place = 1 + self.axis + (0 if self.sample_first else 1)
-        rest = [axis for axis in range(array.ndim) if axis != place]
-        return xp.reshape(xp.permute_dims(array, (place, *rest)), (n, groups, prod(lead) // n, features))
+            return xp.reshape(values, (1,) * len(shape))
+        n, length = values.shape[0], shape[self.axis]
+        along = xp.broadcast_to(xp.reshape(values, (1, n, 1)), (self.before, n, length // (n * self.before)))
+        return xp.reshape(along, (length, *(1,) * (len(shape) - self.axis - 1)))
 
 
-def find_layout(gradient: Array, weighted: Array, weights: Array, eps: float) -> tuple[Layout | None, bool]:
+def sample_weights(n: int) -> list[list[float]]:
+    """Return weights of n samples, one list for each pass, that together tell the samples apart.
+
+    Args:
+        n: number of samples.
+    """
+    passes: list[list[float]] = []
+    digit = 1
+    while not passes or digit < n:
+        passes.append([2.0 ** (sample // digit % BASE) for sample in range(n)])
+        digit *= BASE
+    return passes
+
+
+def find_layout(
+    gradient: Array, weighted: Sequence[Array], weights: Sequence[Array], eps: float
+) -> tuple[Layout | None, Literal["sure", "open", "silent", "mixed"]]:
     """Find the layout of one use.
 
     Args:
-        gradient: plain gradient of the sum of the heads, (groups, *lead, features).
-        weighted: that of the weighted sum.
-        weights: (n,), distinct and positive.
+        gradient: of the sum of the heads, (groups, *lead, features).
+        weighted: those of the weighted sums.
+        weights: those of `sample_weights`, (n,) each, as arrays beside the gradient.
         eps: relative spacing of numbers of the gradient's dtype.
 
     Returns:
-        (layout, None where the rows belong to no single sample; whether the answer holds for other values too: False where a
-        gradient that is zero, or nothing but rounding, leaves it open).
+        (layout or None; "sure", "open" where zero gradients leave more than one layout, "silent" where all is zero, or "mixed"
+        where no layout fits, for the rows belong to no single sample).
+
+    Raises:
+        ArgumentError: when the gradient is not finite.
     """
-    n = weights.shape[0]
+    n = weights[0].shape[0]
     if n == 1:
-        return Layout(-1), True
+        return Layout(-1), "sure"
     candidates = list(_candidates(gradient.shape[1:-1], n))
-    if not candidates:
-        return None, True
-    xp = array_namespace(gradient)
-    size = float(xp.max(xp.abs(gradient))) if prod(gradient.shape) else 0.0
-    tolerance = min(1e3 * eps, 0.1) * size  # the least matters in half precision, whose cancellation is coarse
-    fits = [layout for layout in candidates if _fits(layout, gradient, weighted, weights, tolerance)]
-    if size <= noise_floor(eps):  # any layout may hold, or by rounding none
-        return (fits or candidates)[0], False
-    return (fits[0] if fits else None), len(fits) < 2
+    size = max(_size(gradient), *(_size(array) / _size(weight) for array, weight in zip(weighted, weights, strict=True)))
+    refuse_infinite(math.isfinite(size))
+    tolerance = rounding(eps) * size
+    few = [array[..., :_FEW] for array in (gradient, *weighted)]  # enough to rule most of them out
+    fits = [layout for layout in candidates if _fits(layout, few[0], few[1:], weights, tolerance)]
+    fits = [layout for layout in fits if _fits(layout, gradient, weighted, weights, tolerance)]
+    if candidates and (size == 0 or (not fits and size <= noise_floor(eps))):
+        return candidates[0], "silent"
+    if not fits:
+        return None, "mixed"
+    return fits[0], "sure" if len(fits) == 1 else "open"
+
+
+def refuse_infinite(finite: bool) -> None:
+    """Raise unless gradients are finite; which sample they belong to could not be told."""
+    if not finite:
+        raise ArgumentError(
+            "`model` must have finite gradients; got NaN or infinity. Look for them in inputs, targets and parameters."
+        )
+
+
+def rounding(eps: float) -> float:
+    """Return how far, relative to the largest gradient, a row that is scaled may be from its multiple.
+
+    Args:
+        eps: relative spacing of numbers of the dtype.
+    """
+    return 1e3 * min(eps, _EPS)
 
 
 def noise_floor(eps: float) -> float:
@@ -80,16 +132,40 @@ def noise_floor(eps: float) -> float:
     return 10.0 * eps
 
 
-def _fits(layout: Layout, gradient: Array, weighted: Array, weights: Array, tolerance: float) -> bool:
-    n, xp = weights.shape[0], array_namespace(gradient)
-    expected = layout.split(gradient, n) * weights[:, None, None, None]
-    return bool(xp.all(xp.abs(layout.split(weighted, n) - expected) <= tolerance))
+def reaches_others(tainted: Array, layout: Layout, n: int) -> bool:
+    """Return whether anything goes between even and odd samples, by a gradient that began with NaN in the even ones.
+
+    `0 · NaN = NaN`, so this shows ways between samples that only values close, as in `h + 0·h.mean(0)`.
+
+    Args:
+        tainted: the gradient, (groups, *lead, features), of heads whose even samples are weighted by NaN.
+        layout: where the samples are.
+        n: number of samples.
+    """
+    xp = array_namespace(tainted)
+    return n > 1 and bool(xp.any(xp.isnan(layout.split(tainted, n)[1::2])))
 
 
-def _candidates(lead: tuple[int, ...], n: int) -> Iterator[Layout]:
-    exact = [axis for axis, length in enumerate(lead) if length == n]
-    merged = [axis for axis, length in enumerate(lead) if length % n == 0 and length > n]
-    yield from (Layout(axis) for axis in exact)
-    for axis in merged:
-        yield Layout(axis, sample_first=True)
-        yield Layout(axis, sample_first=False)
+def _size(array: Array) -> float:
+    xp = array_namespace(array)
+    return float(xp.max(xp.abs(array))) if prod(array.shape) else 0.0
+
+
+def _fits(layout: Layout, gradient: Array, weighted: Sequence[Array], weights: Sequence[Array], tolerance: float) -> bool:
+    n, xp = weights[0].shape[0], array_namespace(gradient)
+    flat = layout.split(gradient, n)
+    for array, weight in zip(weighted, weights, strict=True):
+        scale = xp.reshape(weight, (n, 1, 1, 1))
+        if not bool(xp.all(xp.abs(layout.split(array, n) - flat * scale) <= tolerance * scale)):
+            return False
+    return True
+
+
+def _candidates(lead: Sequence[int], n: int) -> Iterator[Layout]:
+    """Yield the layouts that fit the shape, those with an axis of its own for the samples first."""
+    yield from (Layout(axis) for axis, length in enumerate(lead) if length == n)
+    for axis, length in enumerate(lead):
+        if length > n and length % n == 0:
+            positions = length // n
+            befores = [before for before in range(1, positions + 1) if positions % before == 0]
+            yield from (Layout(axis, before) for before in sorted(befores, key=lambda before: before not in (1, positions)))

@@ -98,12 +98,23 @@ def measure(
 ) -> None:
     """Summarise the kernel of a model on data."""
     arrays = read_arrays(data, ("x",))
+    require(arrays, [name for name in ("x", "y") if name in arrays], data)
     asarray = mgs.get_backend(backend).asarray
     loaded = mgs.onnx.load(model, backend=backend)
     labels = arrays["y"][:samples] if "y" in arrays else None
-    targets = None if labels is None else asarray(labels)
+    heads = labels is not None and output in (
+        "target",
+        "loss",
+    )  # other heads take labels of any kind, which only the summary reads
+    for name in ("x", "y") if heads else ("x",):
+        if arrays[name].dtype.kind not in "biuf":
+            raise ArgumentError(
+                f"`{name}` must hold real numbers; got dtype {arrays[name].dtype}. Convert it, labels to integers."
+            )
+    targets = asarray(labels) if heads else None
     kernel = mgs.kernel(loaded, asarray(arrays["x"][:samples]), targets, output=cast(Output, output))  # kernel checks the name
-    summary = mgs.summarize(kernel, labels if labels is not None and labels.ndim == 1 else None)
+    classes = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
+    summary = mgs.summarize(kernel, labels if classes else None)
     if as_json:
         print(json.dumps(summary.to_dict()))
         return
@@ -165,7 +176,7 @@ def audit(
         images, labels = load_digits_arrays()
     else:
         arrays = read_arrays(data, ())
-        pair = ("x", "y") if "x" in arrays else ("x_train", "y_train")
+        pair = ("x_train", "y_train") if "x_train" in arrays and "x" not in arrays else ("x", "y")
         require(arrays, pair, data)
         images, labels = (arrays[name] for name in pair)
     images, labels = images[:samples], labels[:samples]

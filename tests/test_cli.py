@@ -98,6 +98,34 @@ def test_measure_is_the_kernel_of_the_model(mgs_command, linear, tmp_path):
     assert "effective_rank" in mgs_command("measure", linear, tmp_path / "data.npz", "--output", "sum", "--samples", "4")
 
 
+@pytest.mark.parametrize(
+    ("command", "arrays", "message"),
+    [
+        (("measure", "--output", "loss"), {"x": np.eye(2, 3), "y": np.array(["cat", "dog"])}, "`y` must hold real numbers"),
+        (("measure",), {"x": np.array([["a"] * 3] * 2)}, "`x` must hold real numbers"),
+        (("measure",), {"x": np.float64(3.0)}, "`data` must hold samples along the first axis of 'x'"),
+        (("measure",), {"x": np.eye(2, 3), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'y'"),
+        (("audit",), {"x": np.float64(3.0), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'x'"),
+        (("audit",), {"images": np.eye(2), "labels": np.arange(2)}, "`data` must hold x, y;"),
+        (("audit",), {"x": np.eye(3), "y": np.array(["a", "b", "b"])}, "numpy.unique(labels, return_inverse=True)[1]"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(mgs_command, linear, tmp_path, command, arrays, message):
+    np.savez(tmp_path / "data.npz", **arrays)
+    name, *options = command
+    place = (linear, tmp_path / "data.npz") if name == "measure" else (tmp_path / "data.npz", "--out", tmp_path / "out")
+    printed = mgs_command(name, *place, *options, status=2)
+    assert printed.startswith("error: ")
+    assert message in printed
+
+
+def test_labels_of_text_are_measured_by(mgs_command, linear, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.eye(4, 3), y=np.array(["a", "b", "a", "b"]))
+    for backend in ("numpy", *(name for name in ("torch", "jax") if mgs.available_backends()[name])):
+        found = json.loads(mgs_command("measure", linear, tmp_path / "data.npz", "--json", "--backend", backend))
+        assert {"same_class_cosine", "other_class_cosine"} <= set(found)
+
+
 def test_measuring_needs_neither_a_framework_nor_the_packages_of_the_report(linear, tmp_path):
     np.savez(tmp_path / "data.npz", x=np.eye(4, 3))
     absent = ("matplotlib", "jinja2", "sklearn", "scipy", "torch", "jax", "tensorflow", "keras")

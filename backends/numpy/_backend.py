@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import autograd.numpy as anp
 import numpy as np
@@ -13,7 +12,8 @@ from autograd.numpy.numpy_boxes import ArrayBox
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError, SamplesInteractError
-from mgs_core._layout import Layout, find_layout, noise_floor
+from mgs_core._known import KnownByOwner
+from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite, sample_weights
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
 from mgs_core._tree import check_parameters, flatten, select, unflatten
@@ -22,12 +22,20 @@ from mgs_core.functional import FunctionalModel
 
 from . import tape as tapes
 from .namespace import TracedNamespace
+from .structure import key_of, values_decide
 from .tape import Tape, TapeNode, plain
 from .uses import Use, find_uses
 
 _traced = TracedNamespace()
 register_namespace(lambda array: isinstance(array, ArrayBox), _traced)
-_layouts: WeakKeyDictionary[Any, dict[Any, list[Layout | None]]] = WeakKeyDictionary()
+#: What errors of other libraries say where they are given an array that autograd traces.
+_FOREIGN = ("ArrayBox", "dtype('O')", "numpy_boxes", "Can't differentiate w.r.t. type")
+_AUTOGRAD = (
+    "must be written with autograd.numpy where its parameters are NumPy arrays, and change none in place; got one that NumPy "
+    "itself or another library computes. Write `import autograd.numpy as np`, or convert the parameters: for instance "
+    "jax.tree.map(jax.numpy.asarray, parameters), or torch.from_numpy of each."
+)
+_layouts: KnownByOwner[list[Layout | None]] = KnownByOwner()
 
 
 class NumpyBackend:
@@ -62,7 +70,8 @@ class NumpyBackend:
         tape = Tape(scalars, {name: leaves[name] for name in chosen})
         n, k = anp.shape(tape.value)
         uses, stop = find_uses(tape.nodes)
-        layouts = _known_layouts(model.function, tape, uses, stop, chosen, n)
+        key = (tuple(chosen), key_of(tape, n))
+        layouts = _layouts.of(model.function).of(key, lambda: _find_layouts(tape, uses, stop))
         slow = {use.parameter for use, layout in zip(uses, layouts, strict=True) if layout is None}
         fast = [
             (use, layout) for use, layout in zip(uses, layouts, strict=True) if layout is not None and use.parameter not in slow
@@ -74,7 +83,7 @@ class NumpyBackend:
                 statistics.append(_layer(use, layout, [gradients[use.node] for gradients in found], n))
         if slow:
             statistics += _rows(scalars, {name: leaves[name] for name in chosen if name in slow}, n, k)
-        return statistics or [Rows(chosen[0], np.zeros((n, k, 1), dtype=plain(leaves[chosen[0]]).dtype))]
+        return statistics or [Rows(chosen[0], _wide(np.zeros((n, k, 1), dtype=plain(leaves[chosen[0]]).dtype)))]
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""
@@ -107,7 +116,14 @@ class _Scalars:
     def __call__(self, parameters: dict[str, Array], samples: slice = slice(None)) -> Array:
         inputs, targets = _batch.take(self._inputs, samples), _batch.take(self._targets, samples)
         n = _batch.count(inputs)
-        outputs = self._model.function(unflatten(self._model.parameters, {**self._leaves, **parameters}), inputs)
+        try:
+            outputs = self._model.function(unflatten(self._model.parameters, {**self._leaves, **parameters}), inputs)
+        except Exception as error:
+            if not any(word in str(error) for word in _FOREIGN):
+                raise
+            raise ArgumentError(f"`model` {_AUTOGRAD}") from error
+        if getattr(plain(outputs), "dtype", None) == np.dtype(object):  # NumPy's own, of traced numbers: nothing follows them
+            raise ArgumentError(f"`model` {_AUTOGRAD}")
         if anp.ndim(outputs) != 2 or outputs.shape[0] != n:
             raise ArgumentError(
                 f"`model` must return outputs of shape (n, c) with n = {n}; got {anp.shape(outputs)}. "
@@ -133,43 +149,31 @@ def _gradients(tape: Tape, nodes: list[TapeNode], stop: Callable[[TapeNode, Tape
     return found
 
 
-def _known_layouts(
-    function: Any, tape: Tape, uses: Sequence[Use], stop: Callable[[TapeNode, TapeNode], bool], chosen: list[str], n: int
-) -> list[Layout | None]:
-    """Return the layout of each use, from the cache where the same operations met the same shapes before."""
-    owner, method = getattr(function, "__self__", function), getattr(function, "__func__", None)  # bound methods do not last
-    key = (
-        method,
-        tuple(chosen),
-        n,
-        tuple((getattr(node.function, "__name__", node.name), anp.shape(node.value)) for node in tape.nodes),
-    )
-    try:
-        cache = _layouts.setdefault(owner, {})
-    except TypeError:  # a function that takes no weak reference
-        cache = {}
-    if key in cache:
-        return cache[key]
-    k = anp.shape(tape.value)[1]
-    random = np.random.default_rng(0)
-    weights = random.permutation(0.5 + (np.arange(n) + 1.0) / n)
+def _find_layouts(
+    tape: Tape, uses: Sequence[Use], stop: Callable[[TapeNode, TapeNode], bool]
+) -> tuple[list[Layout | None], bool]:
+    """Return the layout of each use, None where rows must be formed, and whether they may hold for other values too."""
+    n, k = anp.shape(tape.value)
+    dtype = plain(tape.value).dtype
     # distinct factors keep heads from cancelling, as the outputs of a softmax would
-    heads = np.broadcast_to(1.0 + random.random(k), (n, k)).astype(plain(tape.value).dtype)
+    heads = np.broadcast_to(1.0 + np.random.default_rng(0).random(k), (n, k)).astype(dtype)
     nodes = [use.node for use in uses]
-    flat, weighted = (tape.pull(seed, nodes, stop) for seed in (heads, (heads * weights[:, None]).astype(heads.dtype)))
-    layouts, certain = [], True
+    weights = [np.asarray(weight, dtype) for weight in sample_weights(n)]
+    flat, *weighted = (tape.pull(seed, nodes, stop) for seed in (heads, *(heads * weight[:, None] for weight in weights)))
+    layouts: list[Layout | None] = []
+    states = []
     for use in uses:
-        layout, sure = None, True
+        layout, state = None, "sure"
         if use.site is not None and use.node in flat:
-            a, b = (use.site.arrange(plain(gradients[use.node])) for gradients in (flat, weighted))
-            layout, sure = find_layout(plain(a), plain(b), weights, float(np.finfo(plain(a).dtype).eps))
+            first, *others = (plain(use.site.arrange(plain(gradients[use.node]))) for gradients in (flat, *weighted))
+            layout, state = find_layout(first, others, weights, float(np.finfo(first.dtype).eps))
         elif use.site is not None:
             layout = Layout(-1)  # no gradient reaches it: it adds nothing
         layouts.append(layout)
-        certain = certain and sure
-    if certain:
-        cache[key] = layouts
-    return layouts
+        states.append(state)
+    holds = "open" not in states and "silent" not in states
+    placed = [(use, layout) for use, layout in zip(uses, layouts, strict=True) if layout is not None and use.node in flat]
+    return layouts, holds and not values_decide(tape, placed, stop, heads)
 
 
 def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerStatistics:
@@ -178,19 +182,24 @@ def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerSta
         raise TypeError("`use` must have a site; got none. Uses without one belong to the rows.")
     parts = [layout.split(site.arrange(gradient), n) for gradient in gradients]
     # (n, k, g, s, o); one head without stacking, which is slow to differentiate
-    d = anp.stack(parts, axis=1) if len(parts) > 1 else anp.expand_dims(parts[0], axis=1)
+    d = _wide(anp.stack(parts, axis=1) if len(parts) > 1 else anp.expand_dims(parts[0], axis=1))
     common: dict[str, Any] = {"parameter": use.parameter, "view": use.view_key, "restore": _restore(use)}
     if site.kind == "outer":
-        return Outer(gradients=d, inputs=layout.split(site.inputs, n), **common)
+        return Outer(gradients=d, inputs=_wide(layout.split(site.inputs, n)), **common)
     _, k, _, s, o = anp.shape(d)
     common["gradients"] = anp.reshape(d, (n, k, s, o))  # one group; by reshape, for indexing is slow to differentiate
     if site.kind == "sum":
         return Sum(**common)
     if site.kind == "scale":
-        return Scale(inputs=anp.reshape(layout.split(site.inputs, n), (n, s, o)), **common)
+        return Scale(inputs=_wide(anp.reshape(layout.split(site.inputs, n), (n, s, o))), **common)
     if site.kind == "lookup":
         return Lookup(indices=anp.reshape(layout.split(site.inputs[..., None], n), (n, s)), size=site.size, **common)
     raise TypeError(f"`use` must be outer, sum, scale or lookup; got {site.kind!r}.")
+
+
+def _wide(array: Array) -> Array:
+    """Return half precision in float32, in which kernels are summed."""
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _restore(use: Use) -> Restore:
@@ -217,15 +226,18 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
     """Return explicit gradients of the parameters, sample by sample, after a check that samples do not interact."""
     rows: dict[str, list[Array]] = {name: [] for name in leaves}
     for sample in range(n):
-        with np.errstate(invalid="ignore", divide="ignore"):  # statistics of a batch of one: refused below
-            tape = Tape(partial(scalars, samples=slice(sample, sample + 1)), leaves)
+        try:
+            with np.errstate(invalid="ignore", divide="ignore"):  # statistics of a batch of one: refused below
+                tape = Tape(partial(scalars, samples=slice(sample, sample + 1)), leaves)
+        except (IndexError, ValueError) as error:  # it does run on the whole batch
+            raise _interaction(next(iter(leaves))) from error
         roots = {node.name: node for node in tape.nodes if node.name}
         found = _gradients(tape, list(roots.values()), lambda node, parent: False)
         for name, value in leaves.items():
             zero = np.zeros(value.shape, dtype=plain(value).dtype)
             of_heads = [gradients.get(roots[name], zero) if name in roots else zero for gradients in found]
             rows[name].append(anp.stack([anp.ravel(gradient) for gradient in of_heads]))
-    statistics: list[LayerStatistics] = [Rows(name, anp.stack(row)) for name, row in rows.items()]
+    statistics: list[LayerStatistics] = [Rows(name, _wide(anp.stack(row))) for name, row in rows.items()]
     _refuse_interaction(scalars, leaves, statistics, n, k)
     return statistics
 
@@ -238,16 +250,21 @@ def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[
     for use in rows:
         single = np.einsum("nk,nkp->p", weights, plain(use.gradients))
         batch = np.ravel(plain(whole[use.parameter]))
+        refuse_infinite(bool(np.all(np.isfinite(batch))))
         size = float(np.max(np.abs(plain(use.gradients)), initial=0.0))
         eps = float(np.finfo(_dtype(values)).eps)
         tolerance = n * (1e3 * eps * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(single - batch), initial=0.0) <= tolerance:
-            raise SamplesInteractError(
-                f"`model` must treat each sample by itself; got samples that interact in front of parameter {use.parameter!r} "
-                "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
-                "parameters out by `parameters=`."
-            )
+            raise _interaction(use.parameter)
+
+
+def _interaction(parameter: str) -> SamplesInteractError:
+    return SamplesInteractError(
+        f"`model` must treat each sample by itself; got samples that interact in front of parameter {parameter!r} "
+        "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
+        "parameters out by `parameters=`."
+    )
 
 
 def _dtype(values: dict[str, Array]) -> Any:

@@ -81,7 +81,12 @@ class Tape:
             self.value, self.nodes = result, []
 
     def pull(
-        self, gradient: Array, keep: Iterable[TapeNode], stop: Callable[[TapeNode, TapeNode], bool] | None = None
+        self,
+        gradient: Array,
+        keep: Iterable[TapeNode],
+        stop: Callable[[TapeNode, TapeNode], bool] | None = None,
+        *,
+        open_gates: bool = False,
     ) -> dict[TapeNode, Array]:
         """Propagate a gradient of the result backwards.
 
@@ -89,6 +94,7 @@ class Tape:
             gradient: of the shape of `value`.
             keep: nodes whose gradients are wanted.
             stop: `(node, parent)`: whether not to go on from the node to this parent.
+            open_gates: let NaN go through both branches of `where`, whose derivative is else zero where values say so.
 
         Returns:
             The gradients of the wanted nodes that were reached.
@@ -105,6 +111,8 @@ class Tape:
             places = [i for i, parent in enumerate(node.parents) if stop is None or not stop(node, parent)]
             for place, part in zip(places, node.pull(at_node, places) if places else (), strict=True):
                 parent = node.parents[place]
+                if open_gates and getattr(node.function, "__name__", "") == "where":
+                    part = part + 0.0 * at_node
                 pending[parent] = pending[parent] + part if parent in pending else part
         return found
 

@@ -1,11 +1,12 @@
 """Find by evaluation which axis of each use holds the samples, and refuse models in which samples interact.
 
-It is done once for each structure, eagerly, on the values at hand; where there are none, because the caller is being traced, on
-drawn ones. Which sample a row belongs to does not depend on values.
+It is done eagerly, on the values at hand, and again from time to time; where there are none, because the caller is being traced, on
+drawn ones. Where drawn values, or NaN on its way back, show that values decide which samples meet, it is done at each use.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,14 +14,18 @@ import numpy as np
 import tensorflow as tf
 
 from mgs_core._errors import ArgumentError, SamplesInteractError
-from mgs_core._layout import Layout, find_layout, noise_floor
+from mgs_core._known import Known
+from mgs_core._layout import Layout, find_layout, noise_floor, reaches_others, refuse_infinite, sample_weights
 from mgs_core._types import Array
 
 from .namespace import namespace
-from .walk import Record, Scalars, gradients, record, rows
+from .walk import Record, Scalars, each, gradients, record, rows
 
-_known: dict[bytes, list[Layout | None]] = {}
+_known: Known[list[Layout | None]] = Known()
 _DRAWS = 3
+_HALF = (tf.float16, tf.bfloat16)
+#: What TensorFlow raises where dtypes or shapes do not fit.
+_MISFIT = (TypeError, ValueError, tf.errors.InvalidArgumentError)
 
 
 def find_layouts(
@@ -43,34 +48,46 @@ def find_layouts(
         ArgumentError: when the model does not do the same each time.
         SamplesInteractError: when a sample's output depends on another sample.
     """
-    if traced.key in _known:
-        return _known[traced.key]
-    n, k = traced.scalars.shape
+    return _known.of(traced.key, lambda: _find(traced, scalars, chosen, (dict(parameters), inputs, targets)))
+
+
+def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tuple[list[Layout | None], bool]:
+    """Return the layouts, and whether they may hold for other values too."""
     layouts: list[Layout | None] = [None] * len(traced.uses)
-    open_uses = set(range(len(layouts)))
-    for values in _values((dict(parameters), inputs, targets)):
+    open_uses, decided, drawn = set(range(len(layouts))), False, None
+    evaluate = None
+    for attempt, (values, own) in enumerate(_values(given)):
+        if attempt > 1 and not open_uses:
+            break
+        evaluate = evaluate or _evaluation(scalars, chosen, values, traced)
         try:
-            found = _evaluate(scalars, chosen, values, n, k, traced)
+            found = evaluate(values, own)
         except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
             continue
-        for place, (layout, certain) in enumerate(found):
+        if open_uses:
+            tried = values
+        if attempt:
+            drawn = values
+        for place, (layout, state, reaches) in enumerate(found):
+            certain = state in ("sure", "mixed")
             if place in open_uses:
                 layouts[place] = layout
-                if certain:
-                    open_uses.remove(place)
-        if not open_uses:
-            break
+                open_uses -= {place} if certain else set()
+            decided = decided or reaches or (certain and layout != layouts[place])
     for place in open_uses:
         layouts[place] = None
     slow = sorted({use.term.parameter for use, layout in zip(traced.uses, layouts, strict=True) if layout is None})
     if slow:
-        _refuse_interaction(scalars, slow, values, traced)
-    _known[traced.key] = layouts
-    return layouts
+        _refuse_interaction(scalars, slow, tried, traced)
+        try:
+            _refuse_interaction(scalars, slow, drawn or tried, traced)
+        except (ArgumentError, SamplesInteractError):
+            decided = True
+    return layouts, not decided
 
 
-def _values(graph_values: Any) -> Iterator[Any]:
-    """Yield values for the tensors: their own as far as they have one, the others drawn; then all drawn."""
+def _values(graph_values: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield values for the tensors, and whether all are their own: as far as they have one, the others drawn; then all drawn."""
     leaves = tf.nest.flatten(graph_values)
     first_target = len(leaves) - len(tf.nest.flatten(graph_values[2]))
     with tf.init_scope():
@@ -82,7 +99,7 @@ def _values(graph_values: Any) -> Iterator[Any]:
                 _draw(leaf, random, attempt, target=place >= first_target) if value is None or attempt else value
                 for place, (leaf, value) in enumerate(zip(leaves, known, strict=True))
             ]
-        yield tf.nest.pack_sequence_as(graph_values, values)
+        yield tf.nest.pack_sequence_as(graph_values, values), all(map(operator.is_, values, known))
 
 
 def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: bool) -> Array:
@@ -96,49 +113,86 @@ def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: boo
     return tf.constant(0.5 * (len(shape) < 2) + scale * random.normal(size=shape), dtype=leaf.dtype)
 
 
-def _weights(n: int, k: int) -> tuple[Any, Any]:
-    """Return distinct weights of the samples, and factors that keep heads from cancelling as the outputs of a softmax would."""
-    random = np.random.default_rng(0)
-    return random.permutation(0.5 + (np.arange(n) + 1.0) / n), 1.0 + random.random(k)
+def _evaluation(
+    scalars: Scalars, chosen: list[str], like: Any, traced: Record
+) -> Callable[[Any, bool], list[tuple[Layout | None, str, bool]]]:
+    """Return what gives for each use its layout, how sure it is, and whether there are ways between samples, be they closed."""
+    n, k = traced.scalars.shape
+    weights = [np.asarray(weight) for weight in sample_weights(n)]
+    # distinct factors keep heads from cancelling, as the outputs of a softmax would
+    heads = np.broadcast_to(1.0 + np.random.default_rng(0).random(k), (n, k))
+    nan = np.where(np.arange(n) % 2, 1.0, np.nan)
+    seeds = [heads, *(heads * weight[:, None] for weight in (*weights, nan))]
 
-
-def _evaluate(
-    scalars: Scalars, chosen: list[str], values: Any, n: int, k: int, traced: Record
-) -> list[tuple[Layout | None, bool]]:
-    weights, heads = _weights(n, k)
-
-    def both(parameters: Any, inputs: Any, targets: Any) -> list[Any]:
+    def pulled(parameters: Any, inputs: Any, targets: Any) -> list[Any]:
         again = record(scalars, parameters, chosen, inputs, targets)
         if len(again.uses) != len(traced.uses):
             raise ArgumentError(
                 "`model` must do the same each time; got other operations at a second call. Make it a pure function."
             )
         tensors = [use.op.outputs[0] for use in again.uses]
-        pair = [gradients(again.scalars, tf.cast(seed, again.scalars.dtype), tensors) for seed in (flat, weighted)]
+        by_seed = [gradients(again.scalars, tf.cast(seed, again.scalars.dtype), tensors) for seed in seeds]
         found: list[Any] = []
-        for use, *both_gradients in zip(again.uses, *pair, strict=True):
-            usable = use.site is not None and both_gradients[0] is not None
-            found.append([use.site.arrange(gradient) for gradient in both_gradients] if usable and use.site else [])
+        for use, *of_use in zip(again.uses, *by_seed, strict=True):
+            usable = use.site is not None and of_use[0] is not None
+            found.append([use.site.arrange(gradient) for gradient in of_use] if usable and use.site else [])
         return found
 
-    flat = np.broadcast_to(heads, (n, k))
-    weighted = flat * weights[:, None]
-    layouts: list[tuple[Layout | None, bool]] = []
-    for use, pair in zip(traced.uses, _run(both, values), strict=True):
-        if use.site is None:
-            layouts.append((None, True))
-        elif not pair:
-            layouts.append((Layout(-1), True))  # no gradient reaches it: it adds nothing
-        else:
-            eps = max(_eps(pair[0]), _eps(traced.scalars))  # what comes back through a loss in float32 is as exact as that
-            layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights, eps))
-    return layouts
+    run = _compiled(pulled, like)
+
+    def evaluate(values: Any, own: bool) -> list[tuple[Layout | None, str, bool]]:
+        layouts: list[tuple[Layout | None, str, bool]] = []
+        for use, of_use in zip(traced.uses, run(values), strict=True):
+            if use.site is None:
+                layouts.append((None, "sure", False))
+            elif not of_use:
+                layouts.append((Layout(-1), "sure", False))  # no gradient reaches it: it adds nothing
+            elif not own and not np.all(np.isfinite(of_use[0])):
+                layouts.append((None, "open", False))  # other values may do
+            else:
+                eps = max(_eps(of_use[0]), _eps(traced.scalars))  # what comes back through a loss in float32 is as exact as that
+                flat, *weighted, tainted = (gradient.numpy() for gradient in of_use)
+                layout, state = find_layout(flat, weighted, weights, eps)
+                layouts.append((layout, state, layout is not None and reaches_others(tainted, layout, n)))
+        return layouts
+
+    return evaluate
 
 
 def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: Record) -> None:
     """Check `Σ_a w_a g_a = ∇ Σ_a w_a h_a`, which fails exactly when a sample's head depends on another sample."""
     n, k = traced.scalars.shape
     weights = 0.5 + np.random.default_rng(0).random((n, k))
+    half = any(leaf is not None and leaf.dtype in _HALF for leaf in tf.nest.flatten(values))
+    attempts = [each(_wide, values), values] if half else [values]  # in half precision sums of rows are too coarse to compare
+    for attempt in attempts:
+        try:
+            single, whole = _compared(scalars, slow, weights, attempt)
+            break
+        except _MISFIT as error:
+            if attempt is values:  # of one sample alone it cannot be had
+                raise _interaction(slow[0]) from error
+    for name in slow:
+        alone = single[name].numpy().astype(np.float64)
+        summed, size = np.einsum("nk,nkp->p", weights, alone), float(np.max(np.abs(alone), initial=0.0))
+        refuse_infinite(bool(np.all(np.isfinite(whole[name]))))
+        eps = max(_eps(whole[name]), 0.0 if half else _eps(traced.scalars))
+        tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
+        # written so that NaN, which a batch of one can give, is refused too
+        if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:
+            raise _interaction(name)
+
+
+def _interaction(parameter: str) -> SamplesInteractError:
+    return SamplesInteractError(
+        f"`model` must treat each sample by itself; got samples that interact in front of parameter {parameter!r} "
+        "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
+        "parameters out by `parameters=`."
+    )
+
+
+def _compared(scalars: Scalars, slow: list[str], weights: Any, values: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the rows of the parameters, one sample at a time, and the weighted gradient of the whole batch."""
 
     def both(parameters: Any, inputs: Any, targets: Any) -> Any:
         value = scalars(parameters, inputs, targets)
@@ -146,31 +200,30 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
         whole = {name: tf.zeros_like(parameters[name]) if g is None else g for name, g in zip(slow, found, strict=True)}
         return rows(scalars, parameters, slow, inputs, targets), whole
 
-    single, whole = _run(both, values)
-    for name in slow:
-        each = single[name].numpy().astype(np.float64)
-        summed, size = np.einsum("nk,nkp->p", weights, each), float(np.max(np.abs(each), initial=0.0))
-        eps = max(_eps(whole[name]), _eps(traced.scalars))
-        tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
-        # written so that NaN, which a batch of one can give, is refused too
-        if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:
-            raise SamplesInteractError(
-                f"`model` must treat each sample by itself; got samples that interact in front of parameter {name!r} "
-                "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
-                "parameters out by `parameters=`."
-            )
+    pair: tuple[dict[str, Array], dict[str, Array]] = _compiled(both, values)(values)
+    return pair
+
+
+def _wide(value: Array) -> Array:
+    with tf.init_scope():
+        return tf.cast(value, tf.float32) if value.dtype in _HALF else value
 
 
 def _eps(array: Array) -> float:
     return float(namespace.finfo(array.dtype).eps)
 
 
-def _run(function: Callable[..., Any], arguments: Any) -> Any:
-    """Call a function eagerly; for what it holds of a graph that is being traced, values are made up."""
-    concrete = tf.function(function, autograph=False).get_concrete_function(*arguments)
+def _compiled(function: Callable[..., Any], like: Any) -> Callable[[Any], Any]:
+    """Return the function of values such as these, run eagerly; what it holds of a graph that is being traced is made up."""
+    concrete = tf.function(function, autograph=False).get_concrete_function(*like)
     with tf.init_scope():
         concrete.set_external_captures([_made_up(held) for held in concrete.captured_inputs])
-        return concrete(*arguments)
+
+    def run(values: Any) -> Any:
+        with tf.init_scope():
+            return concrete(*values)
+
+    return run
 
 
 def _made_up(held: Array) -> Array:

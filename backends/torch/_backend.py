@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError
+from mgs_core._known import Known, KnownByOwner
 from mgs_core._namespace import register_namespace
-from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
+from mgs_core._protocol import Convolution, HeadFunction, LayerStatistics, ParameterChoice, Rows
 from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
+from mgs_core.contraction import contract
 from mgs_core.functional import FunctionalModel
 from mgs_core.gradient import weighted_gradient
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 from .collect import collect, groups_of_heads, weighted_pulls
+from .convolutions import kept_rows
 from .evaluated import Evaluated
 from .evaluated import covers as _covers
 from .evaluated import evaluated as _evaluated
@@ -35,9 +38,9 @@ from .run import Configured, as_tensor, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
 
-#: Plans by the structure of the graph.
-Plans = dict[Any, Plan]
-_plans: WeakKeyDictionary[Any, Plans] = WeakKeyDictionary()
+_plans: KnownByOwner[Plan] = KnownByOwner()
+#: Whether the call is within one of `value_and_gradient`.
+_nested: ContextVar[bool] = ContextVar("nested", default=False)
 
 
 class TorchBackend:
@@ -48,10 +51,8 @@ class TorchBackend:
     evaluated = staticmethod(_evaluated)
     tensor = staticmethod(as_tensor)
     Configured = Configured
+    Plans = Known  # by the structure of the graph
     twice_differentiable = staticmethod(_twice_differentiable)
-
-    def __init__(self) -> None:
-        self._depth = 0  # of nested value_and_gradient calls
 
     def asarray(self, value: Any) -> Array:
         """Return the value as a tensor; a tensor keeps its graph."""
@@ -110,12 +111,10 @@ class TorchBackend:
             elif isinstance(model, FunctionalModel):
                 leaves = {name: _source(value, differentiable) if name in chosen else value for name, value in leaves.items()}
                 outputs = model.function(unflatten(model.parameters, leaves), inputs)
-                evaluated = Evaluated(outputs, leaves, plans=_known_plans(model.function))
+                evaluated = Evaluated(outputs, leaves, plans=_plans.of(model.function))
             else:
                 settings = model if isinstance(model, Configured) else Configured(model)
-                evaluated = Evaluated(
-                    settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_known_plans(settings.model)
-                )
+                evaluated = Evaluated(settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_plans.of(settings.model))
             heads = _heads(head(evaluated.outputs, _tensors(targets, evaluated.outputs)), _batch.count(inputs))
             wanted = {name: leaves[name] for name in chosen}
             graph = read_graph(heads, wanted)
@@ -136,6 +135,8 @@ class TorchBackend:
             return None
         chosen = select(model.parameters, parameters)
         found = self.statistics(model, model.outputs, None, lambda *_: losses[:, None], None, differentiable=False)
+        with torch.no_grad():
+            found = [kept_rows(use) or use if isinstance(use, Convolution) else use for use in found]
         seen = merge(use for use in found if use.parameter in chosen)
         if not seen:
             return None
@@ -150,10 +151,10 @@ class TorchBackend:
         """Return a function that gives the value and the gradient in the first argument."""
 
         def both(parameters: Tree, *arguments: Any) -> tuple[Array, Tree]:
-            nested = self._depth > 0
+            nested = _nested.get()
             given = flatten(parameters)
             leaves = {name: _source(value, nested) for name, value in given.items()}
-            self._depth += 1
+            token = _nested.set(True)
             try:
                 with torch.inference_mode(False), torch.enable_grad():
                     value = function(unflatten(parameters, leaves), *arguments)
@@ -161,7 +162,7 @@ class TorchBackend:
                         value, list(leaves.values()), create_graph=nested, allow_unused=True, materialize_grads=True
                     )
             finally:
-                self._depth -= 1
+                _nested.reset(token)
             return value if nested else value.detach(), unflatten(parameters, dict(zip(leaves, gradients, strict=True)))
 
         return both
@@ -204,22 +205,12 @@ class _Reading:
         return [Rows(name, torch.zeros((samples, len(heads), 1), dtype=some.dtype, device=some.device))]
 
 
-def _known_plans(owner: Any) -> Plans:
-    """Return the plans of a module or function, as long as it lives."""
-    try:
-        return _plans.setdefault(owner, {})
-    except TypeError:  # a function that takes no weak reference
-        return {}
+def _plan(graph: Graph, plans: Known[Plan]) -> Plan:
+    def find() -> tuple[Plan, bool]:
+        plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights))
+        return plan, plan.sure
 
-
-def _plan(graph: Graph, plans: Plans) -> Plan:
-    key = graph.key
-    if key in plans:
-        return plans[key]
-    plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights))
-    if plan.sure:
-        plans[key] = plan
-    return plan
+    return plans.of(graph.key, find)
 
 
 def _source(value: torch.Tensor, connected: bool) -> torch.Tensor:

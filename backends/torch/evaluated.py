@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
+from mgs_core._known import Known
 
+from .graph import operation
 from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
 from .run import BatchNorm, unwrap
@@ -30,7 +32,7 @@ class Evaluated:
     parameters: dict[str, torch.Tensor]
     batch_norm: BatchNorm = "refuse"
     samples: int | None = None
-    plans: dict[Any, Plan] = field(default_factory=dict)
+    plans: Known[Plan] = field(default_factory=Known)
 
 
 def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **options: Any) -> Evaluated:
@@ -80,10 +82,10 @@ def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     """
     own = {id(value) for value in model.parameters.values()}
     for node in _nodes(losses):
-        name = node.name().partition("Backward")[0]
+        name = operation(node)
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)
-            or node.name().startswith("BackwardHookFunction")
+            or name == "Python BackwardHookFunction"
             or getattr(node, "_saved_sparse", False)
             or (name in BATCH_NORMS and node._saved_training)
             or any(metadata.dtype in (torch.float16, torch.bfloat16) for metadata in node._input_metadata)

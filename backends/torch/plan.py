@@ -14,25 +14,19 @@ from dataclasses import dataclass
 import torch
 
 from mgs_core._errors import SamplesInteractError
+from mgs_core._layout import Layout, find_layout, sample_weights
 
 from .chain import is_view, sources
 from .graph import Edge, Graph
-from .layout import Layout, find_layout, sample_weights
+from .moves import Gradients, values_decide
 from .rules import Place, Site, site_of
 from .rules.normalisation import BATCH_NORMS
-
-#: (gradient of the sum over samples and heads, those of the weighted sums) for each edge.
-Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | None]]]
+from .scattered import Scattered, find_scattered
 
 # of their inputs only the first can be data
 _DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
 # the data are among what the node keeps, not among its inputs
 _DATA_INSIDE = {"Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Expand", "Repeat"}
-# data say to which sample they take a row
-_MOVERS = {
-    "Embedding", "EmbeddingBag", "IndexAdd", "IndexCopy", "IndexPut", "IndexSelect", "MaskedScatter", "MaskedSelect",
-    "PackPaddedSequence", "PadPackedSequence", "Scatter", "ScatterAdd", "ScatterReduce", "SegmentReduce", "SparseAddmm", "Take",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Use:
     site: int
     slot: int
     source: Edge
-    layouts: tuple[Layout | None, ...]
+    layouts: tuple[Layout | Scattered | None, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,8 @@ class Plan:
 
     Attributes:
         uses: the uses.
-        sure: whether the plan holds for other values too: not where zeros hide the samples, nor where data move rows.
+        sure: whether the plan may hold for other values too: not where zeros hide the samples, nor where values decide which of
+            them meet.
     """
 
     uses: tuple[Use, ...]
@@ -71,7 +66,7 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
     Args:
         graph: the graph.
         n: number of samples.
-        gradients: `(edges, weights)` → for the plain sum of the heads and each weighting, the gradients at the edges.
+        gradients: pulls gradients.
 
     Returns:
         The plan.
@@ -79,7 +74,7 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
     Raises:
         SamplesInteractError: when samples interact after a parameter.
     """
-    weights = sample_weights(n, graph.heads)
+    weights = [torch.tensor(weight, dtype=graph.heads.dtype, device=graph.heads.device) for weight in sample_weights(n)]
     failed: set[int] = set()
     known: dict[int, _Found] = {}
     while True:
@@ -107,14 +102,18 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
     uses = [
         Use(number, slot, edge, known[number].layouts[slot]) for number, slots in sites.items() for slot, edge in slots.items()
     ]
-    return Plan(tuple(uses), all(known[number].sure for number in sites) and not _data_move_rows(graph, sites))
+    sure = all(known[number].sure for number in sites)
+    at = {(use.site, output): layout for use in uses for output, layout in enumerate(use.layouts) if isinstance(layout, Layout)}
+    arrange = {use.site: arrangement(site_of(Place(graph, use.site, use.slot))) for use in uses}
+    holds = sure and not values_decide(graph, at, weights, gradients, lambda edge, gradient: arrange[edge[0]](gradient))
+    return Plan(tuple(uses), holds)
 
 
 @dataclass(frozen=True)
 class _Found:
     """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
 
-    layouts: dict[int, tuple[Layout | None, ...]]
+    layouts: dict[int, tuple[Layout | Scattered | None, ...]]
     separate: bool
     sure: bool
     silent: bool
@@ -135,39 +134,6 @@ def _data_may_enter(graph: Graph, number: int) -> bool:
     name = graph.name(number)
     inputs = graph.inputs[number]
     return name in _DATA_INSIDE or any(edge is None for edge in (inputs[:1] if name in _DATA_FIRST else inputs))
-
-
-def _data_move_rows(graph: Graph, sites: dict[int, dict[int, Edge]]) -> bool:
-    """Return whether activations go where data say, so that rows may belong to other samples in another batch."""
-    active: set[int] = set()
-    for number, edges in enumerate(graph.inputs):
-        if any(edge is not None and edge[0] in active for edge in edges):
-            active.add(number)
-            if _moves_rows(graph, number, active):
-                return True
-        elif number in sites:
-            active.add(number)
-    return False
-
-
-def _moves_rows(graph: Graph, number: int, active: set[int]) -> bool:
-    name, node, inputs = graph.name(number), graph.nodes[number], graph.inputs[number]
-    if name == "Gather":  # along the last axis are classes
-        return node._saved_dim not in (len(graph.shape((number, 0))) - 1, 2**64 - 1)
-    if name in ("Mm", "Mv", "Bmm", "Addmm", "Baddbmm", "Addmv"):
-        left, right = inputs[-2:]
-        return left is None and right is not None and right[0] in active
-    if name in ("Mul", "Where", "MaskedFill"):  # masks over a new axis
-        shape = graph.shape((number, 0))
-        return any(edge is not None and edge[0] in active and graph.shape(edge) != shape for edge in inputs) and None in inputs
-    return _indexed(graph, number)
-
-
-def _indexed(graph: Graph, number: int) -> bool:
-    """Return whether the node takes rows of activations, not of a parameter's table, to where data say."""
-    if graph.name(number) == "Index":
-        return not graph.steps[number][-1]  # see read_graph
-    return graph.name(number) in _MOVERS and not any(edge in graph.parameters for edge in graph.inputs[number])
 
 
 def _constants(graph: Graph, number: int) -> set[int]:
@@ -203,16 +169,17 @@ def _test(
 ) -> dict[int, _Found]:
     """Test whether samples separate at the nodes."""
     edges = [(number, output) for number in fresh for output in range(len(graph.nodes[number]._input_metadata))]
-    flat, *weighted = gradients(edges, weights)
+    flat, *weighted = gradients(edges, [torch.ones_like(weights[0]), *weights])
     at = {edge: (flat[place], [found[place] for found in weighted]) for place, edge in enumerate(edges)}
     results = {}
     for number in fresh:
-        layouts: dict[int, tuple[Layout | None, ...]] = {}
+        layouts: dict[int, tuple[Layout | Scattered | None, ...]] = {}
         states: list[str] = []
+        scattered = not _alone(graph, number, sites[number])  # a chain may lead to one sample only
         for slot in sites[number]:
             site = site_of(Place(graph, number, slot))
             outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
-            found = [_of_output(arrangement(site), *at[edge], weights) for edge in outputs]
+            found = [_of_output(arrangement(site), *at[edge], weights, scattered) for edge in outputs]
             layouts[slot] = tuple(layout for layout, _ in found)
             states += [state for _, state in found]
         results[number] = _Found(
@@ -229,10 +196,14 @@ def _of_output(
     flat: torch.Tensor | None,
     weighted: list[torch.Tensor | None],
     weights: list[torch.Tensor],
-) -> tuple[Layout | None, str]:
+    scattered: bool,
+) -> tuple[Layout | Scattered | None, str]:
     if flat is None:
         return None, "absent"
-    return find_layout(arrange(flat), [arrange(gradient) for gradient in weighted if gradient is not None], weights)
+    arranged = [arrange(gradient) for gradient in weighted if gradient is not None]
+    layout, state = find_layout(arrange(flat), arranged, weights, torch.finfo(flat.dtype).eps)
+    rows = find_scattered(arrange(flat), arranged, len(weights[0])) if scattered and state == "mixed" else None
+    return (layout, state) if rows is None else (rows, "open")
 
 
 def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -244,12 +215,6 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     names = [name for edge in slots.values() for name in sources(graph, edge)]
     mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
     gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
-    if not mixing and any(_indexed(graph, n) for n in range(len(graph.nodes))):
-        return SamplesInteractError(
-            "`model` must keep the samples in order, and as many rows of each; got rows that data have moved or chosen at "
-            f"parameter {names[0]!r} (indexing, routing, packed sequences, graphs). Use `chunk_size=1` where samples can be run "
-            "one by one, or leave these parameters out by `parameters=`."
-        )
     where = "batch normalisation in training mode" if mixing else "statistics over the batch, or outputs flat over positions"
     where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
     return SamplesInteractError(

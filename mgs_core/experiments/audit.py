@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mgs_core import onnx
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
@@ -123,18 +124,10 @@ def audit(
         (360,)
     """
     x, given, classes = _checked(inputs, labels)
-    for name, value, least in (
-        ("networks", networks, 1),
-        ("epochs", 1 if epochs is None else epochs, 1),
-        ("batch_size", batch_size, 2),
-        ("block", block, 3),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
+    block, seed = integer("block", block, 3), integer("seed", seed, 0)
     check_learning_rate(learning_rate)
-    if epochs is None:
-        epochs = usual_epochs(len(given), batch_size, model)
+    epochs = usual_epochs(len(given), batch_size, model) if epochs is None else integer("epochs", epochs, 1)
     starts = [_start(model, backend, x, classes, seed, number) for number in range(networks)]
     outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
     if len(outputs) != 2 or outputs[1] < classes:
@@ -243,8 +236,9 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
         raise ArgumentError(
-            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-            "Number the classes from 0."
+            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}"
+            f"{', ' + str(np.unique(y)[:5].tolist()) if y.size else ''}. "
+            "Number the classes from 0: numpy.unique(labels, return_inverse=True)[1]."
         )
     classes = count_classes(y, "labels")
     scaled, _, _ = scale(x)

@@ -9,9 +9,11 @@ import queue
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, MgsError
 from mgs_core._registry import get_backend
 from mgs_core.experiments.networks import check_fit
@@ -21,6 +23,11 @@ from mgs_core.experiments.settings import Settings
 from mgs_core.experiments.training import train
 from mgs_core.experiments.tuning import TRIAL_SEED, best_strength, strengths, try_strength
 from mgs_core.monitor import JSONLinesSink
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]  # its absence
 
 Record: TypeAlias = dict[str, Any]
 #: Name of a recipe, a strength or None for that of `RECIPES`, and the number of the run; None to try the strength.
@@ -58,8 +65,8 @@ def compare(
         The records of all runs in the folder, those of earlier calls first.
 
     Raises:
-        ArgumentError: when the folder cannot be written or holds a comparison with other settings, a recipe is not registered,
-            the data cannot be read, or the model does not fit them.
+        ArgumentError: when the folder cannot be written, holds a comparison with other settings or is another's at the time, a
+            recipe is not registered, the data cannot be read, or the model does not fit them.
         BackendError: when the backend, or a package that the data need, is not installed.
         MgsError: when worker processes end before their runs.
 
@@ -78,13 +85,11 @@ def compare(
     strange = [recipe.name for recipe in chosen if RECIPES.get(recipe.name) != recipe]
     if strange:
         raise ArgumentError(f"`recipes` must be registered in RECIPES, where other processes find them; got {strange}.")
-    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
-        raise ArgumentError(f"`jobs` must be an integer of at least 1; got {jobs!r}.")
+    jobs = integer("jobs", jobs, 1)
     get_backend(settings.backend)
     check_fit(settings, dropout=any(recipe.dropout for recipe in chosen))
-    path = _open_folder(Path(folder), settings)
-    out = path.parent
-    with JSONLinesSink(path) as sink:
+    out = Path(folder)
+    with _open_folder(out, settings) as path, JSONLinesSink(path) as sink:
         for tasks in (_trials, _runs):
             waiting = tasks(chosen, settings, load_records(path))
             several = jobs > 1 and len(waiting) > 1
@@ -216,35 +221,63 @@ def load_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _open_folder(folder: Path, settings: Settings) -> Path:
-    """Write the settings, and return the path of the records, made to end with a line's end."""
-    path, records, written = folder / "settings.json", folder / "records.jsonl", settings.to_dict()
-    if path.exists() and (found := load_records(records)):  # else it failed before it began, perhaps for these settings
-        before = load_settings(folder)
-        written["seeds"] = max(settings.seeds, before.get("seeds", 0))  # more or fewer may be asked for later
-        changed = {name: value for name, value in written.items() if name != "seeds" and before.get(name) != value}
-        if changed:
-            old = {name: before.get(name) for name in changed}
-            raise ArgumentError(f"`folder` must be a new one for other settings; {folder} was begun with {old}, now {changed}.")
-        others = other_versions(found, settings.backend)
-        if others:
-            listed = ", ".join(f"{name} {' and '.join(old)}" for name, old in others.items())
-            warnings.warn(
-                f"{folder} holds runs that were made with {listed}, and now {versions(settings.backend)} is installed. "
-                "They are kept; take a new folder to compare within one version.",
-                stacklevel=3,
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        with records.open("a+b") as file:
+@contextmanager
+def _open_folder(folder: Path, settings: Settings) -> Iterator[Path]:
+    """Write the settings, and give the path of the records, made to end with a line's end; no other comparison may meanwhile."""
+    path, records = folder / "settings.json", folder / "records.jsonl"
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(records.open("a+b"))
+            _hold(file, folder)
+            written = settings.to_dict()
+            if path.exists() and (found := load_records(records)):  # else it failed before it began, perhaps for these settings
+                before = load_settings(folder)
+                written["seeds"] = max(settings.seeds, before.get("seeds", 0))  # more or fewer may be asked for later
+                _refuse_other(folder, before, written)
+                _warn_of_versions(folder, found, settings.backend)
+            path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
-    except OSError as error:
+                file.flush()
+        except OSError as error:
+            raise ArgumentError(
+                f"`folder` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
+            ) from error
+        yield records
+
+
+def _hold(file: BinaryIO, folder: Path) -> None:
+    """Lock the records until they are closed, where the system has such locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise ArgumentError(
-            f"`folder` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
+            f"`folder` must be a folder that no other comparison writes at the time; got {str(folder)!r}. "
+            "Wait until it has ended, or choose another."
         ) from error
-    return records
+    except OSError:  # a file system without locks
+        return
+
+
+def _refuse_other(folder: Path, before: Record, now: Record) -> None:
+    changed = {name: value for name, value in now.items() if name != "seeds" and before.get(name) != value}
+    if changed:
+        old = {name: before.get(name) for name in changed}
+        raise ArgumentError(f"`folder` must be a new one for other settings; {folder} was begun with {old}, now {changed}.")
+
+
+def _warn_of_versions(folder: Path, records: list[Record], backend: str) -> None:
+    others = other_versions(records, backend)
+    if others:
+        listed = ", ".join(f"{name} {' and '.join(old)}" for name, old in others.items())
+        warnings.warn(
+            f"{folder} holds runs that were made with {listed}, and now {versions(backend)} is installed. "
+            "They are kept; take a new folder to compare within one version.",
+            stacklevel=5,
+        )
 
 
 def _here(tasks: list[Task], settings: Settings, folder: Path) -> Iterator[Record]:
@@ -294,10 +327,13 @@ def _in_processes(tasks: list[Task], settings: Settings, folder: Path, jobs: int
 
 def _work(waiting: Any, records: Any, settings: Settings, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    parent = multiprocessing.parent_process()
     while True:
         try:
             task = waiting.get(timeout=1.0)
         except queue.Empty:
             return
         for record in _perform(task, settings, folder):
+            if parent is not None and not parent.is_alive():  # it was killed, and nobody else takes the records
+                return
             records.put(record)

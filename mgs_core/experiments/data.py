@@ -105,7 +105,8 @@ def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 
     Args:
         data: a data set with clean labels.
         rate: probability for each label to be redrawn, 0 to 1.
-        kind: "symmetric": redrawn uniformly over all classes, so that 1/c of them stay right; "pair": replaced by the next class.
+        kind: "symmetric": redrawn uniformly over the c classes that have samples, so that 1/c of them stay right; "pair":
+            replaced by the next of them.
         seed: seed of the draw.
 
     Returns:
@@ -123,7 +124,9 @@ def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 
     random = np.random.default_rng(seed)
     labels = data.true_labels
     chosen = random.random(labels.shape) < rate
-    other = random.integers(0, data.classes, labels.shape) if kind == "symmetric" else (labels + 1) % data.classes
+    present = np.unique(labels)  # a class of which there are no samples is none, as 0 where labels begin at 1
+    at = random.integers(0, len(present), labels.shape) if kind == "symmetric" else np.searchsorted(present, labels) + 1
+    other = present[at % len(present)]
     return replace(data, train_labels=np.where(chosen, other, labels))
 
 
@@ -180,14 +183,18 @@ def require(arrays: Mapping[str, Array], names: Iterable[str], path: str | Path)
         path: the file, for the message.
 
     Raises:
-        ArgumentError: when an array is missing.
+        ArgumentError: when an array is missing, or no array.
     """
+    names = list(names)
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ArgumentError(
             f"`path` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} "
             f"and has {', '.join(arrays) or 'nothing'}."
         )
+    for name in names:
+        if not arrays[name].ndim:
+            raise ArgumentError(f"`path` must hold samples along the first axis of {name!r}; {str(path)!r} holds a single value.")
 
 
 def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:
@@ -200,7 +207,7 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
             raise ArgumentError(
                 f"`y_{part}` must be integers of at least 0, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-                "Number the classes from 0."
+                f"Number the classes from 0: numpy.searchsorted(numpy.unique(y_train), y_{part})."
             )
         if len(x) < 2:
             raise ArgumentError(f"`x_{part}` must hold at least 2 samples; got {len(x)}.")
@@ -258,7 +265,7 @@ def _draw(labels: Array, samples: int | None, random: np.random.Generator) -> An
     """Return indices of `samples` samples, taking one of each class in turn."""
     if samples is None:
         return random.permutation(len(labels))
-    if isinstance(samples, bool) or not isinstance(samples, int) or not 2 <= samples <= len(labels):
+    if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)) or not 2 <= samples <= len(labels):
         raise ArgumentError(f"`samples` must be an integer between 2 and {len(labels)}, what the data hold; got {samples!r}.")
     order = random.permutation(len(labels))
     turn = np.empty(len(labels), dtype=int)

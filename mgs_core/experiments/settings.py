@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, renamed
 from mgs_core.experiments.data import check_noise
 from mgs_core.experiments.optimizer import check_learning_rate
@@ -54,14 +55,9 @@ class Settings:
     tuning: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("samples", 2), ("epochs", 1), ("batch_size", 2), ("seeds", 1), ("probe_samples", 2), ("tuning", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if name == "samples" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+        counts = {"epochs": 1, "batch_size": 2, "seeds": 1, "probe_samples": 2, "tuning": 0}
+        for name, least in (counts if self.samples is None else {**counts, "samples": 2}).items():
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))  # the class is frozen
         most = max(len(recipe.tried) for recipe in RECIPES.values())
         if self.tuning > most:
             raise ArgumentError(f"`tuning` must be at most {most}, the strengths that a recipe has to try; got {self.tuning}.")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import queue
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +219,32 @@ def test_a_command_that_failed_before_it_began_does_not_bar_its_folder(tmp_path)
     assert load_settings(tmp_path) == SETTINGS.to_dict()
 
 
+def test_a_second_comparison_in_the_folder_at_the_time_is_refused(tmp_path, monkeypatch):
+    """Before the first record a folder may still be given other settings, which would take over the first comparison's runs."""
+    pytest.importorskip("fcntl")
+
+    def train(recipe, seed, settings, folder):
+        with pytest.raises(mgs.ArgumentError, match="that no other comparison writes at the time"):
+            compare(replace(SETTINGS, noise=0.1), TWO, tmp_path)
+        yield {"event": "run", "regularizer": recipe.name, "seed": seed, "last_test_accuracy": 0.5}
+
+    monkeypatch.setattr(module, "train", train)
+    compare(SETTINGS, TWO[:1], tmp_path)
+    assert load_settings(tmp_path) == SETTINGS.to_dict()
+    compare(SETTINGS, TWO[:1], tmp_path)  # the folder is free again
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_worker_whose_parent_was_killed_ends(tmp_path, monkeypatch, begun, alive):
+    tasks, records = queue.Queue(), queue.Queue()
+    for seed in range(3):
+        tasks.put(("none", None, seed))
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(module.multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: alive))
+    module._work(tasks, records, SETTINGS, tmp_path)
+    assert (len(begun[0]), records.qsize()) == ((3, 9) if alive else (1, 0))
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path, begun):
     (tmp_path / "file").write_text("")
     with pytest.raises(mgs.ArgumentError, match="`folder` must be a folder that can be written"):
@@ -252,3 +281,9 @@ def test_bad_arguments_are_refused(tmp_path):
     for rate in (0.0, -1.0, float("inf"), "fast", True):
         with pytest.raises(mgs.ArgumentError, match="`learning_rate` must be a finite number above 0"):
             Settings(learning_rate=rate)
+
+
+@pytest.mark.wrong_types
+def test_settings_may_be_integers_of_numpy():
+    names = ("epochs", "batch_size", "seeds", "probe_samples", "samples")
+    assert json.loads(json.dumps(Settings(**dict.fromkeys(names, np.int64(5))).to_dict()))["samples"] == 5

@@ -88,6 +88,16 @@ def test_corruption_has_its_rate_and_kind(kind):
     np.testing.assert_array_equal(corrupt(clean, 0.4, kind, seed=3).train_labels, noisy.train_labels)
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "pair"])
+def test_labels_become_those_of_classes_that_have_samples(save, kind):
+    """Numbered from 1, or with a gap: no sample is of class 0."""
+    labels = np.array([1, 2, 7])
+    noisy = corrupt(load_dataset(save(y_train=labels[np.arange(12) % 3], y_test=labels[:2])), 1.0, kind)
+    assert set(noisy.train_labels) <= set(labels.tolist())
+    if kind == "pair":
+        np.testing.assert_array_equal(noisy.train_labels, [{1: 2, 2: 7, 7: 1}[label] for label in noisy.true_labels.tolist()])
+
+
 def test_mnist_is_fetched_or_its_absence_explained(monkeypatch):
     import sklearn.datasets
 

@@ -126,3 +126,34 @@ def test_unrolled_recurrence_has_statistics():
     for options, routes in (({"unroll": True}, {"statistics"}), ({}, {"statistics", "rows"})):
         model = keras.Sequential([keras.Input((6, 4)), layers.GRU(3, **options), layers.Dense(2)])
         assert {layer.route for layer in mgs.check(model, LINE).layers} <= routes
+
+
+class Noise(layers.Layer):
+    """Draws random numbers, in training alone or always."""
+
+    def __init__(self, always):
+        super().__init__(name="noise")
+        self.always, self.source = always, keras.random.SeedGenerator(0)
+
+    def call(self, x, training=False):
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.source) if training or self.always else x
+
+
+def test_random_numbers_at_inference_are_refused():
+    noisy, still = (
+        keras.Sequential([keras.Input((4,)), layers.Dense(3), Noise(always), layers.Dense(2)]) for always in (True, False)
+    )
+    with pytest.raises(mgs.UnsupportedModelError, match="got random numbers, drawn with training=False by layer noise"):
+        mgs.kernel(noisy, draw(3, 4))
+    assert kernel(still, draw(3, 4)).shape == (3, 3)
+    x = keras.Input((4,))
+    dropped = keras.Model(x, layers.Dense(2)(layers.Dropout(0.5)(layers.Dense(3)(x), training=True)))
+    assert kernel(dropped, draw(3, 4)).shape == (3, 3)  # Keras itself overrides that argument at inference
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras itself refuses it there")
+def test_random_numbers_without_a_generator_are_refused_too():
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(2)(layers.Lambda(lambda x: x + keras.random.normal(keras.ops.shape(x)), (4,))(x)))
+    with pytest.raises(mgs.UnsupportedModelError, match="by layer without a SeedGenerator of its own"):
+        mgs.kernel(model, draw(3, 4))

@@ -285,6 +285,18 @@ def kernel_of_function(function, parameters):
             )
             for output in ("loss", "target")
         ),
+        (lambda: mgs.kernel(GOOD, tf.ragged.constant([[1.0], [1.0, 2.0]])), mgs.ArgumentError, r"got a RaggedTensor.*to_tensor"),
+        (lambda: mgs.kernel(GOOD, tf.sparse.eye(4)), mgs.ArgumentError, r"got a SparseTensor. Pass tf.sparse.to_dense"),
+        (
+            lambda: mgs.kernel(GOOD, tf.sparse.eye(4), chunk_size=2),
+            mgs.ArgumentError,
+            "`chunk_size` must be None for inputs that",
+        ),
+        (
+            lambda: mgs.kernel(GOOD, tf.ragged.constant([[1.0], [1.0, 2.0]]), chunk_size=1),
+            mgs.ArgumentError,
+            "got a RaggedTensor",
+        ),
         (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
         (lambda: mgs.kernel(LOOP, X), mgs.UnsupportedModelError, "must read its variables outside of control flow"),
         (lambda: mgs.kernel(SWISH, X), mgs.UnsupportedModelError, "must have no custom gradient where it reads variables"),
