@@ -17,7 +17,6 @@ from mgs_core._errors import ArgumentError, SamplesInteractError
 from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite
 from mgs_core._types import Array
 
-from .namespace import namespace
 from .walk import Record, Scalars, gradients, record, rows
 
 _known: dict[bytes, list[Layout | None]] = {}
@@ -133,8 +132,7 @@ def _evaluate(
         elif not own and not np.all(np.isfinite(pair[0])):
             layouts.append((None, False))  # other values may do
         else:
-            eps = max(_eps(pair[0]), _eps(traced.scalars))  # what comes back through a loss in float32 is as exact as that
-            layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights, eps))
+            layouts.append(find_layout(pair[0].numpy(), pair[1].numpy(), weights, traced.eps))
     return layouts
 
 
@@ -154,8 +152,7 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
         each = single[name].numpy().astype(np.float64)
         summed, size = np.einsum("nk,nkp->p", weights, each), float(np.max(np.abs(each), initial=0.0))
         refuse_infinite(bool(np.all(np.isfinite(whole[name]))))
-        eps = max(_eps(whole[name]), _eps(traced.scalars))
-        tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
+        tolerance = n * (min(1e3 * traced.eps, 0.05) * size + noise_floor(traced.eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:
             raise SamplesInteractError(
@@ -163,10 +160,6 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
                 "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
                 "parameters out by `parameters=`."
             )
-
-
-def _eps(array: Array) -> float:
-    return float(namespace.finfo(array.dtype).eps)
 
 
 def _run(function: Callable[..., Any], arguments: Any) -> Any:

@@ -516,3 +516,16 @@ def test_scalar_losses_that_are_no_mean_or_cannot_be_weighted_are_refused():
             compiled(regularize(network(), MGSRegularizer(None, weighting="agreement")), loss=squares(keras.ops.mean)),
             y=Y[:, None],
         )
+
+
+def test_targets_of_some_outputs_alone():
+    x = keras.Input((5,))
+    h = layers.Dense(6, activation="tanh")(x)
+    outputs = {"a": layers.Dense(3, activation="softmax", name="a")(h), "b": layers.Dense(2, name="b")(h)}
+    model = draw_weights(keras.Model(x, outputs))
+    loss = {"a": "sparse_categorical_crossentropy", "b": None}
+    compiled(regularize(model, MGSRegularizer("trace", strength=1.0)), loss=loss, optimizer=keras.optimizers.SGD(0.0))
+    found = fit(model, y={"a": Y}, batch_size=20, epochs=2)["mgs_penalty"]
+    alone = keras.Model(x, outputs["a"])
+    expected = mgs.Penalty("trace", 1.0)(kernel(alone, X, Y, output="loss", loss=sample_loss(loss["a"])))
+    assert found == pytest.approx([float(expected)] * 2, rel=1e-4)
