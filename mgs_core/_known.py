@@ -2,7 +2,8 @@
 
 Where the samples are, and whether they interact, is found by evaluation: it depends on the structure (the operations, their
 shapes and settings), but in some models on values too, as that of `h + s·h.mean(0)` does on s. So what is kept is verified at the
-2nd, 4th, 8th, 16th, … use of a structure, which costs nothing in the long run, and what has been seen to depend on values at each.
+2nd, 4th, 8th, 16th, … use of a structure, which costs nothing in the long run, and what has been seen to depend on values at
+each.
 """
 
 from __future__ import annotations

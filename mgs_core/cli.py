@@ -113,7 +113,7 @@ def measure(
             )
     targets = asarray(labels) if heads else None
     kernel = mgs.kernel(loaded, asarray(arrays["x"][:samples]), targets, output=cast(Output, output))  # kernel checks the name
-    classes = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
+    classes = labels is not None and labels.ndim == 1 and labels.dtype.kind not in "fc"
     summary = mgs.summarize(kernel, labels if classes else None)
     if as_json:
         print(json.dumps(summary.to_dict()))

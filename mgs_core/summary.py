@@ -154,7 +154,7 @@ def _mean(values: Array, chosen: Array) -> float | None:
 
 def _same(labels: Any, n: int) -> Array:
     labels = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
-    if labels.shape != (n,) or not np.isdtype(labels.dtype, ("integral", "bool")):
+    if labels.shape != (n,) or labels.dtype.kind in "fc":
         raise ArgumentError(
             f"`labels` must be integers of shape ({n},), one for each sample of the kernel; got dtype {labels.dtype}, shape "
             f"{labels.shape}. Leave them out for targets of a regression."

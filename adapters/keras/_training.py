@@ -81,7 +81,7 @@ class Training:
         self.regularizer = regularizer
         self.tracker = Tracker(regularizer.strength)
         self._in_training = True
-        self._checked = self._asked = False
+        self._checked = self._losses_checked = self._asked = False
         self._function: Any = None
         self._replay: Any = None
         self._indifferent: bool | None = None
@@ -160,7 +160,8 @@ class Training:
         model, backend = self._model, keras.backend.backend()
         if model.train_function is not None and not force:
             return
-        self._checked, self._function, self._replay, self._indifferent = False, None, None, None
+        self._checked = self._losses_checked = False
+        self._function, self._replay, self._indifferent = None, None, None
         if backend == "torch" and model.jit_compile:
             raise mgs.UnsupportedModelError(
                 "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
@@ -295,42 +296,28 @@ class Training:
         return 1 if strategy is None else int(strategy.num_replicas_in_sync)
 
     def _check_batch(self, data: Any, trainable: Any = None, fixed: Any = None) -> None:
-        if not self._checked:
-            x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-            self._check(x, y, trainable, fixed)
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        self._check(x, y, trainable, fixed)
 
     def _check(self, x: Any, y: Any, trainable: Any = None, fixed: Any = None) -> None:
-        """Compare `1ᵀK1` of the first batch with `‖∇Σh‖²`, which one ordinary backward pass gives.
-
-        And a loss that is a scalar with the mean, or the sum, over samples alone, whose kernel it has.
-        """
+        """Compare `1ᵀK1` of the first batch with `‖∇Σh‖²`, which one ordinary backward pass gives; then look at the losses."""
+        self._check_losses(x, y, trainable, fixed)
         if self._checked:
             return
         backend: Any = mgs.get_backend(self._model)
         model = backend.functional(self._model, trainable, fixed)
-        x, y = keras.tree.map_structure(lambda leaf: leaf if leaf is None else _dense(leaf)[:_CHECKED], (x, y))
-        compiled = self._model._compile_loss if self.regularizer.output == "loss" and y is not None else None
-        if compiled is not None and not compiled.built:  # not in a traced function, for that makes variables
-            compiled.build(y, model.function.outputs(model.parameters, x))
+        x = keras.tree.map_structure(_first, x)
 
         def head(outputs: Any, _: Any = None) -> Any:
             c = outputs.shape[-1]  # unequal weights, for the outputs of a softmax have a constant sum
             return keras.ops.sum(outputs * keras.ops.cast(keras.ops.arange(1, c + 1) / c, outputs.dtype), axis=-1)
 
-        def both(parameters: dict[str, Any]) -> tuple[Any, Any, Any]:
-            losses = [] if compiled is None else scalar_losses(compiled, model.function.outputs(parameters, x), y)
+        def both(parameters: dict[str, Any]) -> tuple[Any, Any]:
             kernel = mgs.kernel(mgs.FunctionalModel(model.function, parameters), x, output=head)
             _, gradient = backend.value_and_gradient(lambda given: keras.ops.sum(head(model.function(given, x))))(parameters)
-            return kernel, [keras.ops.sum(keras.ops.square(part)) for part in gradient.values()], losses
+            return kernel, [keras.ops.sum(keras.ops.square(part)) for part in gradient.values()]
 
-        kernel, squares, losses = backend.compile(both)(model.parameters)
-        for whole, alone in losses:
-            total, terms = float(backend.to_numpy(whole)), backend.to_numpy(alone)
-            if min(abs(total - terms.mean()), abs(total - terms.sum())) > 1e-3 * float(abs(terms).max()):
-                raise mgs.ArgumentError(
-                    f"`loss` must be the mean or the sum of losses of single samples; got {total:.6g} for a batch whose "
-                    f"samples have a mean of {terms.mean():.6g}. Return one value for each sample: keras.ops.mean(…, axis=-1)."
-                )
+        kernel, squares = backend.compile(both)(model.parameters)
         kernel, expected = backend.to_numpy(kernel), sum(float(part) for part in squares)
         if not abs(float(kernel.sum()) - expected) <= 0.02 * max(expected, len(kernel) * float(kernel.trace())) + 1e-8:
             raise mgs.UnsupportedModelError(
@@ -338,6 +325,29 @@ class Training:
                 f"{expected:.6g}. A layer's gradient is not that of its value; report it with the model."
             )
         self._checked = True
+
+    def _check_losses(self, x: Any, y: Any, trainable: Any, fixed: Any) -> None:
+        """Compare losses that are scalars with the mean, or the sum, over samples alone, once Keras has built them."""
+        losses = self._model._compile_loss
+        if self._losses_checked or self.regularizer.output != "loss" or losses is None or not losses.built:
+            return
+        self._losses_checked = True
+        backend: Any = mgs.get_backend(self._model)
+        model = backend.functional(self._model, trainable, fixed)
+        x, y = keras.tree.map_structure(_first, (x, y))
+        compare = backend.compile(lambda given: scalar_losses(losses, model.function.outputs(given, x), y))
+        for whole, alone in compare(model.parameters):
+            total, terms = float(backend.to_numpy(whole)), backend.to_numpy(alone)
+            if min(abs(total - terms.mean()), abs(total - terms.sum())) > 1e-3 * float(abs(terms).max()):
+                raise mgs.ArgumentError(
+                    f"`loss` must be the mean or the sum of losses of single samples; got {total:.6g} for a batch whose "
+                    f"samples have a mean of {terms.mean():.6g}. Return one value for each sample: keras.ops.mean(…, axis=-1)."
+                )
+
+
+def _first(leaf: Any) -> Any:
+    """Return the samples that are checked."""
+    return leaf if leaf is None else _dense(leaf)[:_CHECKED]
 
 
 def _dense(leaf: Any) -> Any:

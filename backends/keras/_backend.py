@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
 from typing import Any, cast
 
 import keras
@@ -37,7 +38,7 @@ class Function:
 
     def __call__(self, parameters: dict[str, Array], inputs: Any) -> Array:
         """Return the outputs (n, c)."""
-        return flat_outputs(self.outputs(parameters, inputs))
+        return flat_outputs(self.outputs(parameters, inputs), keras.tree.flatten(inputs)[0].shape[0])
 
     def outputs(self, parameters: dict[str, Array], inputs: Any) -> Any:
         """Return the outputs in the model's own structure.
@@ -167,13 +168,17 @@ def call(model: Any, inputs: Any, *, training: bool) -> Any:
     return model(inputs, training=training) if model._call_has_training_arg else model(inputs)
 
 
-def flat_outputs(outputs: Any) -> Array:
+def flat_outputs(outputs: Any, n: int) -> Array:
     """Return outputs of any structure as (n, c), side by side in the order of `keras.tree`.
 
     Args:
         outputs: tensors with the samples first.
+        n: their number, which outputs of a traced model may not know.
     """
-    flat = [keras.ops.reshape(leaf, (leaf.shape[0], -1)) for leaf in keras.tree.flatten(outputs)]
+    flat = []
+    for leaf in keras.tree.flatten(outputs):
+        samples, *rest = leaf.shape
+        flat.append(keras.ops.reshape(leaf, (n if samples is None else samples, -1 if None in rest else prod(rest))))
     return flat[0] if len(flat) == 1 else keras.ops.concatenate([keras.ops.cast(leaf, flat[0].dtype) for leaf in flat], axis=-1)
 
 
@@ -183,6 +188,11 @@ def _names(model: Any) -> dict[str, Any]:
         raise ArgumentError(f"`model` must be built; got {model.name!r}, which has not seen a batch. Call it on one first.")
     names: dict[str, Any] = {}
     for variable in model.trainable_variables:
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise UnsupportedModelError(
+                f"`model` must have gradients in its variables; got {variable.path!r}, whose gradient is its next value, as in "
+                "layers quantized to float8. Pass the model before `quantize`."
+            )
         name, number = variable.path, 1
         while name in names:
             number += 1

@@ -1,7 +1,7 @@
 """Find by evaluation which axis of each use holds the samples, and refuse models in which samples interact.
 
-It is done eagerly, on the values at hand, and again from time to time; where there are none, because the caller is being traced, on
-drawn ones. Where drawn values, or NaN on its way back, show that values decide which samples meet, it is done at each use.
+It is done eagerly, on the values at hand, and again from time to time; where there are none, because the caller is being traced,
+on drawn ones. Where drawn values, or NaN on its way back, show that values decide which samples meet, it is done at each use.
 """
 
 from __future__ import annotations
@@ -150,9 +150,8 @@ def _evaluation(
             elif not own and not np.all(np.isfinite(of_use[0])):
                 layouts.append((None, "open", False))  # other values may do
             else:
-                eps = max(_eps(of_use[0]), _eps(traced.scalars))  # what comes back through a loss in float32 is as exact as that
                 flat, *weighted, tainted = (gradient.numpy() for gradient in of_use)
-                layout, state = find_layout(flat, weighted, weights, eps)
+                layout, state = find_layout(flat, weighted, weights, traced.eps)
                 layouts.append((layout, state, layout is not None and reaches_others(tainted, layout, n)))
         return layouts
 
@@ -176,7 +175,7 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
         alone = single[name].numpy().astype(np.float64)
         summed, size = np.einsum("nk,nkp->p", weights, alone), float(np.max(np.abs(alone), initial=0.0))
         refuse_infinite(bool(np.all(np.isfinite(whole[name]))))
-        eps = max(_eps(whole[name]), 0.0 if half else _eps(traced.scalars))
+        eps = _eps(whole[name]) if half else traced.eps
         tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:

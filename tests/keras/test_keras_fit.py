@@ -319,11 +319,6 @@ def test_targets_of_any_dtype_that_the_loss_takes():
         penalties += fit(compiled(regularize(network(), REGULARIZERS["loss"])), y=y)["mgs_penalty"]
     assert penalties[0] == pytest.approx(penalties[1], rel=1e-5)
     assert penalties[2] == pytest.approx(penalties[3], rel=1e-5)
-    with pytest.raises(mgs.ArgumentError, match="`loss` must return one value for each of"):
-        fit(
-            compiled(regularize(network(), REGULARIZERS["loss"]), loss=lambda y, p: keras.ops.mean(keras.ops.square(p - y))),
-            y=one_hot,
-        )
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the other two refuse losses without reduction")
@@ -516,3 +511,16 @@ def test_scalar_losses_that_are_no_mean_or_cannot_be_weighted_are_refused():
             compiled(regularize(network(), MGSRegularizer(None, weighting="agreement")), loss=squares(keras.ops.mean)),
             y=Y[:, None],
         )
+
+
+def test_targets_of_some_outputs_alone():
+    x = keras.Input((5,))
+    h = layers.Dense(6, activation="tanh")(x)
+    outputs = {"a": layers.Dense(3, activation="softmax", name="a")(h), "b": layers.Dense(2, name="b")(h)}
+    model = draw_weights(keras.Model(x, outputs))
+    loss = {"a": "sparse_categorical_crossentropy", "b": None}
+    compiled(regularize(model, MGSRegularizer("trace", strength=1.0)), loss=loss, optimizer=keras.optimizers.SGD(0.0))
+    found = fit(model, y={"a": Y}, batch_size=20, epochs=2)["mgs_penalty"]
+    alone = keras.Model(x, outputs["a"])
+    expected = mgs.Penalty("trace", 1.0)(kernel(alone, X, Y, output="loss", loss=sample_loss(loss["a"])))
+    assert found == pytest.approx([float(expected)] * 2, rel=1e-4)
