@@ -104,6 +104,11 @@ class Known(Generic[T]):
             self._recent.put(key, entry or _Entry(value))
         return value
 
+    def kept(self, key: Hashable) -> T | None:
+        """Return what is known without verifying it, as where a step is traced and values cannot be looked at."""
+        entry = self._recent.take(key)
+        return None if entry is None else self._recent.put(key, entry).value
+
 
 class KnownByOwner(Generic[T]):
     """Hold what is known about each function or module, as long as it lives."""

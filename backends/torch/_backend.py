@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError
@@ -206,6 +207,9 @@ class _Reading:
 
 
 def _plan(graph: Graph, plans: Known[Plan]) -> Plan:
+    if get_proxy_mode() is not None and (known := plans.kept(graph.key)) is not None:
+        return known
+
     def find() -> tuple[Plan, bool]:
         plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights))
         return plan, plan.sure
