@@ -18,13 +18,25 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from mgs_core import ArgumentError, FunctionalModel, Penalty, Recorder, Schedule, Summary, agreement_weights, get_backend
+from mgs_core import (
+    ArgumentError,
+    FunctionalModel,
+    Penalty,
+    Recorder,
+    Schedule,
+    Summary,
+    UnsupportedModelError,
+    agreement_weights,
+    get_backend,
+)
+from mgs_core._arguments import integer
 from mgs_core._tree import select
+from mgs_core.contraction import contract
 from mgs_core.gradient import weighted_gradient
 from mgs_core.heads import Output, make_head
 from mgs_core.kernel import kernel
 from mgs_core.monitor import Sink
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 _backend: Any = get_backend("jax")
 
@@ -96,6 +108,7 @@ def regularized(
         >>> float(loss), float(parts.loss), float(parts.penalty)
         (3.0, 1.0, 2.0)
     """
+    every, samples = integer("every", every, 1), None if samples is None else integer("samples", samples, 1)
     _refuse(penalty, output, outputs, weighting, every, samples)
     unused = sorted(set(kernel_options) - {"parameters"})
     if output == "loss" and unused:
@@ -188,9 +201,10 @@ class _Regularized:
         parameters = _backend.parameters(_backend.pure(self.loss_fn, params))
         chosen = select(parameters, self.options.get("parameters"))
         seen = [use for use in found if use.parameter in chosen]
-        matrix = contract(seen, seen)
+        n = len(losses)
+        matrix = contract(seen, seen) if seen else jnp.zeros((n, n), losses.dtype)  # parameters that do not move the loss
         weights = _weights(matrix, losses)
-        gradient = weighted_gradient(found, weights[:, None] / len(losses))
+        gradient = weighted_gradient(found, weights[:, None] / n)
         value = _attach(jnp.mean(weights * losses), parameters, gradient)
         aux = self._loss(params, batch, rest)[1] if more else None
         return value, Parts(value, jnp.zeros_like(value), matrix, weights, aux)
@@ -298,9 +312,6 @@ def _refuse(penalty: Any, output: Any, outputs: Any, weighting: Any, every: Any,
         raise ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
     if penalty is None and weighting is None:
         raise ArgumentError('`penalty` must be given without `weighting`; got None. Pass a Penalty, or weighting="agreement".')
-    for name, value in (("every", every), ("samples", 1 if samples is None else samples)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"`{name}` must be an integer of at least 1; got {value!r}.")
     if output == "full":
         raise ArgumentError('`output` must give one scalar a pair of samples; got "full". Use "trace".')
     if output != "loss" and outputs is None:
@@ -334,5 +345,20 @@ def _value_with_gradient(value: Any, parameters: list[Any], gradient: list[Any])
 
 @_value_with_gradient.defjvp  # type: ignore[untyped-decorator]  # jax is not followed
 def _value_with_gradient_tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    (value, _, gradient), (_, moves, _) = primals, tangents
+    (value, parameters, gradient), (_, moves, _) = primals, tangents
+    gradient = _once(gradient, parameters)
     return value, sum((jnp.vdot(g, move) for g, move in zip(gradient, moves, strict=True)), jnp.zeros_like(value))
+
+
+@jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed
+def _once(gradient: list[Any], parameters: list[Any]) -> list[Any]:
+    """Return the gradient, whose own derivative in the parameters is not known."""
+    return gradient
+
+
+@_once.defjvp  # type: ignore[untyped-decorator]  # jax is not followed
+def _once_tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    raise UnsupportedModelError(
+        '`weighting="agreement"` has no second derivative, for its gradient comes with the kernel; got one asked for. '
+        "Take that of `mean(parts.weights · losses)`."
+    )

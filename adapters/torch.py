@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -116,11 +117,11 @@ class MGSLoss(torch.nn.Module):
             ArgumentError: when an option is out of range.
         """
         super().__init__()
-        for name, value, least in (("every", every, 1), ("max_samples", max_samples, 2)):
-            if (name != "max_samples" or value is not None) and (
-                not isinstance(value, int) or isinstance(value, bool) or value < least
-            ):
-                raise mgs.ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+        every = mgs.Schedule(every).every  # as an int, or refused
+        if max_samples is not None:
+            if isinstance(max_samples, bool) or not isinstance(max_samples, Integral) or max_samples < 2:
+                raise mgs.ArgumentError(f"`max_samples` must be an integer of at least 2; got {max_samples!r}.")
+            max_samples = int(max_samples)
         if weighting not in (None, "agreement"):
             raise mgs.ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
         if batch_norm not in ("refuse", "frozen"):
@@ -354,7 +355,7 @@ class MGSMonitor:
         """
         self._model = model
         self._source = Configured(model, select=select)
-        self._schedule = mgs.Schedule(every) if isinstance(every, int) else every
+        self._schedule = every if isinstance(every, mgs.Schedule) else mgs.Schedule(every)
         self._recorder = mgs.Recorder(inputs, targets, labels=labels, schedule=self._schedule, sinks=sinks, **kernel_options)
         self._next = 0
 

@@ -1,12 +1,13 @@
-"""The study: every recipe, its strength tuned on noisy validation data alone, over noise, few samples and data sets.
+"""The study: every regulariser, its strength tuned on noisy validation data alone, over noise, few samples and data sets.
 
 Run with `python -P benchmarks/study.py --mnist PATH.npz --out FOLDER`; stop it at any time, the same command goes on. Each cell
-is a comparison in a folder of its own, which `mgs report` shows. `--collect FILE` copies the line of every run and trial. Recipes
-were developed on MNIST and digits; `--held FOLDER` has the data sets to judge them by, which `study_data.py` writes.
+is a comparison in a folder of its own, which `mgs report` shows. `--collect FILE` copies the line of every run and trial. The
+regularisers were developed on MNIST and digits; `--held FOLDER` has the data sets to judge them by, which `study_data.py` writes.
 
-Protocol, the same for every recipe: 4 strengths are tried, each by one training on four fifths of the noisy training samples and
-scored on the rest of them after the last epoch; the best trains from 3 other seeds, each of which draws samples, wrong labels,
-weights and order anew. Test samples are clean, and looked at only to report. Recipes without a strength are not tuned.
+Protocol, the same for every regulariser: 4 strengths are tried, each by one training on four fifths of the noisy training samples
+and scored on the rest of them after the last epoch; the best trains from 3 other seeds, each of which draws samples, wrong
+labels, weights and order anew. Test samples are clean, and looked at only to report. Regularisers without a strength are not
+tuned.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def settings_of(cell: str, mnist: str, held: Path) -> Settings:
 
 
 def summary(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Return, for each recipe of a cell, its runs' figures."""
+    """Return, for each regulariser of a cell, its runs' figures."""
     found: dict[str, dict[str, list[float]]] = {}
     for record in load_records(folder / "records.jsonl"):
         if record["event"] == "run":
@@ -71,9 +72,9 @@ def summary(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def show(out: Path, cells: list[str]) -> None:
-    """Print the table: last-epoch test accuracy, mean ± standard error, of each recipe in each cell."""
+    """Print the table: last-epoch test accuracy, mean ± standard error, of each regulariser in each cell."""
     tables = {name: summary(out / name) for name in cells if (out / name / "records.jsonl").exists()}
-    shown = Table("recipe", *tables, title="last test accuracy, %, mean ± s.e.")
+    shown = Table("regulariser", *tables, title="last test accuracy, %, mean ± s.e.")
 
     def written(values: list[float]) -> str:
         error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")

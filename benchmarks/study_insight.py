@@ -1,30 +1,84 @@
 """What the runs of the study say of the metrics: rank correlations with test accuracy and memorisation, and early stopping.
 
-Run with `python -P benchmarks/study_insight.py FOLDER`, after `study.py --out FOLDER`; prints Markdown. Each cell is taken by
-itself, since cells differ in their accuracies by themselves, and the means over cells are shown.
+Run with `python -P benchmarks/study_insight.py`; prints Markdown, from what `results/study-insight.jsonl` keeps. With
+`--folder FOLDER` it reads what `study.py --out FOLDER` wrote, and `--collect FILE` then keeps of the cells with wrong labels what
+these tables need. Each cell is taken by itself, since cells differ in their accuracies by themselves, and the means over cells
+are shown.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mgs_core.experiments.compare import load_records
 from mgs_core.report.dots import correlations
+from mgs_core.report.metrics import DISPARITY, KERNEL_METRICS, MEMORISATION, TEST
 from mgs_core.report.numbers import mean, written_correlation
 from mgs_core.report.runs import PLAIN, Comparison, read
 from mgs_core.report.stopping import stopping
+
+KEPT = Path(__file__).parent / "results" / "study-insight.jsonl"
+WHOLE = (TEST.field, DISPARITY.field)  # of the others the ends and extremes are kept, with one more: three are the least
+THINNED = (MEMORISATION.field, "validation_accuracy", *(metric.field for metric in KERNEL_METRICS if metric is not DISPARITY))
+Records = list[dict[str, Any]]
+
+
+def from_folder(folder: Path) -> dict[str, Records]:
+    """Return the records of each cell that has finished runs."""
+    records = {path.parent.name: load_records(path) for path in sorted(folder.glob("*/records.jsonl"))}
+    return {name: found for name, found in records.items() if any(record["event"] == "run" for record in found)}
+
+
+def from_file(path: Path) -> dict[str, Records]:
+    """Return the records of each cell as `collect` kept them, one line for each run."""
+    cells: dict[str, Records] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        named = {"regularizer": run["regularizer"], "seed": run["seed"]}
+        epochs: dict[int, dict[str, float]] = defaultdict(dict)
+        for name, curve in run["curves"].items():
+            for epoch, value in enumerate(curve, start=1) if isinstance(curve, list) else curve.items():
+                epochs[int(epoch)][name] = value
+        found = cells.setdefault(run["cell"], [])
+        found += [{"event": "epoch", **named, "epoch": epoch, **values} for epoch, values in epochs.items()]
+        found.append({"event": "run", **named, "epochs": max(epochs)})
+    return cells
+
+
+def collect(cells: Iterable[tuple[str, Comparison]], path: Path) -> None:
+    """Write a line for each finished run: whole curves as lists over all epochs, the others as objects by epoch."""
+    lines = []
+    for cell, comparison in cells:
+        for run in (run for run in comparison.runs if run.finished):
+            curves: dict[str, Any] = {name: [_rounded(run.curves[name][epoch]) for epoch in run.epochs] for name in WHOLE}
+            for name in (name for name in THINNED if name in run.curves):
+                curve = run.curves[name]
+                asked = {*sorted(curve)[:2], max(curve), min(curve, key=curve.__getitem__), max(curve, key=curve.__getitem__)}
+                curves[name] = {epoch: _rounded(curve[epoch]) for epoch in sorted(asked)}
+            line = {"cell": cell, "regularizer": run.regularizer, "seed": int(run.seed), "curves": curves}
+            lines.append(json.dumps(line, separators=(",", ":")))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.9g}")
 
 
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    records = {path.parent.name: load_records(path) for path in sorted(folder.glob("*/records.jsonl"))}
-    cells = {name: read(found) for name, found in records.items() if any(record["event"] == "run" for record in found)}
+    parser.add_argument("--folder", type=Path, help="of study.py; results/study-insight.jsonl by default")
+    parser.add_argument("--collect", type=Path, help="keep what the tables need in this file")
+    options = parser.parse_args()
+    cells = {name: read(found) for name, found in (from_folder(options.folder) if options.folder else from_file(KEPT)).items()}
     noisy = {name: cell for name, cell in cells.items() if any("memorisation" in run.final for run in cell.runs)}
+    if options.collect:
+        collect(noisy.items(), options.collect)
     print(f"{len(noisy)} cells with wrong labels: {', '.join(noisy)}; {sum(len(cell.runs) for cell in noisy.values())} runs.\n")
     print("| metric at the end of training | ρ with memorisation | ρ with test accuracy |\n|---|---|---|")
     memorised: dict[str, list[float]] = {}

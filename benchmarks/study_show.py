@@ -1,8 +1,8 @@
-"""The study at a glance, from `results/study.jsonl` alone: tables in Markdown, and a picture of what each recipe gains.
+"""The study at a glance, from `results/study.jsonl` alone: tables in Markdown, and a picture of what each regulariser gains.
 
 Run with `python -P benchmarks/study_show.py [--figure FILE.png]`. A figure is percent of clean test samples classified right
-after the last epoch, mean ± standard error over the seeds; the best of a cell is bold. A rank is that of a recipe's mean among
-the recipes of its cell, 1 the best, averaged over the cells of a kind.
+after the last epoch, mean ± standard error over the seeds; the best of a cell is bold. A rank is that of a regulariser's mean
+among those of its cell, 1 the best, averaged over the cells of a kind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Records = list[dict[str, Any]]
 
 
 def accuracies(records: Records) -> Figures:
-    """Return percent of last test accuracy of each run, by cell and recipe; what has not run from three seeds is left out."""
+    """Return percent of last test accuracy of each run, by cell and regulariser, of those with at least three seeds."""
     found: Figures = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["event"] != "run" or record["regularizer"] not in RECIPES:
@@ -50,7 +50,7 @@ def cost(records: Records) -> str:
 
 
 def kind(cell: str) -> str:
-    """Return where a cell belongs: MNIST with wrong labels, MNIST with clean ones, or data that no recipe was developed on."""
+    """Return where a cell belongs: MNIST with wrong labels, MNIST with clean ones, or held-out data."""
     if not cell.startswith("mnist"):
         return "held out"
     return "MNIST, clean labels" if "clean" in cell or cell.endswith("-0") else "MNIST, wrong labels"
@@ -65,7 +65,7 @@ def written(cell: str) -> str:
 
 def table(figures: Figures, cells: list[str]) -> str:
     """Return the table of some cells."""
-    lines = ["| recipe | " + " | ".join(map(written, cells)) + " |", "|---" * (len(cells) + 1) + "|"]
+    lines = ["| regulariser | " + " | ".join(map(written, cells)) + " |", "|---" * (len(cells) + 1) + "|"]
     best = {cell: max(np.mean(values) for recipe, values in figures[cell].items() if recipe != BEST) for cell in cells}
     for recipe in (*RECIPES, BEST):
         row = []
@@ -82,7 +82,7 @@ def table(figures: Figures, cells: list[str]) -> str:
 
 
 def ranks(figures: Figures) -> str:
-    """Return the table of mean ranks, the best recipe first; recipes that some cell lacks are left out."""
+    """Return the table of mean ranks, the best regulariser first; those that some cell lacks are left out."""
     recipes = [name for name in RECIPES if all(name in cell for cell in figures.values())]
     found: dict[str, list[np.ndarray]] = defaultdict(list)
     for cell, runs in figures.items():
@@ -91,7 +91,7 @@ def ranks(figures: Figures) -> str:
     means = {name: np.mean(found[name], axis=0) for name in kinds}
     total = np.mean(np.concatenate([found[name] for name in kinds]), axis=0)
     heads = [f"{name} ({len(found[name])} cells)" for name in kinds]
-    lines = [f"| recipe | all {len(figures)} cells | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 2) + "|"]
+    lines = [f"| regulariser | all {len(figures)} cells | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 2) + "|"]
     for at in np.argsort(total):
         figures_of = [f"{values[at]:.1f}" for values in (total, *(means[name] for name in kinds))]
         lines.append(f"| `{recipes[at]}` | " + " | ".join(figures_of) + " |")
@@ -99,7 +99,7 @@ def ranks(figures: Figures) -> str:
 
 
 def picture(figures: Figures, cells: list[str], path: Path) -> None:
-    """Draw what each recipe gains over training without one, in points, cell by cell."""
+    """Draw what each regulariser gains over training without one, in points, cell by cell."""
     recipes = [name for name in RECIPES if name != "none" and all(name in figures[cell] for cell in cells)]
     gains = np.array([[np.mean(figures[cell][name]) - np.mean(figures[cell]["none"]) for cell in cells] for name in recipes])
     order = np.argsort(-np.mean([rankdata(gains[:, at]) for at in range(len(cells))], axis=0))

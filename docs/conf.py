@@ -25,5 +25,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(numpy|np|jaxtyping|collections\.abc|typing)\..*"),
     ("py:.*", r"(Array|Namespace|Tree|LossFunction|HeadFunction|ParameterChoice|PenaltyName|Shaped|Float|Any)"),
+    ("py:.*", r"(torch|flax|jax|keras|lightning|transformers)\..*"),
     ("py:.*", r"mgs_core\._.*|onnx\.onnx_ml_pb2\..*|mgs_core\.onnx\.(graph|model)\..*"),
 ]

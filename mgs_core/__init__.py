@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgs_core._errors import ArgumentError as ArgumentError
 from mgs_core._errors import BackendError as BackendError
@@ -29,6 +29,11 @@ from mgs_core.summary import Summary as Summary
 from mgs_core.summary import summarize as summarize
 from mgs_core.suspicion import Suspicion as Suspicion
 from mgs_core.suspicion import suspicion as suspicion
+
+if TYPE_CHECKING:
+    from mgs_core import onnx as onnx
+    from mgs_core.experiments.audit import Audit as Audit
+    from mgs_core.experiments.audit import audit as audit
 
 __version__ = "0.1.0"
 
@@ -60,8 +65,15 @@ __all__ = [
 ]
 
 
+#: Loaded on first use, for they need the packages of the extras.
+_LATER = ("Audit", "audit", "onnx")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
+
 def __getattr__(name: str) -> Any:
-    # loaded on first use: these need the packages of the extras
     if name == "onnx":
         return importlib.import_module("mgs_core.onnx")
     if name in ("audit", "Audit"):

@@ -21,6 +21,8 @@ def count(inputs: Any, targets: Any = None) -> int:
     Raises:
         ArgumentError: when there is no sample axis, no sample, or the counts differ.
     """
+    if inputs is None:
+        raise ArgumentError("`inputs` must be an array, or a dict, list or tuple of arrays; got None. Pass the batch.")
     sizes = {}
     for name, leaf in {**_named("inputs", inputs), **_named("targets", targets)}.items():
         if not hasattr(leaf, "shape"):
@@ -43,10 +45,19 @@ def count(inputs: Any, targets: Any = None) -> int:
 
 
 def take(batch: Any, samples: slice) -> Any:
-    """Return the samples in the slice, of every leaf."""
+    """Return the samples in the slice, of every leaf.
+
+    Raises:
+        ArgumentError: when a leaf cannot be sliced, as sparse tensors of TensorFlow.
+    """
     if batch is None:
         return None
-    return unflatten(batch, {name: leaf[samples, ...] for name, leaf in flatten(batch).items()})
+    try:
+        return unflatten(batch, {name: leaf[samples, ...] for name, leaf in flatten(batch).items()})
+    except TypeError as error:
+        raise ArgumentError(
+            f"`chunk_size` must be None for inputs that cannot be sliced ({error}). Or make them dense."
+        ) from error
 
 
 def _named(prefix: str, batch: Any) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 Every error of this library derives from `MgsError` and says which argument is wrong, what was got and the remedy. Four kinds:
 
 * `ArgumentError`: the call is wrong; change the argument.
-* `BackendError`: the backend is unknown or its framework is not installed; install the extra.
+* `BackendError`: the backend is unknown, or a package that is needed is not installed; install the extra.
 * `SamplesInteractError`: never supportable; per-sample gradients do not exist for this model.
 * `UnsupportedModelError`: not supported (yet); the message names the layer and what to use instead.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MgsError(Exception):
-    """Be the base class of every error that this library raises on purpose."""
+    """Base class of every error that this library raises on purpose."""
 
 
 class ArgumentError(MgsError, ValueError):
@@ -20,7 +24,7 @@ class ArgumentError(MgsError, ValueError):
 
 
 class BackendError(MgsError, ImportError):
-    """Report a backend that is unknown or whose framework is not installed."""
+    """Report a backend that is unknown, or a package that is not installed."""
 
 
 class SamplesInteractError(MgsError, ValueError):
@@ -29,3 +33,26 @@ class SamplesInteractError(MgsError, ValueError):
 
 class UnsupportedModelError(MgsError, NotImplementedError):
     """Report a model, layer or operation that this library cannot treat exactly."""
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Let an `ArgumentError` call its argument as the caller does, who passes it on: `renamed(source="data")`."""
+    try:
+        yield
+    except ArgumentError as error:
+        message = re.sub(r"^`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", str(error))
+        raise ArgumentError(message) from error
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Say which extra to install where an import fails; `what` needs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("mgs_core"):
+            raise
+        raise BackendError(
+            f'{what} needs the package {error.name!r}, which is not installed. Run: pip install "mgs-core[{name}]".'
+        ) from error

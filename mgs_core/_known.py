@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from mgs_core._errors import SamplesInteractError
+from mgs_core._errors import ArgumentError, SamplesInteractError
 
 T = TypeVar("T")
 
@@ -90,12 +90,23 @@ class Known(Generic[T]):
         except SamplesInteractError:
             self._recent.put(key, _Entry(None, varies=True))
             raise
+        except ArgumentError:
+            if entry is None or entry.varies:
+                raise
+            entry.uses -= 1  # values that are not finite say nothing: verify at the next use
+            kept: T = self._recent.put(key, entry).value
+            return kept
         varies = entry is not None and (entry.varies or value != entry.value)
         if varies:
             self._recent.put(key, _Entry(None, varies=True))
         elif holds:
             self._recent.put(key, entry or _Entry(value))
         return value
+
+    def kept(self, key: Hashable) -> T | None:
+        """Return what is known without verifying it, as where a step is traced and values cannot be looked at."""
+        entry = self._recent.take(key)
+        return None if entry is None else self._recent.put(key, entry).value
 
 
 class KnownByOwner(Generic[T]):

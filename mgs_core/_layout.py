@@ -17,7 +17,8 @@ from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
 
-_BASE = 8  # weights 1, 2, …, 128: far from overflow even in float16
+#: Weights are 1, 2, …, 128: far from overflow even in float16.
+BASE = 8
 _FEW = 4
 # spacing of single precision: scaling is exact in lower ones too, and in higher ones losses may be in single precision
 _EPS = 2.0**-23
@@ -65,8 +66,8 @@ def sample_weights(n: int) -> list[list[float]]:
     passes: list[list[float]] = []
     digit = 1
     while not passes or digit < n:
-        passes.append([2.0 ** (sample // digit % _BASE) for sample in range(n)])
-        digit *= _BASE
+        passes.append([2.0 ** (sample // digit % BASE) for sample in range(n)])
+        digit *= BASE
     return passes
 
 
@@ -93,11 +94,8 @@ def find_layout(
         return Layout(-1), "sure"
     candidates = list(_candidates(gradient.shape[1:-1], n))
     size = max(_size(gradient), *(_size(array) / _size(weight) for array, weight in zip(weighted, weights, strict=True)))
-    if not math.isfinite(size):
-        raise ArgumentError(
-            "`model` must have finite gradients; got NaN or infinity. Look for them in the inputs and the parameters."
-        )
-    tolerance = 1e3 * min(eps, _EPS) * size
+    refuse_infinite(math.isfinite(size))
+    tolerance = rounding(eps) * size
     few = [array[..., :_FEW] for array in (gradient, *weighted)]  # enough to rule most of them out
     fits = [layout for layout in candidates if _fits(layout, few[0], few[1:], weights, tolerance)]
     fits = [layout for layout in fits if _fits(layout, gradient, weighted, weights, tolerance)]
@@ -106,6 +104,23 @@ def find_layout(
     if not fits:
         return None, "mixed"
     return fits[0], "sure" if len(fits) == 1 else "open"
+
+
+def refuse_infinite(finite: bool) -> None:
+    """Raise unless gradients are finite; which sample they belong to could not be told."""
+    if not finite:
+        raise ArgumentError(
+            "`model` must have finite gradients; got NaN or infinity. Look for them in inputs, targets and parameters."
+        )
+
+
+def rounding(eps: float) -> float:
+    """Return how far, relative to the largest gradient, a row that is scaled may be from its multiple.
+
+    Args:
+        eps: relative spacing of numbers of the dtype.
+    """
+    return 1e3 * min(eps, _EPS)
 
 
 def noise_floor(eps: float) -> float:

@@ -1,4 +1,15 @@
-"""What a backend supplies, and what it hands to the mathematics."""
+"""What a backend supplies, and what it hands to the mathematics.
+
+A backend is an object with the methods of `Backend`. Its namespace may have functions of its own besides the array API. Each
+stands in for one place of the core, which says what it returns, and whether None for what it does not do better:
+
+* `mgs_contribution(left, right, full)`, `mgs_product(left, right)`, and the flag `mgs_counts_biases`: see `contraction.py`;
+* `mgs_weighted_gradient(use, weights)`, `mgs_sum_by_index(values, indices, size)`: see `gradient.py`;
+* `mgs_log_determinant(kernel, rounding)`: see `penalty.py`;
+* `mgs_picked(outputs, labels)`, `mgs_labels(labels, c)`: see `heads.py`;
+* `mgs_beside(array)`: where arrays are made, see `_namespace.py`;
+* the operators of ONNX: see `onnx/extensions.py`.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +118,8 @@ class LayerReport:
 
     Attributes:
         parameter: its name.
-        kind: how it is used: outer, sum, scale, lookup, rows.
+        kind: how it is used: outer, convolution, sum, scale, lookup or rows; several joined by "+"; "unused" where it does not
+            move the outputs, "unknown" where it is refused.
         route: "statistics", "rows" or "refused".
         size: its number of elements.
         remedy: what to do when it is slow or refused; empty otherwise.

@@ -76,6 +76,10 @@ def _name_of(source: Any) -> str:
         if not leaves:
             raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
         source = leaves[0]
+        if isinstance(source, (bool, int, float)):
+            raise ArgumentError(
+                f"`parameters` must hold arrays; got the number {source!r}. Convert it to an array of your framework."
+            )
     modules = [kind.__module__ for kind in type(source).__mro__]
     if any(module.partition(".")[0] == "keras" for module in modules):
         return "keras"  # a Keras model is also a model of its framework

@@ -10,12 +10,28 @@ from mgs_core._types import Array, Tree
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Array]:
-    """Return the leaves by dotted name (`"layers.0.weight"`), in order."""
+    """Return the leaves by dotted name (`"layers.0.weight"`), in order.
+
+    Args:
+        tree: dicts, lists and tuples of arrays.
+        prefix: name of the tree itself.
+
+    Returns:
+        The leaves by name.
+
+    Raises:
+        ArgumentError: when two leaves have the same name, as `{"a.b": x, "a": {"b": y}}` gives.
+    """
     if not (_is_mapping(tree) or isinstance(tree, (list, tuple))):
         return {prefix or "parameter": tree}
     leaves: dict[str, Array] = {}
     for key, value in tree.items() if _is_mapping(tree) else enumerate(tree):
-        leaves.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        for name, leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items():
+            if name in leaves:
+                raise ArgumentError(
+                    f"A tree of arrays must have one name for each leaf; got two {name!r}. Rename a key with a dot."
+                )
+            leaves[name] = leaf
     return leaves
 
 

@@ -8,7 +8,7 @@ from mgs_core.penalty import _square
 
 
 def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
-    """Return how far each sample's gradient points along the sum of the others', `r_a = Σ_{b≠a} K_ab / √K_aa`.
+    """Return how far the sum of the others' gradients points along each sample's own, `r_a = Σ_{b≠a} K_ab / √K_aa`.
 
     Args:
         kernel: kernel of the per-sample losses, (n, n).

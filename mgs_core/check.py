@@ -12,8 +12,9 @@ from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerReport, LayerStatistics
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
+from mgs_core.contraction import operations
 from mgs_core.heads import make_head
-from mgs_core.statistics import merge, operations
+from mgs_core.statistics import merge
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -17,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import mgs_core as mgs
-from mgs_core._errors import ArgumentError, MgsError
-from mgs_core.experiments.audit import usual_epochs
+from mgs_core._errors import ArgumentError, MgsError, renamed
+from mgs_core.experiments.audit import BLOCK, usual_epochs
 from mgs_core.experiments.compare import best_model, load_records, load_settings
 from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
@@ -34,6 +35,7 @@ _BackendOption = Annotated[str, typer.Option(help="numpy, torch, jax or tensorfl
 
 
 @app.command()
+@renamed(names="regularizers", folder="out")
 def compare(
     data: Annotated[str, typer.Option(help="digits, mnist, or an .npz file with x_train, y_train, x_test, y_test.")] = "digits",
     noise: Annotated[float, typer.Option(help="Probability of a training label to be redrawn.")] = 0.4,
@@ -43,12 +45,12 @@ def compare(
     model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file of a classifier, which is trained further.")] = "mlp",
     backend: _BackendOption = "numpy",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples.")] = Settings.epochs,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = Settings.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = Settings.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at the start.")] = Settings.learning_rate,
     seeds: Annotated[int, typer.Option(help="Runs of each regulariser.")] = Settings.seeds,
     probe_samples: Annotated[int, typer.Option(help="Samples on which the kernel is measured.")] = Settings.probe_samples,
     tuning: Annotated[int, typer.Option(help="Strengths to try for each regulariser first, on noisy validation; 0 to 4.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Processes at a time; 0 for one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes at a time; 0: one per core.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the records, the table and the page.")] = Path("mgs-run"),
 ) -> None:
     """Train one model on real data with wrong labels under each regulariser, and see which run memorises.
@@ -62,41 +64,57 @@ def compare(
     )  # fmt: skip
     recipes = choose(name.strip() for name in regularizers.split(",") if name.strip())
     mgs.get_backend(backend)
+    import mgs_core.report  # noqa: F401  # what the report needs must be there before the training, not after
+
     processes = jobs or (os.cpu_count() or 1)
     try:
         with _Display(settings, [recipe.name for recipe in recipes]) as on_record:
             run_comparison(settings, recipes, out, jobs=processes, on_record=on_record)
     except KeyboardInterrupt:
         console.print("\nInterrupted. Finished runs are kept; the same command goes on from here.")
-        if any(record["event"] != "tuning" for record in load_records(out / "records.jsonl")):
+        if any(record["event"] in ("epoch", "run") for record in load_records(out / "records.jsonl")):
             _show(out)
         raise typer.Exit(130) from None
-    _show(out)
+    if _show(out):
+        raise typer.Exit(1)
 
 
 @app.command()
+@renamed(folder="run")
 def report(run: Annotated[Path, typer.Argument(help="Folder that `mgs compare` wrote.")]) -> None:
     """Write the table, the picture and the page of a comparison again."""
     _show(run)
 
 
 @app.command()
+@renamed(path="data", inputs="x", targets="y")
 def measure(
     model: Annotated[Path, typer.Argument(help="An .onnx file.")],
     data: Annotated[Path, typer.Argument(help="An .npz file with x (n, …) and, for labels, y (n,).")],
     output: Annotated[str, typer.Option(help="Head: trace, sum, target, random or loss.")] = "trace",
-    samples: Annotated[int, typer.Option(min=2, help="The first so many samples are measured.")] = 256,
+    samples: Annotated[int, typer.Option(min=2, help="Number of samples to measure, from the first.")] = 256,
     backend: _BackendOption = "numpy",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Summarise the kernel of a model on data."""
     arrays = read_arrays(data, ("x",))
+    require(arrays, [name for name in ("x", "y") if name in arrays], data)
     asarray = mgs.get_backend(backend).asarray
     loaded = mgs.onnx.load(model, backend=backend)
     labels = arrays["y"][:samples] if "y" in arrays else None
-    targets = None if labels is None else asarray(labels)
+    heads = labels is not None and output in (
+        "target",
+        "loss",
+    )  # other heads take labels of any kind, which only the summary reads
+    for name in ("x", "y") if heads else ("x",):
+        if arrays[name].dtype.kind not in "biuf":
+            raise ArgumentError(
+                f"`{name}` must hold real numbers; got dtype {arrays[name].dtype}. Convert it, labels to integers."
+            )
+    targets = asarray(labels) if heads else None
     kernel = mgs.kernel(loaded, asarray(arrays["x"][:samples]), targets, output=cast(Output, output))  # kernel checks the name
-    summary = mgs.summarize(kernel, labels if labels is not None and labels.ndim == 1 else None)
+    classes = labels is not None and labels.ndim == 1 and labels.dtype.kind not in "fc"
+    summary = mgs.summarize(kernel, labels if classes else None)
     if as_json:
         print(json.dumps(summary.to_dict()))
         return
@@ -124,26 +142,41 @@ def check(
 
 
 @app.command()
+@renamed(path="data", folder="out")
 def audit(
     data: Annotated[str, typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train; or digits.")],
-    model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file that takes x and returns a score a class.")] = "mlp",
+    model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file that takes x and returns one score per class.")] = "mlp",
     backend: _BackendOption = "numpy",
     networks: Annotated[int, typer.Option(help="Networks that are trained; their kernels are averaged.")] = 2,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the samples; 4 by default, more where samples are few: wrong labels stay unlearnt."),
+        typer.Option(
+            help="Passes over the samples; 4 by default, more where samples are few. Longer training learns wrong labels."
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="The first so many samples are audited; all by default.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Number of samples to audit, from the first; all by default.")
+    ] = None,
+    block: Annotated[
+        int,
+        typer.Option(
+            min=3, help="Samples that are judged together; larger data are split at random into blocks of at most this size."
+        ),
+    ] = BLOCK,
     shown: Annotated[int, typer.Option(min=0, help="Samples in the gallery.")] = 200,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the page, the table and the weights.")] = Path("mgs-audit"),
 ) -> None:
-    """Rank suspicious labels: which ones do the gradients of all other samples contradict?"""
+    """Rank suspicious labels: which ones do the gradients of other samples contradict?
+
+    DATA.npz is what numpy.savez("DATA.npz", x=x, y=y) writes. Each sample is judged by all others, or by those of its block.
+    """
+    pair = ("x", "y")
     if data == "digits":
         images, labels = load_digits_arrays()
     else:
         arrays = read_arrays(data, ())
-        pair = ("x", "y") if "x" in arrays else ("x_train", "y_train")
+        pair = ("x_train", "y_train") if "x_train" in arrays and "x" not in arrays else ("x", "y")
         require(arrays, pair, data)
         images, labels = (arrays[name] for name in pair)
     images, labels = images[:samples], labels[:samples]
@@ -155,11 +188,17 @@ def audit(
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
         epochs = usual_epochs(len(labels), model=model) if epochs is None else epochs
         task = bar.add_task("", total=networks * epochs)
-        found = mgs.audit(
-            images, labels, model=model, backend=backend, networks=networks, epochs=epochs, seed=seed,
-            on_epoch=lambda _: bar.advance(task),
-        )  # fmt: skip
+        with renamed(inputs=pair[0], labels=pair[1]):
+            found = mgs.audit(
+                images, labels, model=model, backend=backend, networks=networks, epochs=epochs, block=block, seed=seed,
+                on_epoch=lambda _: bar.advance(task),
+            )  # fmt: skip
     page = write_audit(found, images, out, shown=shown)
+    if found.blocks > 1:
+        console.print(
+            f"Judged in {found.blocks} random blocks, each sample by the others of its own: --block sets their size.",
+            soft_wrap=True,
+        )
     console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
     listed = Table("sample", "given", "suggested", "score", box=box.SIMPLE_HEAD)
     for a in found.order[:10]:
@@ -180,7 +219,8 @@ def backends() -> None:
 
 
 def main() -> None:
-    """Run the command; errors of this library end it with one line and status 2."""
+    """Run the command; errors of this library end it with one line and status 2, and warnings are one line too."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
     except MgsError as error:
@@ -212,6 +252,10 @@ class _Display:
 
     def _take(self, record: dict[str, Any]) -> None:
         name = record["regularizer"]
+        if record["event"] == "failed":
+            what = f"strength {record['strength']:g}" if record["of"] == "tuning" else f"seed {record['seed']}"
+            console.print(f"[red]{name}, {what}: failed.[/] {escape(record['error'])}", soft_wrap=True)
+            return
         if record["event"] == "tuning":
             tried = f"strength {record['strength']:g}: {record['validation_accuracy']:.1%} of the noisy validation labels"
             if console.is_terminal:
@@ -232,12 +276,16 @@ class _Display:
         self._bars.update(self._tasks[name], advance=1, state=state)
 
 
-def _show(folder: Path) -> None:
-    records = load_records(folder / "records.jsonl")
+def _show(folder: Path) -> bool:
+    """Print the table and write the files; return whether runs failed."""
+    with renamed(path="folder"):
+        records = load_records(folder / "records.jsonl")
     if not records:
-        raise ArgumentError(f"`run` must be a folder with records; {str(folder)!r} holds none. Run mgs compare first.")
+        raise ArgumentError(f"`folder` must be a folder with records; {str(folder)!r} holds none. Run mgs compare first.")
     settings = load_settings(folder)
     from mgs_core.report import table, write_report  # as in `audit`
+    from mgs_core.report.runs import read
+    from mgs_core.report.words import failures
 
     rows = table(records)
     shown = Table(
@@ -258,3 +306,9 @@ def _show(folder: Path) -> None:
     best = best_model(records, folder)
     if best is not None:
         console.print(f"Model of the best test accuracy, trained: {best}", soft_wrap=True)
+    failed = failures(read(records))
+    for sentence in failed:
+        console.print(f"[bold red]{escape(sentence)}[/]", soft_wrap=True)
+    if failed:
+        console.print("The command that made the comparison tries failed runs again.", soft_wrap=True)
+    return bool(failed)

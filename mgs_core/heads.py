@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from array_api_compat import is_numpy_array
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import HeadFunction
@@ -63,8 +64,8 @@ def cross_entropy(outputs: Array, targets: Array) -> Array:
     """
     if outputs.shape[-1] == 1:
         raise ArgumentError(
-            "`loss` must be given for a model of one output, whose cross-entropy is always 0; got None. "
-            "Pass the loss that it is trained with, (outputs, targets) → (n,)."
+            f"`outputs` must have 2 classes or more, for the cross-entropy of one is always 0; got shape {tuple(outputs.shape)}. "
+            "Pass the `loss` that the model is trained with, (outputs, targets) → (n,)."
         )
     return -_pick(log_softmax(outputs), targets)
 
@@ -84,9 +85,14 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
         The head.
 
     Raises:
-        ArgumentError: when a name is unknown, targets are missing, or probes is below 1.
+        ArgumentError: when a name is unknown, targets are missing, a loss has no use, or probes is below 1.
     """
     change = _transform(transform)
+    if loss is not None and output != "loss":
+        raise ArgumentError(
+            f'`loss` must be None unless output="loss"; got one with output={output!r}. Leave it out, or name the head.'
+        )
+    probes, seed = integer("probes", probes, 1, "One probe is usual."), integer("seed", seed, 0)
     if output in ("target", "loss") and targets is None:
         raise ArgumentError(f'`targets` must be given for output="{output}"; got None. Pass labels, or use output="trace".')
     if output == "trace" or output == "full":
@@ -96,12 +102,15 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
     if output == "target":
         return Head(lambda outputs, labels: _column(_pick(change(outputs), labels)))
     if output == "random":
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-            raise ArgumentError(f"`probes` must be an integer of at least 1; got {probes!r}. One probe is usual.")
         return Head(lambda outputs, _: _probe(change(outputs), probes, seed), factor=1.0 / probes)
     if output == "loss" or callable(output):
         function = output if callable(output) else loss or cross_entropy
-        return Head(lambda outputs, labels: _column(_unreduced(function(change(outputs), labels), outputs)))
+
+        def losses(outputs: Array, labels: Array) -> Array:
+            changed = change(outputs)
+            return _column(_unreduced(function(changed, labels), changed))
+
+        return Head(losses)
     raise ArgumentError(
         f"`output` must be one of {', '.join(get_args(OutputName))} or a callable (outputs, targets) → (n,); got {output!r}."
     )
@@ -149,14 +158,16 @@ def _pick(outputs: Array, targets: Array) -> Array:
         places = xp.arange(outputs.shape[-1])
         if xp.isdtype(targets.dtype, "integral"):  # perhaps of 8 bits, where the places would begin anew at 256
             targets = xp.astype(targets, places.dtype)
-        targets = xp.astype(xp.expand_dims(targets, axis=-1) == xp.astype(places, targets.dtype), outputs.dtype)
-    elif targets.shape != outputs.shape:
+        hit = xp.expand_dims(targets, axis=-1) == xp.astype(places, targets.dtype)
+        return xp.sum(xp.where(hit, outputs, xp.zeros_like(outputs)), axis=-1)
+    if targets.shape != outputs.shape:
         *lead, c = outputs.shape
         raise ArgumentError(
             f"`targets` must have shape {(*lead[:1],)} for labels or {(*lead, c)} for probabilities; got {tuple(targets.shape)}. "
             "Pass a `loss` of (outputs, targets) → (n,) for labels of each position."
         )
-    return xp.sum(outputs * targets, axis=-1)
+    # an output of -inf, as masks make them, has no part in the sum where its target is 0
+    return xp.sum(xp.where(targets == 0, xp.zeros_like(outputs), outputs) * targets, axis=-1)
 
 
 def _check_labels(labels: Array, c: int) -> None:

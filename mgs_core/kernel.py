@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mgs_core import _batch
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerStatistics, ParameterChoice
 from mgs_core._registry import get_backend
 from mgs_core._types import Array, LossFunction, Shaped
+from mgs_core.contraction import contract
 from mgs_core.heads import Output, Transform, make_head
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
+
+_ALL = "None takes all samples at once."
 
 
 def kernel(
@@ -46,7 +51,8 @@ def kernel(
         probes: number of probes of `output="random"`.
         seed: seed of the probes.
         parameters: None for all trainable parameters, names, or a predicate on names.
-        chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only.
+        chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only. With 1
+            samples cannot interact, so a model whose samples do, such as batch normalisation in training, is another model.
         differentiable: keep the result differentiable in the parameters, for a penalty.
 
     Returns:
@@ -58,8 +64,7 @@ def kernel(
 
     Cost:
         One forward pass and k backward passes (k = c for "trace" and "full", `probes` for "random", else 1), plus the
-        contraction of each layer (see `mgs_core.statistics`). With B chunks, B(B + 1)/2 pairs of chunks are visited and
-        about half of the passes are repeated for each.
+        contraction of each layer (see `mgs_core.contraction`). B chunks take (B + 1)/2 times as many passes over the data.
 
     References:
         Szolnoky et al., NeurIPS 2022, arXiv 2205.12642 (the kernel); Jacot et al., NeurIPS 2018 (the tangent kernel).
@@ -119,14 +124,14 @@ def kernel_blocks(
         differentiable: as for `kernel`.
 
     Yields:
-        (rows, columns, block): two slices of the samples and `K[rows, columns]`; row by row, each row from the first column
-        to the diagonal transposed, that is `columns.start >= rows.start`.
+        (rows, columns, block): two slices of the samples and `K[rows, columns]`; row by row, each from the diagonal to the last
+        column.
 
     Raises:
         ArgumentError: when an argument does not fit.
 
     Cost:
-        The statistics of two chunks are held at a time; B chunks take B(B + 1)/2 forward and backward passes.
+        The statistics of two chunks are held at a time; B chunks take (B + 1)/2 passes over the data.
 
     Example:
         >>> import numpy as np
@@ -139,19 +144,20 @@ def kernel_blocks(
         2 2 (1, 1)
     """
     n = _batch.count(inputs, targets)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ArgumentError(f"`chunk_size` must be an integer of at least 1; got {chunk_size!r}. None takes all samples at once.")
+    chunk_size = integer("chunk_size", chunk_size, 1, _ALL)
+    if not (parameters is None or isinstance(parameters, str) or callable(parameters)):
+        parameters = list(parameters)  # which an iterator gives only once
     backend = get_backend(model)
     head = make_head(output, transform, loss, probes, seed, targets)
+    chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
 
     def statistics(samples: slice) -> list[LayerStatistics]:
-        batch, labels = _batch.take(inputs, samples), _batch.take(targets, samples)
+        batch, labels = (inputs, targets) if len(chunks) == 1 else (_batch.take(part, samples) for part in (inputs, targets))
         return merge(backend.statistics(model, batch, labels, head.function, parameters, differentiable=differentiable))
 
     def scaled(block: Array) -> Array:
         return block if head.factor == 1.0 else block * head.factor
 
-    chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
     summed = getattr(backend, "summed_kernel", None)
     if summed is not None and len(chunks) == 1 and not head.full and not differentiable:
         yield chunks[0], chunks[0], scaled(summed(model, inputs, targets, head.function, parameters))
@@ -161,3 +167,24 @@ def kernel_blocks(
         for columns in chunks[number:]:
             right = left if columns is rows else statistics(columns)
             yield rows, columns, scaled(contract(left, right, full=head.full))
+
+
+def check_options(options: Mapping[str, Any], targets: Any) -> None:
+    """Refuse options of `kernel` that it would refuse, before there is a model to measure.
+
+    Args:
+        options: keyword arguments.
+        targets: what will be passed besides.
+
+    Raises:
+        ArgumentError: when one is unknown or does not fit.
+    """
+    parameters = inspect.signature(kernel).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    unknown = [name for name in options if name not in defaults]
+    if unknown:
+        raise ArgumentError(f"`kernel_options` must be among {', '.join(defaults)}; got {', '.join(unknown)}. Mind the spelling.")
+    given = {**defaults, **options}
+    make_head(given["output"], given["transform"], given["loss"], given["probes"], given["seed"], targets)
+    if given["chunk_size"] is not None:
+        integer("chunk_size", given["chunk_size"], 1, _ALL)

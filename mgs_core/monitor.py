@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, BackendError
-from mgs_core.kernel import kernel
+from mgs_core.kernel import check_options, kernel
 from mgs_core.summary import Summary, summarize
 
 
@@ -41,10 +42,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("stop", self.stop, 0)):
-            if name == "stop" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+            if name != "stop" or value is not None:
+                object.__setattr__(self, name, integer(name, value, least))  # the class is frozen
 
     def __call__(self, step: int) -> bool:
         """Return whether to measure at this step."""
@@ -102,6 +101,9 @@ class Recorder:
             sinks: where records go besides `history`.
             prefix: put before the names of the summary's fields.
             **kernel_options: passed to `kernel`: `output`, `transform`, `parameters`, …
+
+        Raises:
+            ArgumentError: when an option is unknown or does not fit.
         """
         self.history: list[dict[str, Any]] = []
         self._batch = (inputs, targets)
@@ -109,6 +111,7 @@ class Recorder:
         self._schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
         self._sinks = tuple(sinks)
         self._prefix = prefix
+        check_options(kernel_options, targets)
         self._options = kernel_options
 
     def __call__(self, model: Any, step: int, **extra: Any) -> Summary | None:
@@ -166,8 +169,8 @@ class JSONLinesSink:
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(dict(record), default=_plain) + "\n")
+        """Append one record; a number that is none, as the loss of a model that has diverged, is written as null."""
+        self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}, default=_plain) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -214,10 +217,17 @@ class CallbackSink:
 
 
 def _plain(value: Any) -> Any:
-    """Return an array of one number, as a loss may be, as a number of Python; what is no number as it reads."""
-    if isinstance(value, (int, float, str)):
+    """Return an array of one number, as a loss may be, as a number of Python; anything else that is no number as text."""
+    if value is None or isinstance(value, (int, float, str)):
         return value
-    return value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else str(value)
+    if math.prod(getattr(value, "shape", (0,))) != 1:
+        return str(value)
+    return value.item() if hasattr(value, "item") else float(value)  # TensorFlow's have none
+
+
+def _finite(value: Any) -> Any:
+    number = value if isinstance(value, (dict, list, tuple)) else _plain(value)
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def tracker_sink(name: str, **options: Any) -> CallbackSink:
@@ -225,13 +235,13 @@ def tracker_sink(name: str, **options: Any) -> CallbackSink:
 
     Args:
         name: "tensorboard" (a `SummaryWriter` of torch or tensorboardX), "wandb" or "mlflow" (into the active run).
-        **options: for TensorBoard, passed to `SummaryWriter`, for instance `log_dir`.
+        **options: for TensorBoard only, passed to `SummaryWriter`, for instance `log_dir`.
 
     Returns:
         The sink.
 
     Raises:
-        ArgumentError: when the name is unknown.
+        ArgumentError: when the name is unknown, or has no options.
         BackendError: when the tracker is not installed.
 
     Example:
@@ -240,6 +250,10 @@ def tracker_sink(name: str, **options: Any) -> CallbackSink:
         Traceback (most recent call last):
         mgs_core._errors.ArgumentError: `name` must be one of tensorboard, wandb, mlflow; got 'paper'.
     """
+    if options and name in ("wandb", "mlflow"):
+        raise ArgumentError(
+            f"`options` must be empty for {name!r}; got {', '.join(options)}. Give them to the run that you begin."
+        )
     if name == "tensorboard":
         writer = _import("tensorboardX", "torch.utils.tensorboard").SummaryWriter(**options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from mgs_core._errors import ArgumentError
@@ -59,13 +60,12 @@ class Penalty:
         if name not in _STRENGTHS:
             raise ArgumentError(f"`name` must be one of {', '.join(_STRENGTHS)}; got {name!r}.")
         strength = _STRENGTHS[name] if strength is None else strength
+        object.__setattr__(self, "name", name)  # the class is frozen
         for field, value, least in (("strength", strength, "at least 0"), ("scale", scale, "above 0")):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (field == "scale" and value == 0):
                 raise ArgumentError(f"`{field}` must be a finite number {least}; got {value!r}.")
-        object.__setattr__(self, "name", name)  # the class is frozen
-        object.__setattr__(self, "strength", strength)
-        object.__setattr__(self, "scale", scale)
+            object.__setattr__(self, field, value if isinstance(value, (int, float)) else float(value))  # which JSON can hold
 
     def __call__(self, kernel: Shaped[Array, "n n"]) -> Shaped[Array, ""]:
         """Return `strength · R(K)`, a scalar that is differentiable in K.
@@ -74,13 +74,15 @@ class Penalty:
             kernel: (n, n), positive semi-definite.
 
         Returns:
-            A scalar array of the kernel's dtype.
+            A scalar array of the kernel's dtype; of half precision it is computed in single.
 
         Raises:
             ArgumentError: when the kernel is not square.
         """
         n = _square(kernel)
-        xp = array_namespace(kernel)
+        xp, dtype = array_namespace(kernel), kernel.dtype
+        half = float(xp.finfo(dtype).eps) > float(xp.finfo(xp.float32).eps)
+        kernel = xp.astype(kernel, xp.float32) if half else kernel  # NumPy has no Cholesky factorisation of it
         identity = xp.eye(n, dtype=kernel.dtype)
         if self.name == "trace":
             value = _trace(kernel, identity) / n
@@ -95,7 +97,7 @@ class Penalty:
             value = _log_determinant(cosine_kernel(kernel) / self.scale, identity) / n
         else:
             raise ArgumentError(f"`name` must be one of {', '.join(_STRENGTHS)}; got {self.name!r}.")
-        return self.strength * value
+        return xp.astype(self.strength * value, dtype) if half else self.strength * value
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as a dict that JSON can hold."""
@@ -123,20 +125,27 @@ def _trace(kernel: Array, identity: Array) -> Array:
 
 
 def _log_determinant(kernel: Array, identity: Array) -> Array:
-    """Return log det(I + K) by Cholesky; a ridge of rounding size keeps it defined where K has lost definiteness to rounding."""
+    """Return log det(I + K) by Cholesky.
+
+    Rounding may cost K its definiteness, by about `√n · eps · tr K / n`, for errors of its entries are as good as random. The
+    identity makes up for less than 1; beyond, a multiple of it does, and the value is that of the kernel as far as it is known.
+    """
     xp = array_namespace(kernel)
     n = identity.shape[0]
-    rounding = 4.0 * n * float(xp.finfo(kernel.dtype).eps)
+    rounding = 4.0 * math.sqrt(n) * float(xp.finfo(kernel.dtype).eps)
     native = getattr(xp, "mgs_log_determinant", None)
     if native is not None:
         return native(kernel, rounding)
-    ridge = 1.0 + rounding * (1.0 + _trace(kernel, identity) / n)
+    noise = rounding * _trace(kernel, identity) / n
+    ridge = xp.where(noise > 1.0, noise, xp.ones_like(noise))
     diagonal = xp.sum(xp.linalg.cholesky(kernel + ridge * identity) * identity, axis=1)
     return 2.0 * xp.sum(xp.log(diagonal))
 
 
 def _square(kernel: Array) -> int:
-    shape = tuple(getattr(kernel, "shape", ()))
+    if not hasattr(kernel, "shape"):
+        raise ArgumentError(f"`kernel` must be an array; got {type(kernel).__name__}. Convert it, for instance by numpy.asarray.")
+    shape = tuple(kernel.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ArgumentError(f'`kernel` must be square, (n, n) with n ≥ 1; got shape {shape}. Use any head but output="full".')
     return int(shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from mgs_core._errors import ArgumentError
@@ -92,7 +93,7 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
     n = _square(kernel)
     if n < 2:
         raise ArgumentError("`kernel` must have at least 2 samples to be summarised; got 1. Use a larger probe batch.")
-    if not isinstance(ridge, (int, float)) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
+    if not isinstance(ridge, Real) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise ArgumentError(f"`ridge` must be a finite number above 0; got {ridge!r}. The default is 1e-6.")
     matrix = _checked(kernel)
     diagonal = np.linalg.diagonal(matrix)
@@ -133,11 +134,12 @@ def _checked(kernel: Array) -> Array:
         raise ArgumentError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
     if float(np.max(np.abs(matrix - matrix.T))) > 1e-3 * float(np.max(np.abs(matrix))):
         raise ArgumentError("`kernel` must be symmetric; got one that is not. Pass the kernel of one batch with itself.")
-    trace = float(np.sum(np.linalg.diagonal(matrix)))
-    if trace <= 0:
-        raise ArgumentError(
-            f"`kernel` must have a positive trace; got {trace}. No chosen parameter moves the head on this batch."
-        )
+    diagonal = np.linalg.diagonal(matrix)
+    if float(np.min(diagonal)) < 0:
+        least = float(np.min(diagonal))
+        raise ArgumentError(f"`kernel` must have squared norms on its diagonal; got {least}. Pass one of `mgs_core.kernel`.")
+    if float(np.max(diagonal)) == 0:
+        raise ArgumentError("`kernel` must have a positive trace; got 0.0. No chosen parameter moves the head on this batch.")
     return matrix
 
 
@@ -152,8 +154,11 @@ def _mean(values: Array, chosen: Array) -> float | None:
 
 def _same(labels: Any, n: int) -> Array:
     labels = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
-    if labels.shape != (n,):
-        raise ArgumentError(f"`labels` must have shape ({n},), one for each sample of the kernel; got {labels.shape}.")
+    if labels.shape != (n,) or labels.dtype.kind in "fc":
+        raise ArgumentError(
+            f"`labels` must be integers of shape ({n},), one for each sample of the kernel; got dtype {labels.dtype}, shape "
+            f"{labels.shape}. Leave them out for targets of a regression."
+        )
     return labels[:, None] == labels[None, :]
 
 

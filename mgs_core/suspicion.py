@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import host as np
 from mgs_core._types import Array, Shaped
@@ -48,11 +49,12 @@ class Suspicion:
 def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None = None, rounds: int = 6) -> Suspicion:
     """Rank labels by leave-one-out kernel regression, which trusts a label the less the more the others contradict it.
 
-    With the cosine kernel C, centred one-hot labels Y and weights w, the prediction for a sample from all others is
+    With the cosine kernel C, one-hot labels less their mean Y and weights w, the prediction for a sample from all others is
 
         `q_a = y_a − α_a / M_aa`,  `M = (C + λ W⁻¹)⁻¹`,  `α = M Y`,
 
-    where λ is, of a grid, the one with the least leave-one-out error. The score is `max_{k ≠ y_a} q_ak − q_{a y_a}`.
+    where λ is, of a grid, the one with the least leave-one-out error. The mean is that of all labels, so a label has a share of
+    1/n in what is predicted for it. The score is `max_{k ≠ y_a} q_ak − q_{a y_a}`.
 
     A wrong label should not testify against others, so weights follow from predictions, and predictions from weights, until both
     settle: `w_a ∝ σ(−3 · t_a / std(t))`, where t is the score of `q_ak − ¾ u_k`. What is usual for a class, `u_k = mean of q_bk
@@ -96,8 +98,7 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     n = _square(kernel)
     if n < 2:
         raise ArgumentError("`kernel` must have at least 2 samples, for labels are judged by others; got 1. Use more samples.")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-        raise ArgumentError(f"`rounds` must be an integer of at least 0; got {rounds!r}. The default is 6.")
+    rounds = integer("rounds", rounds, 0, "The default is 6.")
     matrix = _checked(kernel)
     given, c = _labels(labels, n, classes)
     cosine = _cosine(matrix, np.linalg.diagonal(matrix))
@@ -120,7 +121,12 @@ def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
     given = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
     if given.shape != (n,) or not np.isdtype(given.dtype, "integral"):
         raise ArgumentError(f"`labels` must be integers of shape ({n},); got dtype {given.dtype}, shape {given.shape}.")
-    c = int(np.max(given)) + 1 if classes is None else classes
+    c = int(np.max(given)) + 1 if classes is None else integer("classes", classes, 0)
+    if classes is None and c > max(1000, 10 * n):  # memory grows with their number
+        raise ArgumentError(
+            f"`labels` must number the classes from 0 without large gaps; got labels up to {c - 1} for {n} samples. "
+            "Number them anew: numpy.unique(labels, return_inverse=True)."
+        )
     if int(np.min(given)) < 0 or int(np.max(given)) >= c or c < 2:
         raise ArgumentError(
             f"`labels` must be in 0..c−1 with c ≥ 2; got {int(np.min(given))}..{int(np.max(given))} and c = {c}. "

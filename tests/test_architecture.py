@@ -51,6 +51,33 @@ def test_imports_follow_the_rules(path):
     assert imported(path) - ALLOWED - extra - set(sys.stdlib_module_names) == set()
 
 
+def modules(path: Path) -> list[str]:
+    """Return the modules that a file imports, by their absolute names."""
+    *room, _ = path.relative_to(ROOT).with_suffix("").parts
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = room[: len(room) - node.level + 1] if node.level else []
+            within = ".".join([*above, *([node.module] if node.module else [])])
+            found += [within, *(f"{within}.{alias.name}" for alias in node.names)]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_are_entered_by_their_doors(path):
+    place = path.relative_to(ROOT)
+    own = ".".join(place.parts[:2]) if place.parts[0] == "backends" else "nothing"
+    rooms = [
+        module
+        for module in modules(path)
+        if module.startswith(("backends.", "adapters.", "mgs_core.backends", "mgs_core.adapters"))
+    ]
+    entered = [module for module in rooms if not module.startswith(own) and not module.startswith(".".join(place.parts[:-1]))]
+    assert entered == []
+
+
 @pytest.mark.parametrize("name", ["torch.py", "lightning.py", "huggingface.py"])
 def test_adapters_import_public_names_only(name):
     tree = ast.parse((ROOT / "adapters" / name).read_text(encoding="utf-8"))

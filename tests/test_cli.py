@@ -61,6 +61,20 @@ def test_compare_trains_shows_and_writes(mgs_command, tmp_path):
     assert (out / "report.html").exists()
 
 
+def test_failed_runs_are_shown_and_set_the_status(mgs_command, tmp_path, capsys):
+    command = ("compare", *SMALL, "--regularizers", "none,dropout", "--learning-rate", "1e8", "--jobs", "2", "--out", tmp_path)
+    mgs_command(*command, status=1)
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    printed = capsys.readouterr().out
+    assert ending.value.code == 1
+    assert "none, seed 0: failed. `learning_rate` must be one at which training converges" in printed
+    assert "1 run with dropout failed (seed 0) and is left out: `learning_rate`" in printed
+    assert "1 failed" in printed
+    assert "tries failed runs again" in printed
+    assert "Every run failed." in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_two_processes_do_what_one_does(mgs_command, tmp_path):
     for jobs in (1, 2):
         mgs_command("compare", *SMALL, "--regularizers", "none,dropout", "--jobs", jobs, "--out", tmp_path / str(jobs))
@@ -84,6 +98,34 @@ def test_measure_is_the_kernel_of_the_model(mgs_command, linear, tmp_path):
     assert "effective_rank" in mgs_command("measure", linear, tmp_path / "data.npz", "--output", "sum", "--samples", "4")
 
 
+@pytest.mark.parametrize(
+    ("command", "arrays", "message"),
+    [
+        (("measure", "--output", "loss"), {"x": np.eye(2, 3), "y": np.array(["cat", "dog"])}, "`y` must hold real numbers"),
+        (("measure",), {"x": np.array([["a"] * 3] * 2)}, "`x` must hold real numbers"),
+        (("measure",), {"x": np.float64(3.0)}, "`data` must hold samples along the first axis of 'x'"),
+        (("measure",), {"x": np.eye(2, 3), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'y'"),
+        (("audit",), {"x": np.float64(3.0), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'x'"),
+        (("audit",), {"images": np.eye(2), "labels": np.arange(2)}, "`data` must hold x, y;"),
+        (("audit",), {"x": np.eye(3), "y": np.array(["a", "b", "b"])}, "numpy.unique(labels, return_inverse=True)[1]"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(mgs_command, linear, tmp_path, command, arrays, message):
+    np.savez(tmp_path / "data.npz", **arrays)
+    name, *options = command
+    place = (linear, tmp_path / "data.npz") if name == "measure" else (tmp_path / "data.npz", "--out", tmp_path / "out")
+    printed = mgs_command(name, *place, *options, status=2)
+    assert printed.startswith("error: ")
+    assert message in printed
+
+
+def test_labels_of_text_are_measured_by(mgs_command, linear, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.eye(4, 3), y=np.array(["a", "b", "a", "b"]))
+    for backend in ("numpy", *(name for name in ("torch", "jax") if mgs.available_backends()[name])):
+        found = json.loads(mgs_command("measure", linear, tmp_path / "data.npz", "--json", "--backend", backend))
+        assert {"same_class_cosine", "other_class_cosine"} <= set(found)
+
+
 def test_measuring_needs_neither_a_framework_nor_the_packages_of_the_report(linear, tmp_path):
     np.savez(tmp_path / "data.npz", x=np.eye(4, 3))
     absent = ("matplotlib", "jinja2", "sklearn", "scipy", "torch", "jax", "tensorflow", "keras")
@@ -99,6 +141,41 @@ main()
     assert json.loads(found.stdout)["trace"] == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize(
+    ("absent", "command", "message"),
+    [
+        (("typer",), "backends", "The command mgs needs the package 'typer'"),
+        (("onnx",), "backends", "mgs_core.onnx needs the package 'onnx'"),
+        (("matplotlib",), "compare", "The report needs the package 'matplotlib'"),
+        (("jinja2",), "compare", "The report needs the package 'jinja2'"),
+        (("sklearn", "sklearn.datasets"), "compare", "The data set 'digits' needs the package 'sklearn"),
+        (("matplotlib",), "audit digits", "The report needs the package 'matplotlib'"),
+    ],
+)
+def test_missing_packages_are_named_before_anything_is_trained(absent, command, message, tmp_path):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))
+sys.argv = ["mgs", *{command.split()!r}, *(["--out", {str(tmp_path / "run")!r}] if {command!r} != "backends" else [])]
+from mgs_core._command import main
+main()
+"""
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert found.returncode == 2
+    assert f"error: {message}" in found.stderr
+    assert 'pip install "mgs-core[' in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "records.jsonl").exists()
+
+
+def test_warnings_are_one_line(mgs_command, tmp_path, recwarn):
+    import warnings
+
+    command = ("compare", *SMALL, "--regularizers", "none", "--jobs", "1", "--out", tmp_path)
+    mgs_command(*command)
+    assert warnings.formatwarning("text", UserWarning, "file.py", 3) == "warning: text\n"
+
+
 def test_check_and_backends_print_tables(mgs_command, linear):
     printed = mgs_command("check", linear)
     assert "outer" in printed
@@ -112,13 +189,16 @@ def test_audit_lists_and_writes(mgs_command, tmp_path):
     assert {path.name for path in (tmp_path / "audit").iterdir()} == {"audit.html", "suspects.csv", "weights.npy"}
     x, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
     np.savez(tmp_path / "data.npz", x_train=x, y_train=y)
-    assert "of 30 samples better" in mgs_command("audit", tmp_path / "data.npz", "--epochs", "1", "--out", tmp_path / "other")
+    options = ("--epochs", "1", "--out", tmp_path / "other")
+    assert "of 30 samples better" in mgs_command("audit", tmp_path / "data.npz", *options)
+    printed = mgs_command("audit", tmp_path / "data.npz", *options, "--block", "10")
+    assert "Judged in 3 random blocks" in printed
 
 
 def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(mgs, "audit", None)
-    assert "`folder` must be a folder that can be written" in mgs_command("audit", "digits", "--out", tmp_path / "file", status=2)
+    assert "`out` must be a folder that can be written" in mgs_command("audit", "digits", "--out", tmp_path / "file", status=2)
 
 
 @pytest.mark.parametrize(
@@ -130,15 +210,24 @@ def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypa
         (("compare", "--noise", "2"), "`noise` must be a probability"),
         (("compare", "--model", "oracle"), "`model` must be one of mlp, cnn, or the path of an .onnx file; got 'oracle'"),
         (("compare", "--epochs", "0"), "`epochs` must be an integer of at least 1; got 0"),
+        (("compare", "--tuning", "9"), "`tuning` must be at most 4"),
+        (("compare", "--noise-kind", "worst"), "`noise_kind` must be one of symmetric, pair; got 'worst'"),
+        (("compare", "--out", "file"), "`out` must be a folder that can be written"),
         (("report", "nowhere"), "`run` must be a folder"),
         (("audit", "none.npz"), "`data` must be a file that exists"),
+        (("audit", "nan.npz"), "`x` must be finite"),
+        (("audit", "letters.npz"), "`y` must be integers from 0"),
+        (("measure", "linear.onnx", "letters.npz", "--output", "target"), "`y` must"),
         (("measure", "none.onnx", "none.npz"), "`data` must be a file that exists"),
         (("check", "none.onnx"), "none.onnx"),
     ],
 )
-def test_errors_are_one_line_and_status_2(mgs_command, arguments, message, tmp_path, monkeypatch):
+def test_errors_are_one_line_and_status_2(mgs_command, arguments, message, tmp_path, monkeypatch, linear):
     monkeypatch.chdir(tmp_path)
-    extra = ("--out", "run", "--jobs", "1") if arguments[0] == "compare" else ()
+    (tmp_path / "file").write_text("")
+    np.savez(tmp_path / "nan.npz", x=np.full((4, 3), np.nan), y=np.arange(4))
+    np.savez(tmp_path / "letters.npz", x=np.eye(4, 3), y=np.array(list("abab")))
+    extra = ("--jobs", "1", *(() if "--out" in arguments else ("--out", "run"))) if arguments[0] == "compare" else ()
     printed = mgs_command(*arguments, *extra, status=2)
     assert printed.startswith("error: ")
     assert message in printed

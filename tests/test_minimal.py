@@ -1,13 +1,33 @@
-"""What an installation without extras can do."""
+"""What an installation without extras can do, and what it says of the rest."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 
 import mgs_core as mgs
+from mgs_core._errors import extra
 
 
 def test_a_kernel_of_a_linear_model() -> None:
     inputs = np.array([[1.0, 0.0], [1.0, 2.0]])
     model = mgs.FunctionalModel(lambda p, x: x @ p["weight"], {"weight": np.zeros((2, 1))})
     np.testing.assert_allclose(mgs.kernel(model, inputs), inputs @ inputs.T)
+
+
+@pytest.mark.parametrize("wanted", ["mgs_core.onnx", "mgs_core.audit", "mgs_core.onnx.load"])
+def test_what_needs_an_extra_names_it(wanted: str) -> None:
+    code = f"import sys; sys.modules['onnx'] = None\nimport mgs_core\n{wanted}"
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert found.stderr.splitlines()[-1] == (
+        "mgs_core._errors.BackendError: mgs_core.onnx needs the package 'onnx', which is not installed. "
+        'Run: pip install "mgs-core[onnx]".'
+    )
+
+
+def test_a_module_of_this_library_that_is_missing_is_no_matter_of_an_extra() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"mgs_core\.no_such"), extra("app", "This"):
+        __import__("mgs_core.no_such")

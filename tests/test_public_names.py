@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -37,4 +38,31 @@ def test_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", mgs_core.__all__)
 def test_is_tested(name: str) -> None:
-    assert [path for path, text in TESTS.items() if re.search(rf"\b{name}\b", text)]
+    assert [path for path, text in TESTS.items() if re.search(rf"\b(mgs|mgs_core)\.{name}\b", text)]
+
+
+def public(path: Path) -> list[str]:
+    """Return the public names of an adapter: its `__all__`, or the functions and classes that it defines."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    listed = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    ]
+    if listed:
+        return list(ast.literal_eval(listed[0]))
+    found = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [name for name in found if not name.startswith("_")]
+
+
+ADAPTERS = {path.stem: path for path in (ROOT / "adapters").glob("*.py") if path.stem != "__init__"}
+ADAPTERS["keras"] = ROOT / "adapters" / "keras" / "__init__.py"
+
+
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_names_of_adapters_are_documented_and_tested(adapter: str) -> None:
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    section = api.partition(f".. currentmodule:: mgs_core.adapters.{adapter}\n")[2].partition("currentmodule")[0]
+    names = public(ADAPTERS[adapter])
+    assert names
+    assert [name for name in names if not re.search(rf"^\.\. auto\w+:: {name}$", section, re.MULTILINE)] == []
+    tests = [text for path, text in TESTS.items() if path != Path(__file__) and f"adapters.{adapter}" in text]
+    assert [name for name in names if not any(re.search(rf"\b{name}\b", text) for text in tests)] == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
 from typing import Any
@@ -22,7 +22,8 @@ def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
             evaluated on a batch, whose losses are added up with their weights.
 
     Returns:
-        The function; the mean over what axes a sample's loss has, without reduction over samples.
+        The function; the mean over what axes a sample's loss has, without reduction over samples. Where a loss returns a scalar,
+        that of each sample is the loss of a batch of it alone.
 
     Raises:
         ArgumentError: when a model is not compiled with a loss or has seen no batch.
@@ -40,21 +41,22 @@ def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
         return compiled_loss(loss, spec)
     function = keras.losses.get(loss)
     call = partial(_values, function) if isinstance(function, keras.losses.Loss) else function
-    return lambda outputs, targets: _each(call(targets, outputs))
+    return lambda outputs, targets: _of_samples(call, targets, outputs)
 
 
-def compiled_loss(model: Any, spec: Any) -> Callable[[Any, Any], Any]:
+def compiled_loss(model: Any, spec: Any, *, weighted: bool = False) -> Callable[[Any, Any], Any]:
     """Return the losses that a model was compiled with, added up, for its flattened outputs.
 
     Args:
         model: the model.
         spec: outputs of the model, whatever their values; None for one output of shape (n, c).
+        weighted: refuse losses that return a scalar, for Keras cannot weight their samples.
 
     Returns:
         `(outputs (n, c), targets) → (n,)`; targets may be those of `masked`.
 
     Raises:
-        ArgumentError: when it has none, or they are not built yet.
+        ArgumentError: when it has none, or they are not built yet, or cannot be weighted.
     """
     compiled = model._compile_loss
     if compiled is None or not compiled.built:
@@ -65,22 +67,52 @@ def compiled_loss(model: Any, spec: Any) -> Callable[[Any, Any], Any]:
     def loss(outputs: Any, targets: Any) -> Any:
         predicted = outputs if spec is None else like(spec, outputs)
         targets, masks = (targets[_TARGETS], targets[_MASKS]) if _is_masked(targets) else (targets, None)
-        masks = None if masks is None else keras.tree.pack_sequence_as(predicted, masks)
-        if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
-            targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
         total = 0.0
-        for path, function, weight, _ in compiled._flat_losses:
-            y_true, y_pred, mask = targets, predicted, masks
-            for key in path:
-                y_true, y_pred, mask = y_true[key], y_pred[key], None if mask is None else mask[key]
+        for function, weight, y_true, y_pred, mask in _parts(compiled, targets, predicted, masks):
             values = _values(function, y_true, y_pred)
-            if mask is not None:
-                values = values * keras.ops.reshape(mask, (*mask.shape, *(1,) * (len(values.shape) - len(mask.shape))))
-            value = _each(values)
+            if len(values.shape) == 0:
+                if weighted:
+                    raise ArgumentError(
+                        f"`loss` must return one value for each sample to be weighted; {function.name} returned a scalar. "
+                        "Leave the mean over samples to Keras: keras.ops.mean(…, axis=-1)."
+                    )
+                value = _of_samples(partial(_values, function), y_true, y_pred)
+            else:
+                if mask is not None:
+                    values = values * keras.ops.reshape(mask, (*mask.shape, *(1,) * (len(values.shape) - len(mask.shape))))
+                value = _each(values)
             total = total + (value if weight is None else weight * value)
         return total
 
     return loss
+
+
+def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, Any]]:
+    """Return those of the losses that a model was compiled with that return a scalar, and what they give for each sample alone.
+
+    Args:
+        compiled: the losses, built.
+        outputs: in the model's own structure.
+        targets: as it is trained with.
+    """
+    found = []
+    for function, _, y_true, y_pred, _ in _parts(compiled, targets, outputs, None):
+        value = _values(function, y_true, y_pred)
+        if len(value.shape) == 0:
+            found.append((value, _of_samples(partial(_values, function), y_true, y_pred)))
+    return found
+
+
+def _parts(compiled: Any, targets: Any, predicted: Any, masks: Any) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
+    """Yield each loss with its weight, targets, outputs and mask."""
+    masks = None if masks is None else keras.tree.pack_sequence_as(predicted, masks)
+    if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
+        targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
+    for path, function, weight, _ in compiled._flat_losses:
+        y_true, y_pred, mask = targets, predicted, masks
+        for key in path:
+            y_true, y_pred, mask = y_true[key], y_pred[key], None if mask is None else mask[key]
+        yield function, weight, y_true, y_pred, mask
 
 
 def masked(targets: Any, outputs: Any) -> Any:
@@ -122,6 +154,20 @@ def _values(loss: Any, y_true: Any, y_pred: Any) -> Any:
         return keras.ops.convert_to_tensor(leaf, dtype=loss.dtype)
 
     return loss.call(*(keras.tree.map_structure(convert, values) for values in (y_true, y_pred)))
+
+
+def _of_samples(call: Callable[[Any, Any], Any], y_true: Any, y_pred: Any) -> Any:
+    """Return the loss of each sample; where the loss is a scalar, that of a batch of one sample."""
+    values = call(y_true, y_pred)
+    if len(values.shape) > 0:
+        return _each(values)
+    if keras.tree.flatten(y_pred)[0].shape[0] == 1:
+        return keras.ops.reshape(values, (1,))
+
+    def alone(sample: Any) -> Any:
+        return call(*keras.tree.map_structure(lambda leaf: keras.ops.expand_dims(leaf, 0), sample))
+
+    return keras.ops.vectorized_map(alone, (y_true, y_pred))
 
 
 def _is_masked(targets: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import mgs_core as mgs
+from mgs_core.kernel import check_options
 
 from ._keras import keras
 
@@ -54,13 +55,17 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
             sinks: where records go besides `history`, see `mgs_core.Recorder`.
             prefix: put before the names of the figures.
             **kernel_options: passed to `mgs_core.kernel`: `output`, `transform`, …
+
+        Raises:
+            ArgumentError: when an option is unknown or does not fit.
         """
         super().__init__()
         self.history: list[dict[str, Any]] = []
         self._inputs, self._targets, self._labels = inputs, targets, labels
-        self._every = mgs.Schedule(every) if isinstance(every, int) else every
-        self._batches = mgs.Schedule(batches) if isinstance(batches, int) else batches
+        self._every = _schedule(every)
+        self._batches = None if batches is None else _schedule(batches)
         self._sinks, self._prefix, self._options = tuple(sinks), prefix, kernel_options
+        check_options(kernel_options, targets)
         self._kernel: Any = None
         self._probe: Any = None
         self._last: dict[str, float] = {}
@@ -121,6 +126,10 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
         for sink in self._sinks:
             sink.write({"step": number, "unit": unit, **figures})
         return figures
+
+
+def _schedule(every: int | mgs.Schedule) -> mgs.Schedule:
+    return every if isinstance(every, mgs.Schedule) else mgs.Schedule(every)
 
 
 class StrengthSchedule(keras.callbacks.Callback):  # type: ignore[misc]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from mgs_core import ArgumentError, Penalty
+from mgs_core._arguments import integer
 
 from ._keras import keras
 
@@ -60,7 +62,8 @@ class MGSRegularizer:
         weighting: Literal["agreement"] | None = None,
     ) -> None:
         if penalty is not None:
-            strength = Penalty(penalty, strength, scale).strength  # type: ignore[arg-type]  # refuses what it does not know
+            checked = Penalty(penalty, strength, scale)  # type: ignore[arg-type]  # refuses what it does not know
+            strength, scale = checked.strength, checked.scale
         elif weighting is None:
             raise ArgumentError("`penalty` must be the name of a penalty unless `weighting` is given; got None for both.")
         for name, value, choices in (
@@ -70,11 +73,8 @@ class MGSRegularizer:
         ):
             if value not in choices:
                 raise ArgumentError(f"`{name}` must be one of {', '.join(map(str, choices))}; got {value!r}.")
-        for name, number in (("probes", probes), ("every", every), ("max_samples", max_samples)):
-            if name == "max_samples" and number is None:
-                continue
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ArgumentError(f"`{name}` must be an integer of at least 1; got {number!r}.")
+        probes, every, seed = integer("probes", probes, 1), integer("every", every, 1), integer("seed", seed, 0)
+        max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
         if weighting is not None and max_samples is not None:
             raise ArgumentError(f"`max_samples` must be None with weighting, which weights all samples; got {max_samples}.")
         self.penalty, self.scale = penalty, scale
@@ -85,7 +85,7 @@ class MGSRegularizer:
     def __setattr__(self, name: str, value: Any) -> None:
         """Change the strength, and nothing else once it is made."""
         if name == "strength":
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value < 0:
                 raise ArgumentError(f"`strength` must be a finite number at least 0; got {value!r}.")
             value = float(value)

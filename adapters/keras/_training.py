@@ -14,11 +14,12 @@ from typing import Any, cast
 from keras.src.models.functional import Functional  # the class of `keras.Model(inputs, outputs)` has no public name
 
 import mgs_core as mgs
+from mgs_core.contraction import contract
 from mgs_core.heads import make_head
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 from ._keras import keras
-from ._losses import compiled_loss, like, masked, settings
+from ._losses import compiled_loss, like, masked, scalar_losses, settings
 from ._regularizer import MGSRegularizer
 
 NAME = "mgs_penalty"
@@ -80,7 +81,7 @@ class Training:
         self.regularizer = regularizer
         self.tracker = Tracker(regularizer.strength)
         self._in_training = True
-        self._checked = self._asked = False
+        self._checked = self._losses_checked = self._asked = False
         self._function: Any = None
         self._replay: Any = None
         self._indifferent: bool | None = None
@@ -117,18 +118,19 @@ class Training:
                 "Call compute_loss(x, y, y_pred, sample_weight) in `train_step`."
             )
         self._asked = True
+        given, x = x, keras.tree.map_structure(_dense, x)
         if keras.backend.backend() == "torch":
-            self._check(x)
+            self._check(x, y)
         if self.regularizer.weighting is not None:
             if self._model._compile_loss is not None and not self._model._compile_loss.built:
-                original(x, y, y_pred, sample_weight)  # builds them; the value is not needed
+                original(given, y, y_pred, sample_weight)  # builds them; the value is not needed
             kernel = self._kernel(self._functional(), x, masked(y, y_pred), y_pred, "loss", differentiable=False)
             weights = keras.ops.stop_gradient(mgs.agreement_weights(kernel))
             sample_weight = _weighted(sample_weight, weights, y_pred)
         matrix = None
         if keras.backend.backend() == "jax" and self.regularizer.every == 1 and self._one_pass_serves(y_pred):
             matrix, y_pred = self._kernel_and_outputs(x, y, y_pred)
-        loss = original(x, y, y_pred, sample_weight)
+        loss = original(given, y, y_pred, sample_weight)
         if self.regularizer.penalty is None:
             return loss
         # TensorFlow takes a loss that is not reduced too, and differentiates its sum
@@ -158,7 +160,8 @@ class Training:
         model, backend = self._model, keras.backend.backend()
         if model.train_function is not None and not force:
             return
-        self._checked, self._function, self._replay, self._indifferent = False, None, None, None
+        self._checked = self._losses_checked = False
+        self._function, self._replay, self._indifferent = None, None, None
         if backend == "torch" and model.jit_compile:
             raise mgs.UnsupportedModelError(
                 "`jit_compile` must be off on PyTorch, whose compiler has no second derivative for the penalty; got True. "
@@ -229,7 +232,7 @@ class Training:
 
     def _kernel(self, model: mgs.FunctionalModel, x: Any, y: Any, y_pred: Any, output: Any, differentiable: bool = True) -> Any:
         regularizer = self.regularizer
-        loss = compiled_loss(self._model, y_pred) if output == "loss" else None
+        loss = compiled_loss(self._model, y_pred, weighted=not differentiable) if output == "loss" else None
         return mgs.kernel(
             model, x, y, output=output, transform=regularizer.transform, probes=regularizer.probes, seed=regularizer.seed,
             loss=loss, differentiable=differentiable,
@@ -260,8 +263,9 @@ class Training:
     def _functional(self) -> mgs.FunctionalModel:
         """Return the model as a function, the same one in each step, for what the backend finds out about it is kept with it."""
         backend: Any = mgs.get_backend(self._model)
-        if self._function is None:
-            self._function = backend.functional(self._model).function
+        moved = [id(variable) for variable in self._model.trainable_variables]  # a layer may be frozen between two steps
+        if self._function is None or moved != [id(variable) for variable in self._function.variables.values()]:
+            self._function, self._replay = backend.functional(self._model).function, None
         functional: mgs.FunctionalModel = backend.current(self._function)
         return functional
 
@@ -292,16 +296,17 @@ class Training:
         return 1 if strategy is None else int(strategy.num_replicas_in_sync)
 
     def _check_batch(self, data: Any, trainable: Any = None, fixed: Any = None) -> None:
-        if not self._checked:
-            self._check(keras.utils.unpack_x_y_sample_weight(data)[0], trainable, fixed)
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        self._check(x, y, trainable, fixed)
 
-    def _check(self, x: Any, trainable: Any = None, fixed: Any = None) -> None:
-        """Compare `1ᵀK1` of the first batch with `‖∇Σh‖²`, which one ordinary backward pass gives."""
+    def _check(self, x: Any, y: Any, trainable: Any = None, fixed: Any = None) -> None:
+        """Compare `1ᵀK1` of the first batch with `‖∇Σh‖²`, which one ordinary backward pass gives; then look at the losses."""
+        self._check_losses(x, y, trainable, fixed)
         if self._checked:
             return
         backend: Any = mgs.get_backend(self._model)
         model = backend.functional(self._model, trainable, fixed)
-        x = keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf[:_CHECKED]), x)
+        x = keras.tree.map_structure(_first, x)
 
         def head(outputs: Any, _: Any = None) -> Any:
             c = outputs.shape[-1]  # unequal weights, for the outputs of a softmax have a constant sum
@@ -320,6 +325,33 @@ class Training:
                 f"{expected:.6g}. A layer's gradient is not that of its value; report it with the model."
             )
         self._checked = True
+
+    def _check_losses(self, x: Any, y: Any, trainable: Any, fixed: Any) -> None:
+        """Compare losses that are scalars with the mean, or the sum, over samples alone, once Keras has built them."""
+        losses = self._model._compile_loss
+        if self._losses_checked or self.regularizer.output != "loss" or losses is None or not losses.built:
+            return
+        self._losses_checked = True
+        backend: Any = mgs.get_backend(self._model)
+        model = backend.functional(self._model, trainable, fixed)
+        x, y = keras.tree.map_structure(_first, (x, y))
+        compare = backend.compile(lambda given: scalar_losses(losses, model.function.outputs(given, x), y))
+        for whole, alone in compare(model.parameters):
+            total, terms = float(backend.to_numpy(whole)), backend.to_numpy(alone)
+            if min(abs(total - terms.mean()), abs(total - terms.sum())) > 1e-3 * float(abs(terms).max()):
+                raise mgs.ArgumentError(
+                    f"`loss` must be the mean or the sum of losses of single samples; got {total:.6g} for a batch whose "
+                    f"samples have a mean of {terms.mean():.6g}. Return one value for each sample: keras.ops.mean(…, axis=-1)."
+                )
+
+
+def _first(leaf: Any) -> Any:
+    """Return the samples that are checked."""
+    return leaf if leaf is None else _dense(leaf)[:_CHECKED]
+
+
+def _dense(leaf: Any) -> Any:
+    return leaf if leaf is None else keras.ops.convert_to_tensor(leaf, sparse=False)
 
 
 def _weighted(sample_weight: Any, weights: Any, y_pred: Any) -> Any:

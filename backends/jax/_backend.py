@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
+from mgs_core._layout import refuse_infinite
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
 from mgs_core._tree import select
@@ -62,7 +63,9 @@ class JaxBackend:
         self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice, *, differentiable: bool
     ) -> list[LayerStatistics]:
         """Return the layer statistics, as `Backend.statistics` says."""
-        _, _, statistics = self.one_pass(model, inputs, targets, head, parameters, differentiable=differentiable)
+        heads, _, statistics = self.one_pass(model, inputs, targets, head, parameters, differentiable=differentiable)
+        if not isinstance(heads, jax.core.Tracer):
+            refuse_infinite(bool(np.all(np.isfinite(np.asarray(heads, np.float64)))))
         return statistics
 
     def one_pass(
@@ -85,7 +88,8 @@ class JaxBackend:
         leaves = named(model.parameters)
         chosen = select(leaves, parameters)
         tree = jax.tree.structure(model.parameters)
-        samples, layout = leaves_of((inputs, targets)), jax.tree.structure((inputs, targets))
+        samples = [*leaves_of(inputs), *map(jnp.asarray, jax.tree.leaves(targets))]
+        layout = jax.tree.structure((inputs, targets))
         n = samples[0].shape[0]
 
         def batch(leaves: list[Array], samples: list[Array]) -> list[Any]:

@@ -35,11 +35,12 @@ def bind(equation: Any, operands: list[Array]) -> list[Array]:
     Returns:
         Its outputs.
     """
-    # rules of their own: let JAX pass them on
-    if any(name in equation.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd")):
+    # functions among the parameters (rules of their own, devices): let JAX pass them on
+    if any(name in equation.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd", "manual_axes")):
         outputs = [variable for variable in equation.outvars if type(variable).__name__ != "DropVar"]
         given = {v: value for v, value in zip(equation.invars, operands, strict=True) if not isinstance(v, Literal)}
-        body = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "fun_jaxpr"].jaxpr
+        body = next(equation.params[name] for name in ("call_jaxpr", "fun_jaxpr", "jaxpr") if name in equation.params)
+        body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
         jaxpr = body.replace(constvars=(), invars=list(given), outvars=outputs, eqns=[equation], effects=equation.effects)
         results = iter(jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()))
         return [None if type(variable).__name__ == "DropVar" else next(results) for variable in equation.outvars]

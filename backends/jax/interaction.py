@@ -139,7 +139,7 @@ def _moved(value: Array, draw: np.random.Generator) -> Array:
     if isinstance(value, jax.core.Tracer):
         return _made_up(value, draw)
     known = np.asarray(value, np.float64)
-    scale = _MOVE * (float(np.std(known)) or 1.0)
+    scale = _MOVE * (float(np.std(known) if known.size else 0.0) or 1.0)
     return _array(known + scale * draw.normal(size=value.shape), value.dtype)
 
 

@@ -78,11 +78,13 @@ def named(parameters: Tree) -> dict[str, Array]:
         Arrays by name.
 
     Raises:
-        ArgumentError: when a leaf is no array of floating-point numbers.
+        ArgumentError: when a leaf is no array of floating-point numbers, or two have the same name.
     """
     leaves = {}
     for path, value in jax.tree_util.tree_flatten_with_path(parameters)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "parameter"
+        if name in leaves:
+            raise ArgumentError(f"`parameters` must have one name for each leaf; got two {name!r}. Rename a key with a dot.")
         leaves[name] = value
     check_parameters(leaves, lambda dtype: bool(jnp.issubdtype(dtype, jnp.floating)))
     return {name: jnp.asarray(value) for name, value in leaves.items()}
@@ -104,7 +106,7 @@ def leaves_of(batch: Any) -> list[Array]:
     for leaf in leaves:
         known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if known and not np.all(np.isfinite(np.asarray(leaf))):  # on the host, for jax.numpy would trace it under jit
-            raise ArgumentError("`inputs` and `targets` must be finite; got NaN or infinity. Clean the data first.")
+            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     return leaves
 
 
@@ -136,8 +138,9 @@ def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
             raise
         values = error
     if getattr(values, "shape", (0,))[:1] != (n,) or values.ndim != 2:
+        failed = f", and {type(values).__name__}: {values}" if isinstance(values, Exception) else ""
         raise ArgumentError(
-            f"`transform` must pick outputs of shape (n, c); got {type(outputs).__name__} from the model. "
+            f"`transform` must pick outputs of shape (n, c); got {type(outputs).__name__} from the model{failed}. "
             'For instance: transform=lambda outputs: outputs["logits"].'
         ) from (values if isinstance(values, Exception) else None)
     return values

@@ -17,7 +17,8 @@ from jax import lax
 from mgs_core._errors import ArgumentError
 from mgs_core._protocol import LayerStatistics, Outer
 from mgs_core._types import Array
-from mgs_core.statistics import MEMORY_BUDGET, as_rows, prefers_pairwise
+from mgs_core.contraction import MEMORY_BUDGET, prefers_pairwise
+from mgs_core.statistics import as_rows
 
 Pairs: TypeAlias = Sequence[tuple[int, int]]
 
@@ -97,9 +98,9 @@ class JaxNamespace:
         """Return the labelled outputs (n,); NaN, with a gradient of NaN, for a label that names none."""
         c = outputs.shape[-1]
         labels = jnp.expand_dims(labels.astype(jnp.promote_types(labels.dtype, jnp.int32)), -1)
-        hit = (labels == jnp.arange(c, dtype=labels.dtype)).astype(outputs.dtype)
-        # NaN within the sum: XLA makes a product with a condition a choice, which would keep NaN out of the gradient
-        return jnp.sum(outputs * jnp.where((labels >= 0) & (labels < c), hit, jnp.nan), -1)
+        known = (labels >= 0) & (labels < c)
+        picked = jnp.where((labels == jnp.arange(c, dtype=labels.dtype)) | ~known, outputs, 0.0)
+        return jnp.sum(picked * jnp.where(known, 1.0, jnp.nan), -1)  # within the sum, so that the gradient has the NaN too
 
     @staticmethod
     def mgs_product(left: Array, right: Array) -> Array:
@@ -119,7 +120,7 @@ class JaxNamespace:
 
     @staticmethod
     def mgs_log_determinant(kernel: Array, rounding: float) -> Array:
-        """Return `log det(I + K)` of a kernel (n, n) plus `rounding · (1 + tr K / n)` on its diagonal; NaN if not definite."""
+        """Return `log det(r I + K)` of a kernel (n, n) with `r = max(1, rounding · tr K / n)`; NaN if not definite."""
         return _log_determinant(kernel, rounding)
 
 
@@ -156,13 +157,13 @@ def _log_determinant_tangent(rounding: float, primals: tuple[Array], tangents: t
     inverse = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
     for transpose in (False, True):
         inverse = lax.linalg.triangular_solve(factor, inverse, left_side=True, lower=True, transpose_a=transpose)
-    return _of_factor(factor), jnp.sum(inverse.T * change)  # the ridge's own change is below rounding
+    return _of_factor(factor), jnp.sum(inverse.T * change)  # the ridge is 1, or stands for rounding
 
 
 def _factor(kernel: Array, rounding: float) -> Array:
     """Factor `I + K` with the ridge; its transpose, in fact, for LAPACK counts columns first, and would have it copied."""
     diagonal = _diagonal(kernel)
-    ridge = 1.0 + rounding * (1.0 + jnp.sum(jnp.where(diagonal, kernel, 0.0)) / kernel.shape[0])
+    ridge = jnp.maximum(1.0, rounding * jnp.sum(jnp.where(diagonal, kernel, 0.0)) / kernel.shape[0])
     factor: Array = lax.linalg.cholesky(jnp.where(diagonal, kernel + ridge, kernel).T, symmetrize_input=False)
     return factor
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
 from typing import Any, cast
 
 import keras
+from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._protocol import Backend, HeadFunction, LayerStatistics, ParameterChoice
 from mgs_core._registry import get_backend
 from mgs_core._tree import select
@@ -35,12 +38,20 @@ class Function:
 
     def __call__(self, parameters: dict[str, Array], inputs: Any) -> Array:
         """Return the outputs (n, c)."""
+        return flat_outputs(self.outputs(parameters, inputs), keras.tree.flatten(inputs)[0].shape[0])
+
+    def outputs(self, parameters: dict[str, Array], inputs: Any) -> Any:
+        """Return the outputs in the model's own structure.
+
+        Raises:
+            UnsupportedModelError: when a layer draws random numbers, as none should at inference.
+        """
         # read only here, in the graph that needs them
         held = [variable.value for variable in self.others] if self.fixed is None else self.fixed
         state = [(variable, parameters[name]) for name, variable in self.variables.items()]
         scope = keras.StatelessScope(state_mapping=[*state, *zip(self.others, held, strict=True)])
-        with _kept_losses(self._model), scope, _differentiable_twice():
-            return flat_outputs(call(self._model, inputs, training=False))
+        with _kept_losses(self._model), scope, _differentiable_twice(), _no_random_numbers(self._model, scope):
+            return call(self._model, inputs, training=False)
 
 
 class KerasBackend:
@@ -59,8 +70,8 @@ class KerasBackend:
         return self.framework.namespace
 
     def asarray(self, value: Any) -> Array:
-        """Return the value as an array of the framework, on its default device."""
-        return keras.ops.convert_to_tensor(value)
+        """Return the value as an array of the framework, on its default device; what is sparse becomes dense."""
+        return keras.ops.convert_to_tensor(value.toarray() if hasattr(value, "toarray") else value, sparse=False)
 
     def to_numpy(self, array: Array) -> Any:
         """Return the array as a NumPy array on the host."""
@@ -157,13 +168,17 @@ def call(model: Any, inputs: Any, *, training: bool) -> Any:
     return model(inputs, training=training) if model._call_has_training_arg else model(inputs)
 
 
-def flat_outputs(outputs: Any) -> Array:
+def flat_outputs(outputs: Any, n: int) -> Array:
     """Return outputs of any structure as (n, c), side by side in the order of `keras.tree`.
 
     Args:
         outputs: tensors with the samples first.
+        n: their number, which outputs of a traced model may not know.
     """
-    flat = [keras.ops.reshape(leaf, (leaf.shape[0], -1)) for leaf in keras.tree.flatten(outputs)]
+    flat = []
+    for leaf in keras.tree.flatten(outputs):
+        samples, *rest = leaf.shape
+        flat.append(keras.ops.reshape(leaf, (n if samples is None else samples, -1 if None in rest else prod(rest))))
     return flat[0] if len(flat) == 1 else keras.ops.concatenate([keras.ops.cast(leaf, flat[0].dtype) for leaf in flat], axis=-1)
 
 
@@ -173,6 +188,11 @@ def _names(model: Any) -> dict[str, Any]:
         raise ArgumentError(f"`model` must be built; got {model.name!r}, which has not seen a batch. Call it on one first.")
     names: dict[str, Any] = {}
     for variable in model.trainable_variables:
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise UnsupportedModelError(
+                f"`model` must have gradients in its variables; got {variable.path!r}, whose gradient is its next value, as in "
+                "layers quantized to float8. Pass the model before `quantize`."
+            )
         name, number = variable.path, 1
         while name in names:
             number += 1
@@ -193,6 +213,23 @@ def _kept_losses(model: Any) -> Iterator[None]:
         for layer, losses, ids in before:
             layer._losses[:] = losses
             layer._loss_ids.update(ids)
+
+
+@contextmanager
+def _no_random_numbers(model: Any, scope: Any) -> Iterator[None]:
+    """Refuse layers that draw some, though it is not training, by the states of their generators in the scope."""
+    sources = [(layer.name, source.state) for layer in model._flatten_layers() for source in layer._seed_generators]
+    before = [scope.get_current_value(state) for _, state in sources]
+    yield
+    drawing = [n for (n, state), value in zip(sources, before, strict=True) if scope.get_current_value(state) is not value]
+    common = get_global_attribute(GLOBAL_SEED_GENERATOR)
+    if common is not None and scope.get_current_value(common.state) is not None:
+        drawing.append("without a SeedGenerator of its own")
+    if drawing:
+        raise UnsupportedModelError(
+            "`model` must do the same at each call, as it is at inference; got random numbers, drawn with training=False by "
+            f"layer {', '.join(drawing)}. Let it draw only where its argument `training` is true."
+        )
 
 
 def _differentiable_twice() -> AbstractContextManager[Any]:

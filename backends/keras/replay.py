@@ -77,7 +77,7 @@ class Replay:
 def _trace(both: Callable[..., Any], parameters: Tensors, others: Others) -> Callable[..., Any] | None:
     try:
         traced = make_fx(both, tracing_mode="fake")(parameters, others)  # which no Python can read
-    except RuntimeError:
+    except (AssertionError, RuntimeError):
         return None
     _lay_alike(traced)
     graph: Callable[..., Any] = traced

@@ -13,7 +13,7 @@ from autograd.numpy.numpy_boxes import ArrayBox
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError, SamplesInteractError
 from mgs_core._known import KnownByOwner
-from mgs_core._layout import Layout, find_layout, noise_floor, sample_weights
+from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite, sample_weights
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
 from mgs_core._tree import check_parameters, flatten, select, unflatten
@@ -28,6 +28,13 @@ from .uses import Use, find_uses
 
 _traced = TracedNamespace()
 register_namespace(lambda array: isinstance(array, ArrayBox), _traced)
+#: What errors of other libraries say where they are given an array that autograd traces.
+_FOREIGN = ("ArrayBox", "dtype('O')", "numpy_boxes", "Can't differentiate w.r.t. type")
+_AUTOGRAD = (
+    "must be written with autograd.numpy where its parameters are NumPy arrays, and change none in place; got one that NumPy "
+    "itself or another library computes. Write `import autograd.numpy as np`, or convert the parameters: for instance "
+    "jax.tree.map(jax.numpy.asarray, parameters), or torch.from_numpy of each."
+)
 _layouts: KnownByOwner[list[Layout | None]] = KnownByOwner()
 
 
@@ -76,7 +83,7 @@ class NumpyBackend:
                 statistics.append(_layer(use, layout, [gradients[use.node] for gradients in found], n))
         if slow:
             statistics += _rows(scalars, {name: leaves[name] for name in chosen if name in slow}, n, k)
-        return statistics or [Rows(chosen[0], np.zeros((n, k, 1), dtype=plain(leaves[chosen[0]]).dtype))]
+        return statistics or [Rows(chosen[0], _wide(np.zeros((n, k, 1), dtype=plain(leaves[chosen[0]]).dtype)))]
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""
@@ -109,7 +116,14 @@ class _Scalars:
     def __call__(self, parameters: dict[str, Array], samples: slice = slice(None)) -> Array:
         inputs, targets = _batch.take(self._inputs, samples), _batch.take(self._targets, samples)
         n = _batch.count(inputs)
-        outputs = self._model.function(unflatten(self._model.parameters, {**self._leaves, **parameters}), inputs)
+        try:
+            outputs = self._model.function(unflatten(self._model.parameters, {**self._leaves, **parameters}), inputs)
+        except Exception as error:
+            if not any(word in str(error) for word in _FOREIGN):
+                raise
+            raise ArgumentError(f"`model` {_AUTOGRAD}") from error
+        if getattr(plain(outputs), "dtype", None) == np.dtype(object):  # NumPy's own, of traced numbers: nothing follows them
+            raise ArgumentError(f"`model` {_AUTOGRAD}")
         if anp.ndim(outputs) != 2 or outputs.shape[0] != n:
             raise ArgumentError(
                 f"`model` must return outputs of shape (n, c) with n = {n}; got {anp.shape(outputs)}. "
@@ -168,19 +182,24 @@ def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerSta
         raise TypeError("`use` must have a site; got none. Uses without one belong to the rows.")
     parts = [layout.split(site.arrange(gradient), n) for gradient in gradients]
     # (n, k, g, s, o); one head without stacking, which is slow to differentiate
-    d = anp.stack(parts, axis=1) if len(parts) > 1 else anp.expand_dims(parts[0], axis=1)
+    d = _wide(anp.stack(parts, axis=1) if len(parts) > 1 else anp.expand_dims(parts[0], axis=1))
     common: dict[str, Any] = {"parameter": use.parameter, "view": use.view_key, "restore": _restore(use)}
     if site.kind == "outer":
-        return Outer(gradients=d, inputs=layout.split(site.inputs, n), **common)
+        return Outer(gradients=d, inputs=_wide(layout.split(site.inputs, n)), **common)
     _, k, _, s, o = anp.shape(d)
     common["gradients"] = anp.reshape(d, (n, k, s, o))  # one group; by reshape, for indexing is slow to differentiate
     if site.kind == "sum":
         return Sum(**common)
     if site.kind == "scale":
-        return Scale(inputs=anp.reshape(layout.split(site.inputs, n), (n, s, o)), **common)
+        return Scale(inputs=_wide(anp.reshape(layout.split(site.inputs, n), (n, s, o))), **common)
     if site.kind == "lookup":
         return Lookup(indices=anp.reshape(layout.split(site.inputs[..., None], n), (n, s)), size=site.size, **common)
     raise TypeError(f"`use` must be outer, sum, scale or lookup; got {site.kind!r}.")
+
+
+def _wide(array: Array) -> Array:
+    """Return half precision in float32, in which kernels are summed."""
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _restore(use: Use) -> Restore:
@@ -218,7 +237,7 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
             zero = np.zeros(value.shape, dtype=plain(value).dtype)
             of_heads = [gradients.get(roots[name], zero) if name in roots else zero for gradients in found]
             rows[name].append(anp.stack([anp.ravel(gradient) for gradient in of_heads]))
-    statistics: list[LayerStatistics] = [Rows(name, anp.stack(row)) for name, row in rows.items()]
+    statistics: list[LayerStatistics] = [Rows(name, _wide(anp.stack(row))) for name, row in rows.items()]
     _refuse_interaction(scalars, leaves, statistics, n, k)
     return statistics
 
@@ -231,6 +250,7 @@ def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[
     for use in rows:
         single = np.einsum("nk,nkp->p", weights, plain(use.gradients))
         batch = np.ravel(plain(whole[use.parameter]))
+        refuse_infinite(bool(np.all(np.isfinite(batch))))
         size = float(np.max(np.abs(plain(use.gradients)), initial=0.0))
         eps = float(np.finfo(_dtype(values)).eps)
         tolerance = n * (1e3 * eps * size + noise_floor(eps))

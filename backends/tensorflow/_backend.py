@@ -57,7 +57,7 @@ class TensorFlowBackend:
         leaves = self.parameters(model)
         chosen = select(leaves, parameters)
         values = leaves if differentiable else {name: tf.stop_gradient(value) for name, value in leaves.items()}
-        inputs, targets = each(tf.convert_to_tensor, (inputs, targets))
+        inputs, targets = each(_dense, (inputs, targets))
         scalars = partial(_scalars, model, head)
         n = _batch.count(inputs, targets)
         _refuse_infinite(inputs)
@@ -109,6 +109,15 @@ def _functional(model: Any) -> FunctionalModel:
         f"`model` must be a FunctionalModel or a tf.Module that can be called; got {type(model).__name__}. Wrap a tf.function: "
         "mgs_core.FunctionalModel(lambda _, inputs: function(inputs), {name: variable}), with the variables that it reads."
     )
+
+
+def _dense(value: Any) -> Array:
+    if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
+        remedy = (
+            "tf.sparse.to_dense(inputs)" if isinstance(value, tf.SparseTensor) else "inputs.to_tensor(), and mask the padding"
+        )
+        raise ArgumentError(f"`inputs` and `targets` must be dense; got a {type(value).__name__}. Pass {remedy}.")
+    return tf.convert_to_tensor(value)
 
 
 def _scalars(model: FunctionalModel, head: HeadFunction, leaves: Mapping[str, Array], inputs: Any, targets: Any) -> Array:

@@ -6,6 +6,7 @@ on drawn ones. Where drawn values, or NaN on its way back, show that values deci
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from mgs_core._errors import ArgumentError, SamplesInteractError
 from mgs_core._known import Known
-from mgs_core._layout import Layout, find_layout, noise_floor, reaches_others, sample_weights
+from mgs_core._layout import Layout, find_layout, noise_floor, reaches_others, refuse_infinite, sample_weights
 from mgs_core._types import Array
 
 from .namespace import namespace
@@ -55,12 +56,12 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
     layouts: list[Layout | None] = [None] * len(traced.uses)
     open_uses, decided, drawn = set(range(len(layouts))), False, None
     evaluate = None
-    for attempt, values in enumerate(_values(given)):
+    for attempt, (values, own) in enumerate(_values(given)):
         if attempt > 1 and not open_uses:
             break
         evaluate = evaluate or _evaluation(scalars, chosen, values, traced)
         try:
-            found = evaluate(values)
+            found = evaluate(values, own)
         except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
             continue
         if open_uses:
@@ -80,13 +81,13 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
         _refuse_interaction(scalars, slow, tried, traced)
         try:
             _refuse_interaction(scalars, slow, drawn or tried, traced)
-        except SamplesInteractError:
+        except (ArgumentError, SamplesInteractError):
             decided = True
     return layouts, not decided
 
 
-def _values(graph_values: Any) -> Iterator[Any]:
-    """Yield values for the tensors: their own as far as they have one, the others drawn; then all drawn."""
+def _values(graph_values: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield values for the tensors, and whether all are their own: as far as they have one, the others drawn; then all drawn."""
     leaves = tf.nest.flatten(graph_values)
     first_target = len(leaves) - len(tf.nest.flatten(graph_values[2]))
     with tf.init_scope():
@@ -98,7 +99,7 @@ def _values(graph_values: Any) -> Iterator[Any]:
                 _draw(leaf, random, attempt, target=place >= first_target) if value is None or attempt else value
                 for place, (leaf, value) in enumerate(zip(leaves, known, strict=True))
             ]
-        yield tf.nest.pack_sequence_as(graph_values, values)
+        yield tf.nest.pack_sequence_as(graph_values, values), all(map(operator.is_, values, known))
 
 
 def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: bool) -> Array:
@@ -114,7 +115,7 @@ def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: boo
 
 def _evaluation(
     scalars: Scalars, chosen: list[str], like: Any, traced: Record
-) -> Callable[[Any], list[tuple[Layout | None, str, bool]]]:
+) -> Callable[[Any, bool], list[tuple[Layout | None, str, bool]]]:
     """Return what gives for each use its layout, how sure it is, and whether there are ways between samples, be they closed."""
     n, k = traced.scalars.shape
     weights = [np.asarray(weight) for weight in sample_weights(n)]
@@ -139,17 +140,18 @@ def _evaluation(
 
     run = _compiled(pulled, like)
 
-    def evaluate(values: Any) -> list[tuple[Layout | None, str, bool]]:
+    def evaluate(values: Any, own: bool) -> list[tuple[Layout | None, str, bool]]:
         layouts: list[tuple[Layout | None, str, bool]] = []
         for use, of_use in zip(traced.uses, run(values), strict=True):
             if use.site is None:
                 layouts.append((None, "sure", False))
             elif not of_use:
                 layouts.append((Layout(-1), "sure", False))  # no gradient reaches it: it adds nothing
+            elif not own and not np.all(np.isfinite(of_use[0])):
+                layouts.append((None, "open", False))  # other values may do
             else:
-                eps = max(_eps(of_use[0]), _eps(traced.scalars))  # what comes back through a loss in float32 is as exact as that
                 flat, *weighted, tainted = (gradient.numpy() for gradient in of_use)
-                layout, state = find_layout(flat, weighted, weights, eps)
+                layout, state = find_layout(flat, weighted, weights, traced.eps)
                 layouts.append((layout, state, layout is not None and reaches_others(tainted, layout, n)))
         return layouts
 
@@ -172,7 +174,8 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
     for name in slow:
         alone = single[name].numpy().astype(np.float64)
         summed, size = np.einsum("nk,nkp->p", weights, alone), float(np.max(np.abs(alone), initial=0.0))
-        eps = max(_eps(whole[name]), 0.0 if half else _eps(traced.scalars))
+        refuse_infinite(bool(np.all(np.isfinite(whole[name]))))
+        eps = _eps(whole[name]) if half else traced.eps
         tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:

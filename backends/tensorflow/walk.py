@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import tensorflow as tf
 
+from mgs_core._errors import UnsupportedModelError
 from mgs_core._types import Array
 
+from .namespace import namespace
 from .sites import Site, find_site
 from .terms import Term, follow
 
@@ -44,11 +46,13 @@ class Record:
         scalars: (n, k).
         uses: in the order of evaluation.
         key: equal for evaluations by the same operations, wired alike, on the same shapes and constants.
+        eps: relative spacing of the coarsest numbers that take part.
     """
 
     scalars: Array
     uses: list[Use]
     key: bytes
+    eps: float
 
 
 def record(scalars: Scalars, parameters: Mapping[str, Array], chosen: list[str], inputs: Any, targets: Any) -> Record:
@@ -70,7 +74,9 @@ def record(scalars: Scalars, parameters: Mapping[str, Array], chosen: list[str],
     known = [marked[name] for name in marked] + tf.nest.flatten((inputs, targets))
     key = _key(ops, [tensor.name for tensor in known if tensor is not None], chosen)
     terms = {marked[name].name: [Term(name, tuple(marked[name].shape))] for name in chosen}
-    return Record(value, _uses(ops, terms), key)
+    _refuse_python(ops, set(terms))
+    dtypes = {tensor.dtype for op in ops for tensor in op.outputs if tensor.dtype.is_floating} | {value.dtype}
+    return Record(value, _uses(ops, terms), key, max(float(namespace.finfo(dtype).eps) for dtype in dtypes))
 
 
 def _needed(value: Array, ops: list[Any]) -> list[Any]:
@@ -82,6 +88,18 @@ def _needed(value: Array, ops: list[Any]) -> list[Any]:
             names.add(op.name)
             pending += [tensor.op for tensor in op.inputs]
     return [op for op in ops if op.name in names]
+
+
+def _refuse_python(ops: list[Any], reached: set[str]) -> None:
+    """Refuse `tf.py_function` behind a parameter: its gradient can be taken once only."""
+    for op in ops:
+        if any(tensor.name in reached for tensor in op.inputs):
+            if op.type == "EagerPyFunc":
+                raise UnsupportedModelError(
+                    f"`model` must have no tf.py_function behind a parameter, for its gradient can be taken once only; got "
+                    f"{op.name!r}. Write it with TensorFlow's operations, or apply it to the data beforehand."
+                )
+            reached.update(tensor.name for tensor in op.outputs)
 
 
 def _uses(ops: list[Any], terms: dict[str, list[Term]]) -> list[Use]:

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mgs_core import _batch
 from mgs_core._errors import ArgumentError
 from mgs_core._known import Known, KnownByOwner
 from mgs_core._namespace import register_namespace
-from mgs_core._protocol import HeadFunction, LayerStatistics, ParameterChoice, Rows
+from mgs_core._protocol import Convolution, HeadFunction, LayerStatistics, ParameterChoice, Rows
 from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
+from mgs_core.contraction import contract
 from mgs_core.functional import FunctionalModel
 from mgs_core.gradient import weighted_gradient
-from mgs_core.statistics import contract, merge
+from mgs_core.statistics import merge
 
 from .collect import collect, groups_of_heads, weighted_pulls
+from .convolutions import kept_rows
 from .evaluated import Evaluated
 from .evaluated import covers as _covers
 from .evaluated import evaluated as _evaluated
@@ -133,6 +136,8 @@ class TorchBackend:
             return None
         chosen = select(model.parameters, parameters)
         found = self.statistics(model, model.outputs, None, lambda *_: losses[:, None], None, differentiable=False)
+        with torch.no_grad():
+            found = [kept_rows(use) or use if isinstance(use, Convolution) else use for use in found]
         seen = merge(use for use in found if use.parameter in chosen)
         if not seen:
             return None
@@ -202,6 +207,9 @@ class _Reading:
 
 
 def _plan(graph: Graph, plans: Known[Plan]) -> Plan:
+    if get_proxy_mode() is not None and (known := plans.kept(graph.key)) is not None:
+        return known
+
     def find() -> tuple[Plan, bool]:
         plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights))
         return plan, plan.sure

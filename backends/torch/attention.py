@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .contraction import full_precision
+from .products import full_precision
 
 #: The node that this file is about.
 FUSED_ATTENTION = "ScaledDotProductFlashAttentionForCpu"

@@ -12,13 +12,15 @@ from torch.autograd.graph import GradientEdge
 
 from mgs_core._layout import Layout
 from mgs_core._protocol import Convolution, LayerStatistics, Rows
-from mgs_core.statistics import MEMORY_BUDGET, as_rows
+from mgs_core.contraction import MEMORY_BUDGET
+from mgs_core.statistics import as_rows
 
 from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
 from .graph import Edge, Graph
 from .order import follow_each_contraction, next_number
 from .plan import Plan, Use
 from .rules import Place, Site, site_of
+from .scattered import Scattered
 from .second import cheaper_second_derivatives
 
 #: Elements of gradients up to which several heads are faster together on a CPU: more of them leave its cache.
@@ -169,7 +171,8 @@ class _Reader:
         def split(gradient: torch.Tensor) -> torch.Tensor:
             return self._split(layout, site.arrange(gradient))
 
-        by_head = [split(gradient) for gradient in given] if site.rows is None else [site.rows(split, each) for each in given]
+        summed = site.rows if some.numel() else None  # not of an expert without a sample
+        by_head = [split(gradient) if summed is None else summed(split, gradient) for gradient in given]
         d = torch.stack(by_head, dim=1) if len(by_head) > 1 else by_head[0].unsqueeze(1)
         if site.shared:  # a bias that is broadcast has the sum of what its weight has
             common = {**common, "origin": (self._use.site, layout, some.shape[-1] == d.shape[-1])}
@@ -182,7 +185,7 @@ class _Reader:
         self._form = shape[3:5] if isinstance(use, Convolution) else (shape[2], shape[-1])
         return use
 
-    def _split(self, layout: Layout, array: torch.Tensor) -> torch.Tensor:
+    def _split(self, layout: Layout | Scattered, array: torch.Tensor) -> torch.Tensor:
         """Return (samples, groups, s, features)."""
         split = layout.split(array, self._n)
         # a slice of all would be filled up with zeros by its derivative
@@ -201,7 +204,8 @@ class _Reader:
                 ]
                 parts = backward(*masked)
                 part = parts[slot] if isinstance(parts, tuple) else parts
-                rows.append(part.sum_to_size(shape))
+                # none where the operation, itself a derivative, does not change with the parameter
+                rows.append(self._graph.heads.new_zeros(shape) if part is None else part.sum_to_size(shape))
         return _wide(torch.stack(rows).reshape(self._samples, self._k, prod(shape)))
 
     def _to_source(self, rows: torch.Tensor) -> torch.Tensor:
@@ -240,7 +244,7 @@ class _Reader:
         return rows[:, :, places]
 
 
-def _of_sample(gradient: torch.Tensor | None, layout: Layout | None, sample: int, n: int) -> torch.Tensor | None:
+def _of_sample(gradient: torch.Tensor | None, layout: Layout | Scattered | None, sample: int, n: int) -> torch.Tensor | None:
     """Return the gradient with the rows of all other samples set to zero."""
     if gradient is None or layout is None:
         return gradient

@@ -7,35 +7,20 @@ larger than what they are made of are made again for it, a slice at a time, inst
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
-from math import prod
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from mgs_core import statistics
+from mgs_core import contraction as core
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer
+
+from .convolutions import of_convolution
+from .products import Buffers, add_gram, full_precision, recorded
 
 #: Elements of a slice of rows, chosen to stay in the processor's cache; a slice has at least so many columns for each sample.
 _SLICE, _LEAST = 1 << 19, 64
-#: Elements of one sample's gradient up to which a convolution in groups, a group for each sample, is fastest (on CPU).
-_GROUPED = 1 << 16
-#: Elements of all patches up to which cutting them out is faster still.
-_UNFOLDED = 1 << 17
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Let products have the precision of their arguments, whatever automatic mixed precision says."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    else:
-        yield
 
 
 @full_precision()
@@ -44,7 +29,7 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
     if full or right is not left or not isinstance(left, Outer | Convolution | Lookup):
         return None
     if isinstance(left, Convolution):
-        return _convolution(left)
+        return of_convolution(left)
     heads = [_head(left, head) for head in range(left.gradients.shape[1])]
     if isinstance(left, Lookup):
         n, _, s, o = left.gradients.shape
@@ -53,35 +38,12 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
             return pairs
         if n * s * s * (o + 60) <= left.size * o * (n + 60):  # pairs of positions cost less than tables
             return None
-        return _sum_of([_apply(_LookupKernel, use.indices, use.gradients.flatten(0, 1), use.size) for use in heads])
-    if statistics.prefers_pairwise(left, left):
+        return _sum_of([recorded(_LookupKernel, use.indices, use.gradients.flatten(0, 1), use.size) for use in heads])
+    if core.prefers_pairwise(left, left):
         return None
     return _sum_of(
-        [_apply(_OuterKernel, use.inputs, use.gradients.squeeze(1), use.one) for use in heads if isinstance(use, Outer)]
+        [recorded(_OuterKernel, use.inputs, use.gradients.squeeze(1), use.one) for use in heads if isinstance(use, Outer)]
     )
-
-
-@full_precision()
-def symmetric_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return `left rightᵀ` over the last axis."""
-    if right is left and left.requires_grad:
-        return _apply(_Gram, left)
-    return left @ right.mT
-
-
-class _Gram(torch.autograd.Function):
-    """`R Rᵀ`, for a batch of matrices."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        return rows @ rows.mT
-
-    @staticmethod
-    @full_precision()
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = ctx.saved_tensors[0]
-        return (gradients[0] + gradients[0].mT) @ rows
 
 
 @full_precision()
@@ -109,11 +71,6 @@ def weighted_gradient(use: LayerStatistics, weights: torch.Tensor) -> torch.Tens
     return (part if use.restore is None else use.restore(part)).reshape(-1)
 
 
-def _apply(function: Any, *arguments: Any) -> torch.Tensor:
-    result: torch.Tensor = function.apply(*arguments)
-    return result
-
-
 class _OuterKernel(torch.autograd.Function):
     """Kernel of rows `Σ_s a ⊗ d`, from (n, g, s, i) and (n, g, s, o): the same in both, sliced along the wider.
 
@@ -127,11 +84,11 @@ class _OuterKernel(torch.autograd.Function):
         ctx.sums = gradients.sum(2).view(n, -1) if bias else None
         wide, narrow, _ = _wide_first(inputs, gradients)
         kernel = wide.new_zeros(n, n) if ctx.sums is None else ctx.sums @ ctx.sums.T
-        buffers = _Buffers(wide)
+        buffers = Buffers(wide)
         for where in _slices(wide, narrow):
             part = wide[:, :, where]
             rows = torch.bmm(narrow.mT, part, out=buffers.take(0, len(part), narrow.shape[2], part.shape[2]))
-            _add_gram(kernel, rows.view(n, -1))
+            add_gram(kernel, rows.view(n, -1))
         return kernel
 
     @staticmethod
@@ -144,7 +101,7 @@ class _OuterKernel(torch.autograd.Function):
         wide, narrow, swapped = _wide_first(inputs, gradients)
         # contiguous, for products into anything else are made one by one
         to_wide, to_narrow = wide.new_empty(wide.shape), narrow.new_empty(narrow.shape)
-        buffers = _Buffers(wide)
+        buffers = Buffers(wide)
         for where in _slices(wide, narrow):
             part = wide[:, :, where]
             shape = (len(part), narrow.shape[2], part.shape[2])
@@ -166,22 +123,6 @@ class _OuterKernel(torch.autograd.Function):
         return of_inputs.view_as(inputs), to_gradients, None
 
 
-class _Buffers:
-    """Hold memory that is used again: to get new memory from the system takes about as long as to compute what goes there."""
-
-    def __init__(self, like: torch.Tensor) -> None:
-        self._like = like
-        self._held: dict[int, torch.Tensor] = {}
-
-    def take(self, number: int, *shape: int) -> torch.Tensor:
-        """Return an array of the shape, with anything in it, in the buffer of that number."""
-        size = prod(shape)
-        held = self._held.get(number)
-        if held is None or held.numel() < size:
-            held = self._held[number] = self._like.new_empty(size)
-        return held[:size].view(shape)
-
-
 def _wide_first(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     a, d = inputs.flatten(0, 1), gradients.flatten(0, 1)
     return (d, a, True) if d.shape[2] > a.shape[2] else (a, d, False)
@@ -193,113 +134,6 @@ def _slices(wide: torch.Tensor, narrow: torch.Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, wide.shape[2], step)]
 
 
-def _add_gram(kernel: torch.Tensor, rows: torch.Tensor) -> None:
-    kernel.addmm_(rows, rows.T)
-
-
-def _convolution(use: Convolution) -> torch.Tensor | None:
-    n, k, s, groups, o = use.gradients.shape[:5]
-    i, positions, window = use.images.shape[3], prod(use.gradients.shape[5:]), prod(use.window)
-    pairwise = groups * (n * s * positions) ** 2 * (i * window + o + 60)
-    rows = k * groups * i * window * o * n * (s * positions + n + 30)
-    if s > 1 or any(before != after for before, after in use.pads):
-        return None
-    on_host = use.images.device.type == "cpu"
-    if len(use.window) == 2 and (pairwise <= rows or (on_host and n * groups * i * window * positions <= _UNFOLDED)):
-        unfolded = _unfolded(use)
-        found: torch.Tensor = statistics.contribution(unfolded, unfolded)
-        return found
-    if pairwise <= rows:
-        return None
-    images = use.images.flatten(0, 3)
-    convolution = _grouped if groups * i * o * window <= _GROUPED and on_host else _by_offset
-    return _sum_of([convolution(use, images, _head(use, head).gradients.flatten(0, 4)) for head in range(k)])
-
-
-def _unfolded(use: Convolution) -> Outer:
-    """Cut out the patches of images in two dimensions, by one operation with a derivative of one, where the core has many."""
-    n, k, _, groups, o, *out = use.gradients.shape
-    padding = [before for before, _ in use.pads]
-    patches = torch.ops.aten.im2col(use.images.flatten(1, 3), use.window, use.dilations, padding, use.strides)
-    inputs, gradients = patches.view(n, groups, -1, prod(out)).mT, use.gradients.reshape(n, k, groups, o, -1).mT
-    return Outer(use.parameter, gradients, use.view, use.restore, use.part, inputs=inputs)
-
-
-def _grouped(use: Convolution, images: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Let the convolution's own weight gradient make the rows: a group for each sample."""
-    n, _, _, groups, o = use.gradients.shape[:5]
-    i, rank = use.images.shape[3], len(use.window)
-    nothing = [0] * rank
-    shape = images.new_empty(1).expand(n * groups * o, i, *use.window)
-    padding = [before for before, _ in use.pads]
-    rows = torch.ops.aten.convolution_backward(
-        gradients[None], images[None], shape, None, use.strides, padding, use.dilations, False, nothing, n * groups,
-        [False, True, False],
-    )[1]  # fmt: skip
-    rows = rows.reshape(n, -1)
-    return symmetric_product(rows, rows)
-
-
-def _by_offset(use: Convolution, images: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    return _apply(_OffsetKernel, use, images, gradients)
-
-
-class _OffsetKernel(torch.autograd.Function):
-    """Kernel of a convolution's rows, one element of the window at a time: then they are the product of a slice and gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, use: Convolution, images: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        ctx.use = replace(use, gradients=None, images=None, restore=None)
-        ctx.save_for_backward(images, gradients)
-        ctx.n, ctx.groups, ctx.o, ctx.i = *(use.gradients.shape[axis] for axis in (0, 3, 4)), use.images.shape[3]
-        d, padded = _padded(ctx, images, gradients)
-        kernel = d.new_zeros(ctx.n, ctx.n)
-        buffers = _Buffers(d)
-        for where in _windows(ctx.use, gradients.shape[1:]):
-            x = padded[where]
-            flat = buffers.take(0, *x.shape).copy_(x).flatten(2)
-            rows = torch.bmm(d, flat.mT, out=buffers.take(1, len(d), ctx.o, ctx.i))
-            _add_gram(kernel, rows.view(ctx.n, -1))
-        return kernel
-
-    @staticmethod
-    @once_differentiable
-    @full_precision()
-    def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
-        images, gradients = ctx.saved_tensors
-        mixing = gradients_out[0] + gradients_out[0].T
-        d, padded = _padded(ctx, images, gradients)
-        to_d, to_padded = torch.zeros_like(d), torch.zeros_like(padded)
-        buffers = _Buffers(d)
-        for where in _windows(ctx.use, gradients.shape[1:]):
-            x = padded[where]
-            flat = buffers.take(0, *x.shape).copy_(x).flatten(2)
-            rows = torch.bmm(d, flat.mT, out=buffers.take(1, len(d), ctx.o, ctx.i))
-            mixed = buffers.take(2, *rows.shape)
-            torch.mm(mixing, rows.view(ctx.n, -1), out=mixed.view(ctx.n, -1))
-            to_d.baddbmm_(mixed, flat)
-            to_padded[where] += torch.bmm(mixed.mT, d, out=flat).view_as(x)
-        for axis, (before, _) in enumerate(ctx.use.pads, start=1):
-            to_padded = to_padded.narrow(axis + 1, before, images.shape[axis])
-        return None, to_padded.reshape(images.shape), to_d.view_as(gradients)
-
-
-def _padded(ctx: Any, images: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    widths = [width for pair in reversed(ctx.use.pads) for width in pair]
-    padded = functional.pad(images.reshape(ctx.n * ctx.groups, ctx.i, *images.shape[1:]), widths)
-    return gradients.reshape(ctx.n * ctx.groups, ctx.o, -1), padded
-
-
-def _windows(use: Convolution, out: torch.Size) -> list[tuple[Any, ...]]:
-    """Return what each element of the window sees of the padded image."""
-    places = []
-    for offset in product(*map(range, use.window)):
-        starts = (at * dilation for at, dilation in zip(offset, use.dilations, strict=True))
-        slices = (slice(at, at + (size - 1) * step + 1, step) for at, size, step in zip(starts, out, use.strides, strict=True))
-        places.append((..., *slices))
-    return places
-
-
 def _equal_pairs(use: Lookup) -> torch.Tensor | None:
     """Return the kernel as a sum over pairs of samples that look up the same row; None where there are many such pairs."""
     n, k, s, o = use.gradients.shape
@@ -309,7 +143,7 @@ def _equal_pairs(use: Lookup) -> torch.Tensor | None:
     rows, samples, rank = (seen % use.size)[order], (seen // use.size)[order], torch.argsort(order)
     later = torch.searchsorted(rows, rows, right=True) - torch.arange(1, len(rows) + 1)  # in the same group
     count = int(later.sum())
-    if 8 * count > n * use.size or count * k * o > statistics.MEMORY_BUDGET:
+    if 8 * count > n * use.size or count * k * o > core.MEMORY_BUDGET:
         return None
     left = torch.arange(len(rows)).repeat_interleave(later)
     right = left + 1 + torch.arange(count) - (later.cumsum(0) - later).repeat_interleave(later)
@@ -333,7 +167,7 @@ class _LookupKernel(torch.autograd.Function):
         ctx.save_for_backward(gradients)
         kernel = gradients.new_zeros(n, n)
         for _, rows in _tables(ctx, gradients):
-            _add_gram(kernel, rows)
+            add_gram(kernel, rows)
         return kernel
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._known import Known
 
+from .graph import operation
 from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
 from .run import BatchNorm, unwrap
@@ -81,10 +82,10 @@ def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     """
     own = {id(value) for value in model.parameters.values()}
     for node in _nodes(losses):
-        name = node.name().partition("Backward")[0]
+        name = operation(node)
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)
-            or node.name().startswith("BackwardHookFunction")
+            or name == "Python BackwardHookFunction"
             or getattr(node, "_saved_sparse", False)
             or (name in BATCH_NORMS and node._saved_training)
             or any(metadata.dtype in (torch.float16, torch.bfloat16) for metadata in node._input_metadata)

@@ -23,7 +23,7 @@ _ONCE = {
     "MkldnnRnnLayer": ("a fused recurrent layer", _CONTEXT),
     "CudnnRnn": ("a fused recurrent layer", _CONTEXT),
     "MiopenRnn": ("a fused recurrent layer", _CONTEXT),
-    "CompiledFunction": ("a model compiled by torch.compile", "Use the model as it was before, `model._orig_mod`."),
+    "Python CompiledFunction": ("a model compiled by torch.compile", "Use the model as it was before, `model._orig_mod`."),
     "EmbeddingBag": ("an embedding bag that takes the maximum", 'Use `mode="sum"` or "mean".'),
 }
 

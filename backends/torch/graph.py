@@ -6,11 +6,13 @@ A node is one operation's backward function. `next_functions` has one edge for e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from mgs_core._errors import UnsupportedModelError
@@ -19,7 +21,7 @@ from mgs_core._errors import UnsupportedModelError
 Edge: TypeAlias = tuple[int, int]
 
 # they run parameters that the graph does not show
-_OPAQUE = {"CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`"}
+_OPAQUE = {"Python CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`"}
 
 
 @dataclass(eq=False)
@@ -57,6 +59,12 @@ class Graph:
         """Return the dtype of the tensor that flows along the edge."""
         dtype: torch.dtype = self.nodes[edge[0]]._input_metadata[edge[1]].dtype
         return dtype
+
+
+def operation(node: Any) -> str:
+    """Return the name of a node's operation, as "Addmm"; "Python Addmm" of one written in Python, which may bear any name."""
+    name = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+    return f"Python {name}" if isinstance(node, BackwardCFunction) else name
 
 
 def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Graph:
@@ -101,7 +109,7 @@ def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> G
             else:
                 place = places.get(child) if child is not None else None
                 inputs.append(None if place is None else (place, output))
-        name = node.name().rpartition("::")[2].partition("Backward")[0]
+        name = operation(node)
         if name in _OPAQUE:
             raise UnsupportedModelError(f"`model` must show its parameters in the autograd graph; got {_OPAQUE[name]}.")
         if all(edge is None for edge in inputs):

@@ -1,6 +1,6 @@
 """The array-API namespace of PyTorch tensors, with PyTorch's own kernels for what the array API lacks.
 
-The names that begin with `mgs_` are those of `mgs_core/statistics.py` and `mgs_core/onnx/extensions.py`, which say what each
+The names that begin with `mgs_` are those of `mgs_core/contraction.py` and `mgs_core/onnx/extensions.py`, which say what each
 takes and returns.
 """
 
@@ -14,7 +14,8 @@ import array_api_compat.torch as compat
 import torch
 from torch.nn import functional
 
-from .contraction import contribution, full_precision, symmetric_product, weighted_gradient
+from .contraction import contribution, weighted_gradient
+from .products import full_precision, symmetric_product
 
 Sizes: TypeAlias = Sequence[int]
 Pairs: TypeAlias = Sequence[tuple[int, int]]

@@ -18,9 +18,10 @@ from mgs_core._layout import Layout, find_layout, sample_weights
 
 from .chain import is_view, sources
 from .graph import Edge, Graph
-from .moves import Gradients, indexed, values_decide
+from .moves import Gradients, values_decide
 from .rules import Place, Site, site_of
 from .rules.normalisation import BATCH_NORMS
+from .scattered import Scattered, find_scattered
 
 # of their inputs only the first can be data
 _DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
@@ -42,7 +43,7 @@ class Use:
     site: int
     slot: int
     source: Edge
-    layouts: tuple[Layout | None, ...]
+    layouts: tuple[Layout | Scattered | None, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         Use(number, slot, edge, known[number].layouts[slot]) for number, slots in sites.items() for slot, edge in slots.items()
     ]
     sure = all(known[number].sure for number in sites)
-    at = {(use.site, output): layout for use in uses for output, layout in enumerate(use.layouts) if layout is not None}
+    at = {(use.site, output): layout for use in uses for output, layout in enumerate(use.layouts) if isinstance(layout, Layout)}
     arrange = {use.site: arrangement(site_of(Place(graph, use.site, use.slot))) for use in uses}
     holds = sure and not values_decide(graph, at, weights, gradients, lambda edge, gradient: arrange[edge[0]](gradient))
     return Plan(tuple(uses), holds)
@@ -112,7 +113,7 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
 class _Found:
     """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
 
-    layouts: dict[int, tuple[Layout | None, ...]]
+    layouts: dict[int, tuple[Layout | Scattered | None, ...]]
     separate: bool
     sure: bool
     silent: bool
@@ -172,12 +173,13 @@ def _test(
     at = {edge: (flat[place], [found[place] for found in weighted]) for place, edge in enumerate(edges)}
     results = {}
     for number in fresh:
-        layouts: dict[int, tuple[Layout | None, ...]] = {}
+        layouts: dict[int, tuple[Layout | Scattered | None, ...]] = {}
         states: list[str] = []
+        scattered = not _alone(graph, number, sites[number])  # a chain may lead to one sample only
         for slot in sites[number]:
             site = site_of(Place(graph, number, slot))
             outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
-            found = [_of_output(arrangement(site), *at[edge], weights) for edge in outputs]
+            found = [_of_output(arrangement(site), *at[edge], weights, scattered) for edge in outputs]
             layouts[slot] = tuple(layout for layout, _ in found)
             states += [state for _, state in found]
         results[number] = _Found(
@@ -194,11 +196,14 @@ def _of_output(
     flat: torch.Tensor | None,
     weighted: list[torch.Tensor | None],
     weights: list[torch.Tensor],
-) -> tuple[Layout | None, str]:
+    scattered: bool,
+) -> tuple[Layout | Scattered | None, str]:
     if flat is None:
         return None, "absent"
     arranged = [arrange(gradient) for gradient in weighted if gradient is not None]
-    return find_layout(arrange(flat), arranged, weights, torch.finfo(flat.dtype).eps)
+    layout, state = find_layout(arrange(flat), arranged, weights, torch.finfo(flat.dtype).eps)
+    rows = find_scattered(arrange(flat), arranged, len(weights[0])) if scattered and state == "mixed" else None
+    return (layout, state) if rows is None else (rows, "open")
 
 
 def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -210,12 +215,6 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     names = [name for edge in slots.values() for name in sources(graph, edge)]
     mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
     gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
-    if not mixing and any(indexed(graph, n) for n in range(len(graph.nodes))):
-        return SamplesInteractError(
-            "`model` must keep the samples in order, and as many rows of each; got rows that data have moved or chosen at "
-            f"parameter {names[0]!r} (indexing, routing, packed sequences, graphs). Use `chunk_size=1` where samples can be run "
-            "one by one, or leave these parameters out by `parameters=`."
-        )
     where = "batch normalisation in training mode" if mixing else "statistics over the batch, or outputs flat over positions"
     where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
     return SamplesInteractError(

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .attention import FUSED_ATTENTION, replace_attention
+from .graph import operation
 
 # (node, gradient above, gradient of the first input) → the same gradient, recorded anew
 _Replacement = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -33,7 +34,7 @@ def cheaper_second_derivatives(nodes: Iterable[Any]) -> Iterator[None]:
     handles = []
     try:
         for node in nodes:
-            name = node.name().partition("Backward")[0]
+            name = operation(node)
             if name == FUSED_ATTENTION:
                 handles.append(node.register_hook(partial(replace_attention, node)))
             elif name in _REPLACEMENTS:
@@ -51,7 +52,9 @@ def normalised_rows(node: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _replace(node: Any, replacement: _Replacement, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    if inputs[0] is None or outputs[0] is None:
+    # a gradient may arrive at the statistics too: that of a derivative that is among the model's outputs
+    with_statistics = any(gradient is not None for gradient in outputs[1:])
+    if inputs[0] is None or outputs[0] is None or not outputs[0].numel() or with_statistics:
         return inputs
     return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
 

@@ -1,4 +1,4 @@
-"""Audit labels: train networks for a few epochs, and let their kernel say which labels the other samples contradict."""
+"""Audit labels: train networks for a few epochs, and let their kernel say which labels other samples contradict."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mgs_core import onnx
+from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
@@ -21,6 +22,8 @@ from mgs_core.kernel import kernel
 from mgs_core.summary import _cosine
 from mgs_core.suspicion import suspicion
 
+#: Samples that are judged together: the regression takes their cube in time and their square in memory.
+BLOCK = 2048
 _EPOCHS = 4
 _LEAST_STEPS, _LEAST_STEPS_OF_OTHERS = 24, 84  # convolutions learn more slowly what to look at than "mlp"
 
@@ -29,14 +32,19 @@ _LEAST_STEPS, _LEAST_STEPS_OF_OTHERS = 24, 84  # convolutions learn more slowly 
 class Audit:
     """Hold what an audit found.
 
+    A sample is judged by all other samples of its block. There is one block, of all samples, unless there are more than `block`
+    of them: then they are split at random, and no sample is compared with one of another block.
+
     Attributes:
-        scores: (n,), how far another class is predicted ahead of the given one, from all other samples; high is suspicious.
+        scores: (n,), how far another class is predicted ahead of the given one, from the others of its block; high is suspicious.
         given: (n,), the labels as they came.
-        suggested: (n,), the labels that the other samples predict.
-        contradicted: (n,) of bool, labels that the others surely contradict; their number estimates how many are wrong.
-        agreement: (n,), mean cosine of a sample's gradient of the loss with those of the same label in its batch, over training.
-        neighbours: (n,), share of the ten nearest samples that bear another label.
+        suggested: (n,), the labels that the others of its block predict.
+        contradicted: (n,) of bool, labels that these surely contradict; their number estimates how many are wrong.
+        class_cosine: (n,), mean cosine of the gradient of a sample's loss with those of the same label in its batch, over the
+            training.
+        neighbours: (n,), share of the ten nearest samples of its block that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)` to make little of suspicious labels.
+        blocks: how many blocks the samples were split into.
 
     Example:
         >>> import mgs_core as mgs
@@ -51,9 +59,10 @@ class Audit:
     given: Array
     suggested: Array
     contradicted: Array
-    agreement: Array
+    class_cosine: Array
     neighbours: Array
     weights: Array
+    blocks: int = 1
 
     @property
     def order(self) -> Array:
@@ -71,11 +80,11 @@ def audit(
     epochs: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
-    block: int = 2048,
+    block: int = BLOCK,
     seed: int = 0,
     on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Audit:
-    """Rank labels by how far the gradients of all other samples contradict them.
+    """Rank labels by how far the gradients of other samples contradict them: all others, or of many samples those of a block.
 
     Networks are trained for a few epochs, before they can learn wrong labels by heart, and the mean of their cosine kernels goes
     through `suspicion`.
@@ -87,11 +96,12 @@ def audit(
             or a `FunctionalModel` on the backend that does.
         backend: name of the backend that trains.
         networks: how many are trained; each from weights and in an order of its own, those of a model of yours from its weights.
-        epochs: passes of each over the samples; None for 4, or, where samples are few, as many as make 24 steps
-            of "mlp" and 84 of others.
-        batch_size: samples a step.
+        epochs: passes of each over the samples; None for 4, or more where samples are few: enough for 24 steps of "mlp" and
+            84 of others.
+        batch_size: samples per step.
         learning_rate: of Adam, at the start; above 0.
-        block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this many.
+        block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this
+            many, and each is compared with those of its own block only.
         seed: seed of weights, order and blocks.
         on_epoch: called with the number of each finished epoch, of `networks · epochs`.
 
@@ -102,8 +112,9 @@ def audit(
         ArgumentError: when inputs, labels or another argument do not fit.
 
     Cost:
-        For each network its training, with one kernel a step (about twice plain training), and one kernel of the c outputs of
-        each block; about `16 · n · block²` operations for the regression; memory for `block²` numbers.
+        For each network its training, with one kernel per step (about twice plain training), and one kernel of the c outputs of
+        each block; for each block one eigendecomposition and up to six inversions, together at most about `22 · n · block²`
+        operations; memory for `block²` numbers.
 
     Example:
         >>> import mgs_core as mgs
@@ -113,18 +124,10 @@ def audit(
         (360,)
     """
     x, given, classes = _checked(inputs, labels)
-    for name, value, least in (
-        ("networks", networks, 1),
-        ("epochs", 1 if epochs is None else epochs, 1),
-        ("batch_size", batch_size, 2),
-        ("block", block, 3),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
+    block, seed = integer("block", block, 3), integer("seed", seed, 0)
     check_learning_rate(learning_rate)
-    if epochs is None:
-        epochs = usual_epochs(len(given), batch_size, model)
+    epochs = usual_epochs(len(given), batch_size, model) if epochs is None else integer("epochs", epochs, 1)
     starts = [_start(model, backend, x, classes, seed, number) for number in range(networks)]
     outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
     if len(outputs) != 2 or outputs[1] < classes:
@@ -148,11 +151,12 @@ def audit(
         name: np.concatenate([getattr(one, name) for one in judged])[back]
         for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
-    return Audit(given=given, agreement=np.mean([own.agreement for own in trained], axis=0), **fields)
+    class_cosine = np.mean([own.class_cosine for own in trained], axis=0)
+    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), **fields)
 
 
 def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
-    """Return the epochs of an audit that is not told how many: 4, or as many as make 24 steps, or 84 of models but the MLP."""
+    """Return the default number of epochs: 4, or enough for 24 steps of the MLP and 84 of other models."""
     least = _LEAST_STEPS if model == "mlp" else _LEAST_STEPS_OF_OTHERS
     return max(_EPOCHS, -(-least // max(1, samples // batch_size)))
 
@@ -185,7 +189,7 @@ class _Training:
         self._step = self._backend.compile(step)
 
     @property
-    def agreement(self) -> Array:
+    def class_cosine(self) -> Array:
         """Return the mean cosine with samples of the same label; 0 for a sample that never met one."""
         return self._sums / np.maximum(self._counts, 1)
 
@@ -201,7 +205,7 @@ class _Training:
             matrix, self._parameters, self._moments = self._step(
                 self._parameters, self._moments, asarray(self._x[batch]), asarray(targets), now
             )
-            self._agree(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
+            self._compare(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
 
     def cosine(self, samples: Array) -> Array:
         """Return the cosine kernel of the outputs at samples."""
@@ -214,7 +218,7 @@ class _Training:
         losses = cross_entropy(self._function(parameters, inputs), targets)
         return self._backend.namespace.mean(losses)
 
-    def _agree(self, matrix: Array, batch: Array) -> None:
+    def _compare(self, matrix: Array, batch: Array) -> None:
         given = self._given[batch]
         same = (given[:, None] == given) & ~np.eye(len(batch), dtype=bool)
         root = np.sqrt(np.maximum(np.diagonal(matrix), np.finfo(np.float64).tiny))
@@ -232,8 +236,9 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
         raise ArgumentError(
-            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-            "Number the classes from 0."
+            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}"
+            f"{', ' + str(np.unique(y)[:5].tolist()) if y.size else ''}. "
+            "Number the classes from 0: numpy.unique(labels, return_inverse=True)[1]."
         )
     classes = count_classes(y, "labels")
     scaled, _, _ = scale(x)

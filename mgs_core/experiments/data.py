@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, extra, renamed
 from mgs_core._types import Array
 
 NOISE_KINDS = ("symmetric", "pair")
@@ -63,6 +63,7 @@ def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> D
 
     Raises:
         ArgumentError: when the source is unknown or damaged, or too small.
+        BackendError: when scikit-learn is needed and not installed.
 
     Example:
         >>> from mgs_core.experiments import load_dataset
@@ -73,26 +74,27 @@ def load_dataset(source: str, *, samples: int | None = None, seed: int = 0) -> D
     if source == "digits":
         arrays = _split(*load_digits_arrays(), random)
     elif source == "mnist":
-        from sklearn.datasets import fetch_openml
-
+        with extra("app", "The data set 'mnist'"):
+            from sklearn.datasets import fetch_openml
         try:
             bundle = fetch_openml("mnist_784", version=1, as_frame=False)
         except OSError as error:  # URLError is one
             raise ArgumentError(
-                f"`data` must be within reach; mnist could not be fetched from OpenML ({error}). "
+                f"`source` must be within reach; mnist could not be fetched from OpenML ({error}). "
                 "Pass the path of an .npz file with x_train, y_train, x_test, y_test instead."
             ) from error
         x, y = bundle.data.reshape(-1, 28, 28), bundle.target.astype(int)
         arrays = {"x_train": x[:60000], "y_train": y[:60000], "x_test": x[60000:], "y_test": y[60000:]}
     else:
-        arrays = read_arrays(source, ("x_train", "y_train", "x_test", "y_test"))
+        with renamed(path="source"):
+            arrays = read_arrays(source, ("x_train", "y_train", "x_test", "y_test"))
     return _prepare(Path(source).stem if source.endswith(".npz") else source, arrays, samples, random)
 
 
 def load_digits_arrays() -> tuple[Array, Array]:
     """Return scikit-learn's digits: images (1797, 8, 8) and labels."""
-    from sklearn.datasets import load_digits
-
+    with extra("app", "The data set 'digits'"):
+        from sklearn.datasets import load_digits
     bundle = load_digits()
     return bundle.images, bundle.target
 
@@ -103,7 +105,8 @@ def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 
     Args:
         data: a data set with clean labels.
         rate: probability for each label to be redrawn, 0 to 1.
-        kind: "symmetric": redrawn uniformly over all classes, so that 1/c of them stay right; "pair": replaced by the next class.
+        kind: "symmetric": redrawn uniformly over the c classes that have samples, so that 1/c of them stay right; "pair":
+            replaced by the next of them.
         seed: seed of the draw.
 
     Returns:
@@ -117,15 +120,22 @@ def corrupt(data: Dataset, rate: float, kind: str = "symmetric", *, seed: int = 
         >>> float(corrupt(load_dataset("digits"), 0.5, "pair").wrong.mean().round(1))
         0.5
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-        raise ArgumentError(f"`noise` must be a probability between 0 and 1; got {rate!r}.")
-    if kind not in NOISE_KINDS:
-        raise ArgumentError(f"`noise_kind` must be one of {', '.join(NOISE_KINDS)}; got {kind!r}.")
+    check_noise(rate, kind)
     random = np.random.default_rng(seed)
     labels = data.true_labels
     chosen = random.random(labels.shape) < rate
-    other = random.integers(0, data.classes, labels.shape) if kind == "symmetric" else (labels + 1) % data.classes
+    present = np.unique(labels)  # a class of which there are no samples is none, as 0 where labels begin at 1
+    at = random.integers(0, len(present), labels.shape) if kind == "symmetric" else np.searchsorted(present, labels) + 1
+    other = present[at % len(present)]
     return replace(data, train_labels=np.where(chosen, other, labels))
+
+
+def check_noise(rate: float, kind: str) -> None:
+    """Refuse a rate that is no probability, and an unknown kind."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ArgumentError(f"`rate` must be a probability between 0 and 1; got {rate!r}.")
+    if kind not in NOISE_KINDS:
+        raise ArgumentError(f"`kind` must be one of {', '.join(NOISE_KINDS)}; got {kind!r}.")
 
 
 def _split(inputs: Array, labels: Array, random: np.random.Generator) -> dict[str, Array]:
@@ -149,15 +159,15 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
         ArgumentError: when the file is missing, damaged, holds objects, or lacks an array.
     """
     if not str(path).endswith(".npz"):
-        raise ArgumentError(f"`data` must be the path of an .npz file, or a name that --help lists; got {str(path)!r}.")
+        raise ArgumentError(f"`path` must be the path of an .npz file, or a name that --help lists; got {str(path)!r}.")
     if not Path(path).is_file():
-        raise ArgumentError(f"`data` must be a file that exists; got {str(path)!r}. Check the path.")
+        raise ArgumentError(f"`path` must be a file that exists; got {str(path)!r}. Check the path.")
     try:
         with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArgumentError(
-            f"`data` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. "
+            f"`path` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. "
             "Pickled objects are refused, for reading them can run code; save the arrays with a numeric dtype."
         ) from error
     require(arrays, names, path)
@@ -173,14 +183,18 @@ def require(arrays: Mapping[str, Array], names: Iterable[str], path: str | Path)
         path: the file, for the message.
 
     Raises:
-        ArgumentError: when an array is missing.
+        ArgumentError: when an array is missing, or no array.
     """
+    names = list(names)
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ArgumentError(
-            f"`data` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} "
+            f"`path` must hold {', '.join(names)}; {str(path)!r} lacks {', '.join(missing)} "
             f"and has {', '.join(arrays) or 'nothing'}."
         )
+    for name in names:
+        if not arrays[name].ndim:
+            raise ArgumentError(f"`path` must hold samples along the first axis of {name!r}; {str(path)!r} holds a single value.")
 
 
 def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:
@@ -193,7 +207,7 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
             raise ArgumentError(
                 f"`y_{part}` must be integers of at least 0, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-                "Number the classes from 0."
+                f"Number the classes from 0: numpy.searchsorted(numpy.unique(y_train), y_{part})."
             )
         if len(x) < 2:
             raise ArgumentError(f"`x_{part}` must hold at least 2 samples; got {len(x)}.")
@@ -251,7 +265,7 @@ def _draw(labels: Array, samples: int | None, random: np.random.Generator) -> An
     """Return indices of `samples` samples, taking one of each class in turn."""
     if samples is None:
         return random.permutation(len(labels))
-    if isinstance(samples, bool) or not isinstance(samples, int) or not 2 <= samples <= len(labels):
+    if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)) or not 2 <= samples <= len(labels):
         raise ArgumentError(f"`samples` must be an integer between 2 and {len(labels)}, what the data hold; got {samples!r}.")
     order = random.permutation(len(labels))
     turn = np.empty(len(labels), dtype=int)

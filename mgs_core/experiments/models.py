@@ -13,12 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from mgs_core._errors import ArgumentError
 from mgs_core._types import Array
 
-MODELS = ("mlp", "cnn")
 _OPSET = 17
 
 
 @dataclass(frozen=True, eq=False)
-class Network:
+class Graphs:
     """Hold one network twice: with the same parameters, once as it is used and once with places for dropout masks.
 
     Attributes:
@@ -32,7 +31,7 @@ class Network:
     masks: dict[str, int]
 
 
-def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[int]) -> Network:
+def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[int]) -> Graphs:
     """Build a network.
 
     Args:
@@ -43,88 +42,89 @@ def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[
         seed: seed of the weights, He-normal; biases are 0.
 
     Returns:
-        The network.
+        Its graphs.
 
     Raises:
         ArgumentError: when the model is unknown or the shape is no image's.
     """
-    if model == "mlp":
-        layers, width = [("Flatten", {"axis": 1})], prod(shape)
-        weights = _dense(["hidden_0", "hidden_1", "output"], [width, 256, 256, classes], np.random.default_rng(seed))
-        steps = [*layers, "hidden_0", "hidden_1", "output"]
-        return _network(steps, weights, shape, classes)
-    if model == "cnn":
-        if len(shape) not in (2, 3) or min(shape[-2:]) < 4:
-            raise ArgumentError(f"`model` must be mlp for samples that are no images of at least 4×4; got cnn for {shape}.")
-        channels = 1 if len(shape) == 2 else shape[0]
-        random = np.random.default_rng(seed)
-        weights = {}
-        for name, before, after in (("convolution_0", channels, 16), ("convolution_1", 16, 32)):
-            weights[f"{name}.weight"] = _he(random, (after, before, 3, 3), before * 9)
-            weights[f"{name}.bias"] = np.zeros(after, np.float32)
-        rest = 32 * (shape[-2] // 4) * (shape[-1] // 4)
-        weights |= _dense(["hidden_0", "output"], [rest, 64, classes], random)
-        first: list[Any] = [("Unsqueeze", {"axes": [1]})] if len(shape) == 2 else []
-        steps = [*first, "convolution_0", "convolution_1", ("Flatten", {"axis": 1}), "hidden_0", "output"]
-        return _network(steps, weights, shape, classes)
-    raise ArgumentError(f"`model` must be one of {', '.join(MODELS)}, or the path of an .onnx file; got {model!r}.")
+    if model not in _WIRED:
+        raise ArgumentError(f"`model` must be one of {', '.join(MODELS)}, or the path of an .onnx file; got {model!r}.")
+    if model == "cnn" and (len(shape) not in (2, 3) or min(shape[-2:]) < 4):
+        raise ArgumentError(f"`model` must be mlp for samples that are no images of at least 4×4; got cnn for {shape}.")
+    plain, masked = (_Graph(np.random.default_rng(seed), with_masks) for with_masks in (False, True))  # of the same weights
+    for graph in (plain, masked):
+        _WIRED[model](graph, shape, classes)
+    return Graphs(plain.made(shape, classes), masked.made(shape, classes), masked.masks)
 
 
-def _he(random: np.random.Generator, shape: tuple[int, ...], fan_in: int) -> Array:
-    return (random.normal(size=shape) * np.sqrt(2.0 / fan_in)).astype(np.float32)
+class _Graph:
+    """Collect nodes, and draw the weights that they take."""
 
+    def __init__(self, random: np.random.Generator, with_masks: bool) -> None:
+        self._random, self._with_masks = random, with_masks
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: dict[str, Array] = {}
+        self.masks: dict[str, int] = {}
 
-def _dense(names: list[str], widths: list[int], random: np.random.Generator) -> dict[str, Array]:
-    weights: dict[str, Array] = {}
-    for name, before, after in zip(names, widths[:-1], widths[1:], strict=True):
-        weights[f"{name}.weight"] = _he(random, (before, after), before)
-        weights[f"{name}.bias"] = np.zeros(after, np.float32)
-    return weights
-
-
-def _network(steps: list[Any], weights: dict[str, Array], shape: tuple[int, ...], classes: int) -> Network:
-    hidden = [step for step in steps if isinstance(step, str) and step.startswith("hidden")]
-    masks = {f"mask_{number}": weights[f"{name}.bias"].shape[0] for number, name in enumerate(hidden)}
-    plain, masked = (_graph(steps, weights, shape, classes, inputs) for inputs in ({}, masks))
-    return Network(plain, masked, masks)
-
-
-def _graph(
-    steps: list[Any], weights: dict[str, Array], shape: tuple[int, ...], classes: int, masks: dict[str, int]
-) -> onnx.ModelProto:
-    nodes: list[onnx.NodeProto] = []
-    value = "x"
-    constants: dict[str, Array] = {}
-
-    def add(operator: str, inputs: list[str], **attributes: Any) -> str:
-        name = f"value_{len(nodes)}"
-        nodes.append(helper.make_node(operator, inputs, [name], name=f"{operator}_{len(nodes)}", **attributes))
+    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node and return the name of its value."""
+        name = f"value_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=f"{operator}_{len(self.nodes)}", **attributes))
         return name
 
-    places = iter(masks)
-    for step in steps:
-        if isinstance(step, str) and step.startswith("convolution"):
-            value = add("Conv", [value, f"{step}.weight", f"{step}.bias"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
-            value = add("MaxPool", [add("Relu", [value])], kernel_shape=[2, 2], strides=[2, 2])
-        elif isinstance(step, str):
-            value = add("Add", [add("MatMul", [value, f"{step}.weight"]), f"{step}.bias"])
-            value = add("Relu", [value]) if step != "output" else value
-            if masks and step != "output":
-                value = add("Mul", [value, next(places)])
-        elif step[0] == "Unsqueeze":
-            constants["axes"] = np.array(step[1]["axes"], np.int64)
-            value = add("Unsqueeze", [value, "axes"])
-        else:
-            value = add(step[0], [value], **step[1])
-    nodes[-1].output[0] = "logits"
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *shape])]
-    inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name, width in masks.items()]
-    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", classes])
-    tensors = [numpy_helper.from_array(array, name) for name, array in {**weights, **constants}.items()]
-    model = helper.make_model(
-        helper.make_graph(nodes, "network", inputs, [output], tensors),
-        opset_imports=[helper.make_opsetid("", _OPSET)],
-        ir_version=9,
-    )
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    def weights(self, layer: str, shape: tuple[int, ...], fan_in: int, outputs: int) -> tuple[str, str]:
+        """Draw weight and bias of a layer, and return their names."""
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        self.tensors[weight] = (self._random.normal(size=shape) * np.sqrt(2.0 / fan_in)).astype(np.float32)
+        self.tensors[bias] = np.zeros(outputs, np.float32)
+        return weight, bias
+
+    def dense(self, layer: str, value: str, before: int, after: int) -> str:
+        """Add a dense layer."""
+        weight, bias = self.weights(layer, (before, after), before, after)
+        return self.add("Add", self.add("MatMul", value, weight), bias)
+
+    def hidden(self, value: str, before: int, after: int) -> str:
+        """Add a dense layer, its rectifier and, where the graph has them, its mask."""
+        number = len(self.masks)
+        value, mask = self.add("Relu", self.dense(f"hidden_{number}", value, before, after)), f"mask_{number}"
+        self.masks[mask] = after
+        return self.add("Mul", value, mask) if self._with_masks else value
+
+    def made(self, shape: tuple[int, ...], classes: int) -> onnx.ModelProto:
+        """Return the model."""
+        self.nodes[-1].output[0] = "logits"
+        inputs = [("x", shape), *((name, (size,)) for name, size in self.masks.items() if self._with_masks)]
+        graph = helper.make_graph(
+            self.nodes,
+            "network",
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *sizes]) for name, sizes in inputs],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", classes])],
+            [numpy_helper.from_array(array, name) for name, array in self.tensors.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=9)
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def _mlp(graph: _Graph, shape: tuple[int, ...], classes: int) -> None:
+    value = graph.hidden(graph.add("Flatten", "x", axis=1), prod(shape), 256)
+    graph.dense("output", graph.hidden(value, 256, 256), 256, classes)
+
+
+def _cnn(graph: _Graph, shape: tuple[int, ...], classes: int) -> None:
+    value = "x"
+    if len(shape) == 2:
+        graph.tensors["axes"] = np.array([1], np.int64)
+        value = graph.add("Unsqueeze", value, "axes")
+    channels = 1 if len(shape) == 2 else shape[0]
+    for layer, before, after in (("convolution_0", channels, 16), ("convolution_1", 16, 32)):
+        weight, bias = graph.weights(layer, (after, before, 3, 3), before * 9, after)
+        value = graph.add("Relu", graph.add("Conv", value, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1]))
+        value = graph.add("MaxPool", value, kernel_shape=[2, 2], strides=[2, 2])
+    size = 32 * (shape[-2] // 4) * (shape[-1] // 4)
+    graph.dense("output", graph.hidden(graph.add("Flatten", value, axis=1), size, 64), 64, classes)
+
+
+_WIRED = {"mlp": _mlp, "cnn": _cnn}
+MODELS = tuple(_WIRED)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mgs_core import onnx
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, renamed
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import Backend
 from mgs_core._registry import get_backend
@@ -77,16 +77,17 @@ def make_network(model: str, data: Dataset, *, backend: str, seed: int) -> Netwo
 
 
 def check_fit(settings: Settings, *, dropout: bool) -> None:
-    """Refuse a file that does not fit the data, before anything is trained.
+    """Refuse data that cannot be read and a model that does not fit them, before anything is trained.
 
     Args:
         settings: of the comparison.
         dropout: whether a recipe drops hidden units.
 
     Raises:
-        ArgumentError: when it does not fit, or no hidden unit can be dropped.
+        ArgumentError: when they do not fit, or no hidden unit can be dropped.
     """
-    data = load_dataset(settings.data, samples=settings.samples)
+    with renamed(source="data"):
+        data = load_dataset(settings.data, samples=settings.samples)
     network = make_network(settings.model, data, backend="numpy", seed=0)
     if dropout:
         network.masked()
@@ -167,7 +168,7 @@ def _outputs(function: _Fitted, parameters: Any, samples: Array, backend: Backen
 
 
 class _Fitted:
-    """Be the function of an own network: undo the scaling, bring samples to its shape, and its outputs to logits (n, c)."""
+    """The function of a user's network: undoes the scaling, brings samples to its shape, and its outputs to logits (n, c)."""
 
     def __init__(self, function: Any, name: str, shape: tuple[int, ...], data: Dataset) -> None:
         self._function, self._name, self._shape = function, name, shape

@@ -12,17 +12,17 @@ from mgs_core.penalty import Penalty
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describe a regulariser; fields combine.
+    """Describe a regulariser; fields combine, but for `agreement` and `forgotten`, which both weigh the losses.
 
     Attributes:
         name: as on the command line.
-        weight_decay: decoupled decay a step, as a multiple of the learning rate (Loshchilov and Hutter 2019).
+        weight_decay: decoupled decay per step, as a multiple of the learning rate (Loshchilov and Hutter 2019).
         dropout: probability to drop a hidden unit.
         hold_out: share of the noisy training samples held out for validation; the weights that are best on them are kept.
         label_smoothing: share of each target spread over all classes.
         mixup: α of the Beta distribution that mixes pairs of samples (Zhang et al. 2018); 0 for none.
         gradient_penalty: factor on `mean ‖∇_x loss‖²` (Drucker and Le Cun 1992).
-        jacobian_penalty: factor on `mean ‖∂f/∂x‖²`, estimated by one random projection a step (Hoffman et al. 2019).
+        jacobian_penalty: factor on `mean ‖∂f/∂x‖²`, estimated by one random projection per step (Hoffman et al. 2019).
         spectral_penalty: factor on half the sum of the squared largest singular values of the weights (Yoshida and Miyato 2017).
         sharpness: radius of the ascent step before the gradient is taken (SAM, Foret et al. 2021).
         truncation: q of the generalised cross-entropy `(1 − p^q) / q` (Zhang and Sabuncu 2018); 0 for cross-entropy.
@@ -31,11 +31,14 @@ class Recipe:
         penalty: penalty on the kernel, or None.
         output: the head of the kernel that is penalised.
         transform: applied to the outputs before that head.
-        agreement: weight the losses by `agreement_weights`.
+        agreement: weight the losses by `agreement_weights` of their kernel.
         relabel: train on the labels that `audit` suggests, which kernel regression predicts for each sample from all others.
         select: train only on the samples whose label `audit` does not find surely contradicted.
         tuned: the field, or "strength" of the penalty, that `tuning` varies; empty where there is nothing to choose.
         tried: values of that field, the most telling first.
+
+    Raises:
+        ArgumentError: when fields do not combine.
 
     Example:
         >>> from mgs_core.experiments import RECIPES
@@ -63,6 +66,12 @@ class Recipe:
     select: bool = False
     tuned: str = ""
     tried: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.agreement and self.forgotten:
+            raise ArgumentError(
+                f"`agreement` must be False with `forgotten`, which weighs the losses too; got {self.forgotten!r}. Choose one."
+            )
 
     @property
     def strength(self) -> float | None:
@@ -141,5 +150,5 @@ def choose(names: Iterable[str]) -> list[Recipe]:
     wanted = list(dict.fromkeys(names))
     unknown = [name for name in wanted if name not in RECIPES]
     if unknown or not wanted:
-        raise ArgumentError(f"`regularizers` must be among {', '.join(RECIPES)}; got {', '.join(unknown) or 'none'}.")
+        raise ArgumentError(f"`names` must be among {', '.join(RECIPES)}; got {', '.join(unknown) or 'none'}.")
     return [RECIPES[name] for name in wanted]

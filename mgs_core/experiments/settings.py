@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mgs_core._errors import ArgumentError
+from mgs_core._arguments import integer
+from mgs_core._errors import ArgumentError, renamed
+from mgs_core.experiments.data import check_noise
 from mgs_core.experiments.optimizer import check_learning_rate
+from mgs_core.experiments.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -17,20 +20,20 @@ class Settings:
 
     Attributes:
         data: as for `load_dataset`.
-        noise: probability of a training label to be redrawn.
+        noise: probability of a training label to be redrawn, 0 to 1.
         noise_kind: "symmetric" or "pair".
-        samples: training samples; None for all.
+        samples: training samples, at least 2; None for all.
         model: "mlp", "cnn", or the path of an .onnx file of a classifier, which is trained further.
         backend: name of the backend.
         epochs: passes over the training samples.
-        batch_size: samples a step.
+        batch_size: samples per step.
         learning_rate: of Adam at the start; it falls to 0 along half a cosine.
         seeds: number of seeds: each draws data, noise, weights (but those of a file) and order anew.
         probe_samples: training samples on which the kernel is measured after each epoch.
-        tuning: strengths that are tried for each recipe before its runs; 0 takes those of `RECIPES`.
+        tuning: strengths that are tried for each recipe before its runs, at most 4; 0 takes those of `RECIPES`.
 
     Raises:
-        ArgumentError: when a number is out of range.
+        ArgumentError: when a number is out of range, or the kind of noise unknown.
 
     Example:
         >>> from mgs_core.experiments import Settings
@@ -52,10 +55,14 @@ class Settings:
     tuning: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1), ("probe_samples", 2), ("tuning", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+        counts = {"epochs": 1, "batch_size": 2, "seeds": 1, "probe_samples": 2, "tuning": 0}
+        for name, least in (counts if self.samples is None else {**counts, "samples": 2}).items():
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))  # the class is frozen
+        most = max(len(recipe.tried) for recipe in RECIPES.values())
+        if self.tuning > most:
+            raise ArgumentError(f"`tuning` must be at most {most}, the strengths that a recipe has to try; got {self.tuning}.")
+        with renamed(rate="noise", kind="noise_kind"):
+            check_noise(self.noise, self.noise_kind)
         check_learning_rate(self.learning_rate)
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,11 +34,18 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         networks takes the second's parameters too, their names after "peer:", and `kept`, how many samples each learns from.
     """
 
-    def losses(parameters: Parameters, inputs: Any, targets: Array) -> Array:
-        outputs = function(parameters, inputs)
+    def loss_of(outputs: Array, targets: Array) -> Array:
         if recipe.truncation:
             return generalised_cross_entropy(outputs, targets, recipe.truncation)
         return cross_entropy(outputs, targets)
+
+    def losses(parameters: Parameters, inputs: Any, targets: Array) -> Array:
+        return loss_of(function(parameters, inputs), targets)
+
+    def kernel_of(parameters: Parameters, inputs: Any, targets: Array, output: Any, **options: Any) -> Array:
+        """Return the kernel; that of the losses is of those that are trained."""
+        loss = loss_of if output == "loss" else None
+        return kernel(FunctionalModel(function, parameters), inputs, targets, output=output, loss=loss, **options)
 
     def objective(parameters: Parameters, inputs: Any, targets: Array, weights: Array) -> Array:
         found = losses(parameters, inputs, targets)
@@ -48,12 +55,8 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
             slope = input_slope(lambda x: losses(parameters, x, targets), inputs)
             value = value + recipe.gradient_penalty * slope
         if recipe.penalty is not None:
-            value = value + recipe.penalty(
-                kernel(
-                    FunctionalModel(function, parameters), inputs, targets,
-                    output=recipe.output, transform=recipe.transform, differentiable=True,
-                )
-            )  # fmt: skip
+            options = {"transform": recipe.transform, "differentiable": True}
+            value = value + recipe.penalty(kernel_of(parameters, inputs, targets, recipe.output, **options))
         return value
 
     def with_jacobian(parameters: Parameters, inputs: Any, targets: Array, weights: Array) -> Array:
@@ -86,7 +89,7 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         weights: Any = None
         given = _of_network(inputs)
         if recipe.agreement:
-            weights = agreement_weights(kernel(FunctionalModel(function, parameters), given, targets, output="loss"))
+            weights = agreement_weights(kernel_of(parameters, given, targets, "loss"))
         if recipe.forgotten:
             own, peer = (_least(losses(network, given, targets), kept) for network in _networks(parameters))
             weights = peer, own

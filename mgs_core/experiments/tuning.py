@@ -8,10 +8,11 @@ from typing import Any
 
 from mgs_core.experiments.recipes import RECIPES, Recipe
 from mgs_core.experiments.settings import Settings
-from mgs_core.experiments.training import Run, draw
+from mgs_core.experiments.training import Trainer, draw
 
 _HELD = 0.2
-_SEED = 1_000_000  # apart from the seeds of the comparison
+#: The seed of every trial.
+TRIAL_SEED = 1_000_000  # apart from the seeds of the comparison
 
 
 def strengths(recipe: Recipe, budget: int) -> tuple[float, ...]:
@@ -30,9 +31,9 @@ def try_strength(name: str, strength: float, settings: Settings) -> dict[str, An
     Returns:
         A record with "event" "tuning", "regularizer", "seed", "strength", "validation_accuracy" of the last epoch, and "seconds".
     """
-    begun, seed = time.perf_counter(), _SEED
+    begun, seed = time.perf_counter(), TRIAL_SEED
     recipe = replace(RECIPES[name].with_strength(strength), hold_out=_HELD)
-    run = Run(recipe, draw(settings, seed), settings, seed)
+    run = Trainer(recipe, draw(settings, seed), settings, seed)
     for epoch in range(1, settings.epochs + 1):
         run.epoch(epoch)
     return {
@@ -45,12 +46,13 @@ def try_strength(name: str, strength: float, settings: Settings) -> dict[str, An
     }
 
 
-def best_strength(records: list[dict[str, Any]], name: str) -> float:
-    """Return the strength of the record of "tuning" with the best validation accuracy; of equals the first."""
+def best_strength(records: list[dict[str, Any]], name: str) -> float | None:
+    """Return the strength of the record of "tuning" with the best validation accuracy; of equals the first, of none the usual."""
     order = RECIPES[name].tried
     own = [record for record in records if record["event"] == "tuning" and record["regularizer"] == name]
     best = max(
         (record for record in own if record["strength"] in order),
         key=lambda record: (record["validation_accuracy"], -order.index(record["strength"])),
+        default=None,  # all trials have failed
     )
-    return float(best["strength"])
+    return RECIPES[name].strength if best is None else float(best["strength"])

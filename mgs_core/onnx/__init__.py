@@ -1,5 +1,12 @@
 """ONNX graphs as functional models, evaluated on any array namespace."""
 
+import importlib
+
+from mgs_core._errors import extra
+
+with extra("onnx", "mgs_core.onnx"):
+    importlib.import_module("onnx")
+
 from mgs_core.onnx.model import OnnxFunction as OnnxFunction
 from mgs_core.onnx.model import OnnxModel as OnnxModel
 from mgs_core.onnx.model import load as load

@@ -186,7 +186,16 @@ class OnnxFunction:
             arguments.append(self._checked(self.inputs[0], inputs))
         else:
             raise ArgumentError(f"`inputs` must be a dict with {[value.name for value in self.inputs]}; got one array.")
-        y = self._program(arguments)[0]
+        try:
+            y = self._program(arguments)[0]
+        except ArgumentError as error:
+            given = {value.name: array.shape[0] for value, array in zip(self.inputs, arguments[len(self._names) :], strict=True)}
+            fixed = [v.shape[0] for v in self.inputs if v.shape and type(v.shape[0]) is int and v.shape[0] != given[v.name]]
+            if not fixed:
+                raise
+            raise ArgumentError(
+                f"{error}. The file was written for batches of {fixed[0]}; export it with a free batch axis."
+            ) from error
         if isinstance(y, list):
             raise unsupported(f"output {self.output!r}", "is a sequence", "Choose another `output`.")
         if y.ndim == 2:

@@ -114,12 +114,12 @@ def curve_chart(comparison: Comparison, metric: Metric, looks: dict[str, Look]) 
     up = axis(held, box[3], box[1], logarithmic=metric.logarithmic, share=metric.share, from_zero=metric.from_zero)
     lines = [
         Line(
-            looks[name],
-            path([(across.place(point.epoch), up.place(point.mean)) for point in curve]),
-            _band(curve, across, up),
-            (across.place(curve[-1].epoch), up.place(curve[-1].mean)),
-            _kept(comparison, name, curve, across, up),
-            tuple(path([(across.place(point.epoch), up.place(point.mean)) for point in run]) for run in partial[name]),
+            look=looks[name],
+            path=path([(across.place(point.epoch), up.place(point.mean)) for point in curve]),
+            band=_band(curve, across, up),
+            end=(across.place(curve[-1].epoch), up.place(curve[-1].mean)),
+            kept=_kept(comparison, name, curve, across, up),
+            unfinished=tuple(path([(across.place(point.epoch), up.place(point.mean)) for point in run]) for run in partial[name]),
         )
         for name, curve in curves.items()
     ]
@@ -128,7 +128,7 @@ def curve_chart(comparison: Comparison, metric: Metric, looks: dict[str, Look]) 
     if any(point.low < up.low for curve in curves.values() for point in curve):
         notes.append("The axis leaves out the lowest values of the first epochs; the numbers hold them.")
     if any(partial.values()):
-        notes.append("Thin broken lines without a name: runs that are not finished.")
+        notes.append("Thin broken lines without a name: runs that are not finished, or failed.")
     return Chart(
         identity=metric.field.replace("_", "-"),
         title=metric.title,

@@ -96,18 +96,31 @@ def glance(comparison: Comparison, order: Sequence[str], looks: dict[str, Look])
         places = [across.place(mean(part)) if part else None for part in values]
         runs = tuple((kind, across.place(value)) for kind, part in zip(("wrong", "right"), values, strict=True) for value in part)
         rows.append(
-            Row(shortened(name), looks[name], TOP + 26 * (number + 0.5), places[0], places[1], runs if len(runs) > 2 else ())
+            Row(
+                name=shortened(name),
+                look=looks[name],
+                y=TOP + 26 * (number + 0.5),
+                memorisation=places[0],
+                test=places[1],
+                runs=runs if len(runs) > 2 else (),
+            )
         )
     header = ("regulariser", *(f"{metric.title}, %" for metric in OUTCOMES))
     cells = tuple(
         (name, *(written(mean(part) if part else None, share=True) for part in values)) for name, values in finals.items()
     )
     return Rows(
-        "glance", "At the end of training",
-        "Filled circle: further right is better. Open diamond: further left is better. Small dots: the single runs.",
-        height, box, across.ticks(4), across.place(0.0), rows, Table("Means over the runs at the end of training", header, cells),
-        "; ".join(f"{name}: memorised {wrong} %, test {right} %" for name, wrong, right in cells),
-    )  # fmt: skip
+        identity="glance",
+        title="At the end of training",
+        reading="Filled circle: further right is better. Open diamond: further left is better. Small dots: the single runs.",
+        height=height,
+        box=box,
+        x_ticks=across.ticks(4),
+        zero=across.place(0.0),
+        rows=rows,
+        numbers=Table("Means over the runs at the end of training", header, cells),
+        summary="; ".join(f"{name}: memorised {wrong} %, test {right} %" for name, wrong, right in cells),
+    )
 
 
 def correlations(comparison: Comparison) -> list[Correlation]:
@@ -130,12 +143,15 @@ def correlation_rows(found: Sequence[Correlation]) -> Rows | None:
     across = axis([-1.0, 1.0], box[0], box[2])
     rows = [
         Row(
-            each.metric.name, None, TOP + 26 * (number + 0.5),
-            None if each.memorisation is None else across.place(each.memorisation),
-            None if each.test is None else across.place(each.test), (),
+            name=each.metric.name,
+            look=None,
+            y=TOP + 26 * (number + 0.5),
+            memorisation=None if each.memorisation is None else across.place(each.memorisation),
+            test=None if each.test is None else across.place(each.test),
+            runs=(),
         )
         for number, each in enumerate(found)
-    ]  # fmt: skip
+    ]
     cells = tuple(
         (
             each.metric.name,
@@ -146,18 +162,19 @@ def correlation_rows(found: Sequence[Correlation]) -> Rows | None:
         )
         for each in found
     )
+    header = ("metric", "ρ, memorised", "runs", "ρ, test accuracy", "runs")
     return Rows(
-        "correlations",
-        "How well each metric ranks the runs",
-        "Spearman's rank correlation ρ over the finished runs: ±1 is the same order or its reverse, 0 none. "
+        identity="correlations",
+        title="How well each metric ranks the runs",
+        reading="Spearman's rank correlation ρ over the finished runs: ±1 is the same order or its reverse, 0 none. "
         "Runs under one regulariser are alike: there are fewer independent cases than runs.",
-        height,
-        box,
-        across.ticks(4),
-        across.place(0.0),
-        rows,
-        Table("Rank correlation ρ over the finished runs", ("metric", "ρ, memorised", "runs", "ρ, test accuracy", "runs"), cells),
-        "; ".join(f"{name}: with memorisation {wrong}, with test accuracy {right}" for name, wrong, _, right, _ in cells),
+        height=height,
+        box=box,
+        x_ticks=across.ticks(4),
+        zero=across.place(0.0),
+        rows=rows,
+        numbers=Table("Rank correlation ρ over the finished runs", header, cells),
+        summary="; ".join(f"{name}: with memorisation {wrong}, with test accuracy {right}" for name, wrong, _, right, _ in cells),
     )
 
 
@@ -192,15 +209,22 @@ def scatter(comparison: Comparison, metric: Metric, outcome: Metric, looks: dict
     )
     percent = ", %" if metric.share else ""
     header = ("regulariser", "seed", f"{metric.name}{percent}", f"{outcome.title.lower()}, %")
+    correlated = "" if rho is None else f"; rank correlation ρ = {written_correlation(rho)}"
     return Scatter(
-        f"{metric.field}-{outcome.field}".replace("_", "-"),
-        f"{metric.name} against {outcome.title.lower()}",
-        f"One mark for each of {len(runs)} finished runs; rank correlation ρ = {written_correlation(rho)}." if rho is not None
-        else f"One mark for each of {len(runs)} finished runs.",
-        height, box, across.ticks(4), up.ticks(5), metric.name.lower(), outcome.title.lower(), dots, labels,
-        Table(f"The runs: {metric.name.lower()} and {outcome.title.lower()}", header, cells),
-        f"Rank correlation {written_correlation(rho)} over {len(runs)} runs",
-    )  # fmt: skip
+        identity=f"{metric.field}-{outcome.field}".replace("_", "-"),
+        title=f"{metric.name} against {outcome.title.lower()}",
+        reading=f"One mark for each of {len(runs)} finished runs{correlated}.",
+        height=height,
+        box=box,
+        x_ticks=across.ticks(4),
+        y_ticks=up.ticks(5),
+        x_title=metric.name.lower(),
+        y_title=outcome.title.lower(),
+        dots=dots,
+        labels=labels,
+        numbers=Table(f"The runs: {metric.name.lower()} and {outcome.title.lower()}", header, cells),
+        summary=f"Rank correlation {written_correlation(rho)} over {len(runs)} runs",
+    )
 
 
 def _pairs(comparison: Comparison, metric: Metric, outcome: Metric) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.image import imsave
 
+from mgs_core._errors import ArgumentError
 from mgs_core._types import Array
 from mgs_core.report.files import write_files
 from mgs_core.report.page import render
@@ -31,7 +32,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
         The path of the page.
 
     Raises:
-        ArgumentError: when the folder cannot be written.
+        ArgumentError: when samples or names are too few, or the folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -43,12 +44,17 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
         'audit.html'
     """
     order = audit.order
-    called = [str(k) for k in range(int(max(audit.given.max(), audit.suggested.max())) + 1)] if names is None else list(names)
+    classes = int(max(audit.given.max(), audit.suggested.max())) + 1
+    called = [str(k) for k in range(classes)] if names is None else list(names)
+    if len(called) < classes:
+        raise ArgumentError(f"`names` must name each of the {classes} classes; got {len(called)} names. Name them all.")
+    if len(inputs) != len(order):
+        raise ArgumentError(f"`inputs` must be the {len(order)} samples of the audit; got {len(inputs)}.")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["sample", "given", "suggested", "score", "agreement", "neighbours", "weight", "contradicted"])
+    writer.writerow(["sample", "given", "suggested", "score", "class_cosine", "neighbours", "weight", "contradicted"])
     for a in order:
-        figures = (audit.scores[a], audit.agreement[a], audit.neighbours[a], audit.weights[a])
+        figures = (audit.scores[a], audit.class_cosine[a], audit.neighbours[a], audit.weights[a])
         written = (f"{value:.6g}" for value in figures)
         writer.writerow(
             [int(a), called[audit.given[a]], called[audit.suggested[a]], *written, "yes" if audit.contradicted[a] else "no"]
@@ -58,7 +64,13 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
     page = render(
         "audit.html",
         title=headline(audit),
-        facts=[f"{len(order)} samples", f"{len(called)} classes", f"the {min(shown, len(order))} most suspicious are shown"],
+        facts=[
+            f"{len(order)} samples",
+            f"{len(called)} classes",
+            *([f"judged in {audit.blocks} blocks"] if audit.blocks > 1 else []),
+            f"the {min(shown, len(order))} most suspicious are shown",
+        ],
+        others="all other samples of its block, which was drawn at random," if audit.blocks > 1 else "all other samples",
         suspects=[
             {
                 "sample": int(a),
@@ -66,7 +78,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
                 "given": called[audit.given[a]],
                 "suggested": called[audit.suggested[a]],
                 "score": f"{audit.scores[a]:+.2f}",
-                "agreement": f"{audit.agreement[a]:+.2f}",
+                "class_cosine": f"{audit.class_cosine[a]:+.2f}",
                 "neighbours": f"{audit.neighbours[a]:.0%}",
             }
             for a in order[:shown]

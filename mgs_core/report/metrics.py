@@ -60,7 +60,7 @@ _TRACE = Metric(
 _LOG_DETERMINANT = Metric(
     "mgs_log_determinant",
     "Log-determinant",
-    "Volume that the gradients span, on a logarithmic scale; it is the sum of the magnitude part and the similarity part.",
+    "Volume that the gradients span, on a logarithmic scale: the sum of the magnitude part and the similarity part.",
     stop="least",
 )
 _MAGNITUDE = Metric(
@@ -108,7 +108,8 @@ _OTHER_CLASS = Metric(
 _ALIGNMENT = Metric(
     "mgs_alignment",
     "Alignment with the labels",
-    "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal else.",
+    "Likeness of the kernel to the pattern of equal given labels; 1 when gradients agree within classes and are orthogonal "
+    "otherwise.",
     stop="greatest",
 )
 DISPARITY = Metric(

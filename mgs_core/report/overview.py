@@ -24,8 +24,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
     Figures are means over the seeds; `±` is the standard error of the mean (n − 1 degrees of freedom), left out where there is
     one seed, and a dash stands where there is no number. Test accuracy is that of the end of training and of the best epoch. Only
-    finished runs count, unless a regulariser has none: its last epochs are then shown, and the column "runs" says so. Rows are
-    short enough for a terminal of 80 columns; the page has standard errors throughout.
+    finished runs count, unless a regulariser has none: its last epochs are then shown, and the column "runs" says so. Failed runs
+    do not count, and it says that too. Rows are short enough for a terminal of 80 columns; the page has all standard errors.
 
     Args:
         records: the dicts of `records.jsonl`; any field may be missing or None.
@@ -81,4 +81,6 @@ def _seconds(comparison: Comparison, name: str) -> str:
 
 def _runs(comparison: Comparison, name: str) -> str:
     finished, total = comparison.counted(name)
-    return str(total) if finished == total else f"{finished} of {total}" if finished else f"{total} unfinished"
+    if finished:
+        return str(total) if finished == total else f"{finished} of {total}"
+    return f"{total} failed" if len(comparison.failed(name)) == total else f"{total} unfinished"

@@ -18,7 +18,7 @@ from mgs_core.report.overview import full_row, ranked
 from mgs_core.report.picture import picture
 from mgs_core.report.runs import read
 from mgs_core.report.stopping import stopping, stopping_table
-from mgs_core.report.words import findings, headline
+from mgs_core.report.words import findings, verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -67,11 +67,10 @@ def comparison_page(records: Sequence[Mapping[str, Any]], settings: Mapping[str,
     scatters = [drawn for metric in SCATTERED for outcome in OUTCOMES if (drawn := scatter(comparison, metric, outcome, found))]
     return render(
         "comparison.html",
-        title=headline(comparison),
+        title=verdict(comparison),
         findings=findings(comparison, correlated),
         facts=_facts(settings),
         looks=list(found.values()),
-        counted={name: comparison.counted(name) for name in order},
         table=[(found[name], full_row(comparison, name)) for name in order],
         glance=glance(comparison, order, found),
         sections=[section for section in sections if section[2]],
@@ -80,6 +79,7 @@ def comparison_page(records: Sequence[Mapping[str, Any]], settings: Mapping[str,
         stopping=stopping_table(stopping(comparison), comparison),
         metrics=[*OUTCOMES, *KERNEL_METRICS],
         settings=settings,
+        versions=_versions(records),
     )
 
 
@@ -93,6 +93,12 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(background=BACKGROUND, **values)
+
+
+def _versions(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the packages, each with its version, that the records say they were made with."""
+    said = [record["versions"] for record in records if isinstance(record.get("versions"), Mapping)]
+    return sorted({f"{name} {version}" for found in said for name, version in found.items()})
 
 
 def _facts(settings: Mapping[str, Any]) -> list[str]:

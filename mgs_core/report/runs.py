@@ -22,6 +22,7 @@ class Run:
         regularizer: its name.
         seed: its seed, as text.
         finished: a record of the whole run was found.
+        failure: why it failed; empty where it did not.
         curves: for each field its number at each epoch; what is missing or not finite is left out.
         final: the last figures: those of the record of the run, else those of the last epoch.
     """
@@ -29,6 +30,7 @@ class Run:
     regularizer: str
     seed: str
     finished: bool = False
+    failure: str = ""
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
 
@@ -56,14 +58,18 @@ class Comparison:
     regularizers: tuple[str, ...]
 
     def runs_of(self, regularizer: str) -> list[Run]:
-        """Return the runs that the figures of a regulariser are taken from: the finished ones, or all where none is finished."""
-        own = [run for run in self.runs if run.regularizer == regularizer]
+        """Return the runs that give a regulariser's figures: the finished ones, or where there is none those that go on."""
+        own = [run for run in self.runs if run.regularizer == regularizer and not run.failure]
         return [run for run in own if run.finished] or own
 
     def counted(self, regularizer: str) -> tuple[int, int]:
         """Return how many runs are finished, and how many there are."""
         own = [run for run in self.runs if run.regularizer == regularizer]
         return sum(run.finished for run in own), len(own)
+
+    def failed(self, regularizer: str) -> list[Run]:
+        """Return the runs that failed."""
+        return [run for run in self.runs if run.regularizer == regularizer and run.failure]
 
     def finals(self, regularizer: str, name: str) -> list[float]:
         """Return the last figures of that name, one for each run that has it."""
@@ -105,12 +111,15 @@ def read(records: Sequence[Mapping[str, Any]]) -> Comparison:
     for record in records:
         if not isinstance(record, Mapping):
             raise ArgumentError(f"`records` must be a list of dicts; got one of type {type(record).__name__}. Drop it.")
-        if record.get("event") not in ("epoch", "run"):
+        event = record.get("event")
+        if event not in ("epoch", "run") and not (event == "failed" and record.get("of") == "run"):
             continue
         key = (_name(record.get("regularizer"), UNNAMED), _name(record.get("seed"), "0"))
         run = runs.setdefault(key, Run(*key))
         numbers = {name: number for name, value in record.items() if (number := finite(value)) is not None}
-        if record["event"] == "run":
+        if event == "failed":
+            run.failure = _name(record.get("error"), "unknown error")
+        elif event == "run":
             run.finished = True
             closing[key] = numbers
         else:

@@ -36,7 +36,7 @@ def stopping(comparison: Comparison) -> list[Stopping]:
     """Return, the least loss first, how stopping by each metric does over all finished runs; the best epoch is the oracle.
 
     A kernel's metric stops where it is least, or greatest where high means similar; gradient disparity before its fifth rise
-    (Chavoshi et al. 2021). Runs that kept an earlier epoch themselves are left out, for their curves stand still.
+    (Forouzesh and Thiran, ECML PKDD 2021). Runs that kept an earlier epoch themselves are left out, for their curves stand still.
     """
     runs = [run for run in comparison.runs if run.finished and len(run.curves.get(TEST.field, {})) >= _LEAST and not _kept(run)]
     rules: list[tuple[str, str, Callable[[Mapping[int, float]], int]]] = [

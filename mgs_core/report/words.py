@@ -13,8 +13,10 @@ from mgs_core.report.runs import PLAIN, Comparison
 _WELL = 0.5  # least |ρ| at which a metric is said to tell runs apart
 
 
-def headline(comparison: Comparison) -> str:
+def verdict(comparison: Comparison) -> str:
     """Return one sentence: which regulariser memorises most and which least, or what can be said instead."""
+    if all(run.failure for run in comparison.runs):
+        return "Every run failed."
     for metric in OUTCOMES:
         values = {name: comparison.finals(name, metric.field) for name in comparison.regularizers}
         values = {name: found for name, found in values.items() if found}
@@ -28,7 +30,7 @@ def headline(comparison: Comparison) -> str:
         if len(values) == 1:
             verb = "memorises" if wrong else "reaches"
             rest = "of the wrong labels" if wrong else "test accuracy"
-            return f"{spoken(most).capitalize()}, the network {verb} {_percent(values[most])} {rest}."
+            return f"{_begun(most)}, the network {verb} {_percent(values[most])} {rest}."
         if not _apart(values[most], values[least]):
             what = "memorise alike" if wrong else "end alike"
             rest = "of the wrong labels" if wrong else "test accuracy"
@@ -36,11 +38,11 @@ def headline(comparison: Comparison) -> str:
             return f"The regularisers {what}: {between} {rest}, within one standard error."
         if wrong:
             return (
-                f"{spoken(most).capitalize()}, the network memorises {_percent(values[most])} of the wrong labels; "
+                f"{_begun(most)}, the network memorises {_percent(values[most])} of the wrong labels; "
                 f"{spoken(least)}, {_percent(values[least])}."
             )
         return (
-            f"{spoken(most).capitalize()}, test accuracy ends highest, at {_percent(values[most])}; "
+            f"{_begun(most)}, test accuracy ends highest, at {_percent(values[most])}; "
             f"{spoken(least)} lowest, at {_percent(values[least])}."
         )
     return "The records hold neither test accuracy nor memorisation."
@@ -48,12 +50,33 @@ def headline(comparison: Comparison) -> str:
 
 def findings(comparison: Comparison, found: Sequence[Correlation]) -> list[str]:
     """Return the sentences below the headline."""
-    return [*_accuracy(comparison), *_metrics(found), *_single(comparison), *_unfinished(comparison)]
+    return [*_accuracy(comparison), *_metrics(found), *_single(comparison), *_unfinished(comparison), *failures(comparison)]
 
 
 def spoken(name: str) -> str:
     """Return how a regulariser is spoken of."""
     return "without a regulariser" if name == PLAIN else f"with {name}"
+
+
+def failures(comparison: Comparison) -> list[str]:
+    """Return a sentence for each regulariser of which runs failed: how many, and why the first did."""
+    sentences = []
+    for name in comparison.regularizers:
+        failed = comparison.failed(name)
+        if failed:
+            seeds = f"seed{'s' if len(failed) > 1 else ''} {_listed([run.seed for run in failed])}"
+            runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+            reason = failed[0].failure.strip().rstrip(".")
+            sentences.append(
+                f"{runs} {spoken(name)} failed ({seeds}) and {'is' if len(failed) == 1 else 'are'} left out: {reason}."
+            )
+    return sentences
+
+
+def _begun(name: str) -> str:
+    """Return how a sentence about a regulariser begins; its name stays as it is."""
+    text = spoken(name)
+    return text[0].upper() + text[1:]
 
 
 def _accuracy(comparison: Comparison) -> list[str]:
@@ -102,7 +125,8 @@ def _single(comparison: Comparison) -> list[str]:
 
 def _unfinished(comparison: Comparison) -> list[str]:
     counts = {name: comparison.counted(name) for name in comparison.regularizers}
-    missing = {name: total - finished for name, (finished, total) in counts.items() if finished < total}
+    missing = {name: total - finished - len(comparison.failed(name)) for name, (finished, total) in counts.items()}
+    missing = {name: number for name, number in missing.items() if number}
     if not missing:
         return []
     number = sum(missing.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import array_api_strict
 import autograd
 import numpy as np
@@ -46,11 +48,42 @@ def test_gradient_of_penalty_in_the_kernel(name):
     assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-6)
 
 
-def test_log_determinant_survives_float32_of_low_rank_and_zero_rows():
-    big = (1e4 * KERNEL).astype(np.float32)
-    value = mgs.Penalty("log_determinant", strength=1.0)(big)
-    expected = np.linalg.slogdet(np.eye(6) + 1e4 * KERNEL)[1] / 6
-    assert float(value) == pytest.approx(expected, rel=0.1)
+@pytest.mark.parametrize(("mean_trace", "tolerance"), [(1.0, 1e-5), (1e3, 1e-3), (1e4, 5e-3), (1e5, 0.05)])
+@pytest.mark.parametrize("rank", [1, 20, 256])
+def test_log_determinant_of_large_kernels_of_low_rank_is_right_in_float32(rank, mean_trace, tolerance):
+    rows = np.random.default_rng(rank).normal(size=(256, rank)).astype(np.float32)
+    rows *= np.float32(np.sqrt(mean_trace / np.mean(np.sum(rows**2, axis=1))))
+    exact = rows.astype(np.float64)
+    expected = np.linalg.slogdet(np.eye(rank) + exact.T @ exact)[1] / 256
+    assert float(mgs.Penalty("log_determinant", strength=1.0)(rows @ rows.T)) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("mean_trace", [1e6, 1e9])
+def test_log_determinant_survives_what_rounding_leaves_of_a_kernel(mean_trace):
+    rows = np.random.default_rng(0).normal(size=(256, 1)).astype(np.float32) * np.float32(np.sqrt(mean_trace))
+    assert np.isfinite(mgs.Penalty("log_determinant")(rows @ rows.T))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_kernels_in_half_precision(name, framework):
+    half = KERNEL.astype(np.float16)
+    if framework != "numpy":
+        pytest.importorskip(framework)
+        half = mgs.get_backend(framework).asarray(half)
+    value = mgs.Penalty(name, strength=3.0, scale=2.0)(half)
+    assert value.dtype == half.dtype
+    assert float(value) == pytest.approx(3.0 * FORMULAS[name], rel=2e-3)
+
+
+@pytest.mark.wrong_types
+def test_numbers_may_be_those_of_numpy():
+    penalty = mgs.Penalty("trace", np.float32(0.5), np.int64(2))
+    assert json.loads(json.dumps(penalty.to_dict())) == {"name": "trace", "strength": 0.5, "scale": 2.0}
+    assert mgs.summarize(FULL, ridge=np.float32(1e-6)).trace == pytest.approx(np.trace(FULL))
+
+
+def test_penalties_of_samples_without_gradient_have_gradients():
     padded = np.zeros((3, 3))
     padded[:2, :2] = KERNEL[:2, :2]
     for name in FORMULAS:
@@ -145,7 +178,10 @@ def test_summary_leaves_out_what_it_cannot_know():
         (np.full((2, 2), np.nan), {}, "`kernel` must be finite"),
         (np.array([[1.0, 0.5], [0.0, 1.0]]), {}, "`kernel` must be symmetric"),
         (np.zeros((2, 2)), {}, "`kernel` must have a positive trace"),
-        (np.eye(2), {"labels": np.zeros(3)}, r"`labels` must have shape \(2,\)"),
+        (np.diag([2.0, -0.5]), {}, "`kernel` must have squared norms on its diagonal; got -0.5"),
+        ([[1.0, 0.0], [0.0, 1.0]], {}, "`kernel` must be an array; got list. Convert it"),
+        (np.eye(2), {"labels": np.zeros(3, int)}, r"`labels` must be integers of shape \(2,\)"),
+        (np.eye(2), {"labels": np.array([0.5, 1.5])}, "`labels` must be integers.*Leave them out for targets of a regression"),
         (np.eye(2), {"ridge": 0.0}, "`ridge` must be a finite number above 0"),
     ],
 )

@@ -47,6 +47,19 @@ def test_numbers_may_be_arrays_of_one_number(tmp_path):
     assert not {"note", "many"} & seen[0].keys()
 
 
+def test_scalars_of_a_framework_and_nested_values_are_written_as_json(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    record = {"step": 0, "loss": tf.constant(0.5), "diverged": float("nan"), "settings": {"rate": np.float64(0.1)}}
+    with mgs.JSONLinesSink(tmp_path / "run.jsonl") as sink:
+        sink.write(record)
+    text = (tmp_path / "run.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {"step": 0, "loss": 0.5, "diverged": None, "settings": {"rate": 0.1}}
+    seen = []
+    mgs.CallbackSink(lambda numbers, step: seen.append(numbers)).write(record)
+    assert seen[0]["loss"] == 0.5
+
+
 @pytest.mark.wrong_types
 def test_a_schedule_of_another_type_is_refused():
     with pytest.raises(mgs.ArgumentError, match=r"`every` must be an integer of at least 1; got 2\.5"):
@@ -58,6 +71,39 @@ def test_a_schedule_of_another_type_is_refused():
 def test_bad_schedules_are_refused(arguments):
     with pytest.raises(mgs.ArgumentError, match=f"`{next(iter(arguments))}` must be an integer"):
         mgs.Schedule(**arguments)
+
+
+@pytest.mark.wrong_types
+def test_integers_may_be_those_of_numpy(tmp_path):
+    two = np.int64(2)
+    schedule = mgs.Schedule(every=two, start=two, stop=np.int8(4))
+    assert [step for step in range(8) if schedule(step)] == [2, 4]
+    options = {"output": "random", "probes": two, "seed": np.uint8(3), "chunk_size": two}
+    expected = mgs.kernel(MODEL, PROBE, output="random", probes=2, seed=3)
+    assert np.allclose(mgs.kernel(MODEL, PROBE, **options), expected)
+    recorder = mgs.Recorder(PROBE, schedule=two, **options)
+    assert recorder(MODEL, 0).trace == pytest.approx(np.trace(expected))
+    assert mgs.suspicion(np.eye(4), np.array([0, 1, 0, 1]), classes=two, rounds=two).scores.shape == (4,)
+    for wrong in (np.bool_(True), 2.0, "2"):
+        with pytest.raises(mgs.ArgumentError, match="`chunk_size` must be an integer of at least 1"):
+            mgs.kernel(MODEL, PROBE, chunk_size=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ouput": "trace"}, "`kernel_options` must be among output, transform, loss, .*; got ouput"),
+        ({"output": "trase"}, "`output` must be one of trace"),
+        ({"transform": "sofmax"}, "`transform` must be one of identity"),
+        ({"output": "loss"}, "`targets` must be given"),
+        ({"output": "random", "probes": 0}, "`probes` must be an integer of at least 1"),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1"),
+    ],
+)
+@pytest.mark.wrong_types
+def test_options_are_refused_before_the_first_measurement(options, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        mgs.Recorder(PROBE, **options)
 
 
 def test_unwritable_file_is_refused(tmp_path):
@@ -101,6 +147,8 @@ def test_trackers_that_are_missing_or_unknown(monkeypatch):
         mgs.tracker_sink("wandb")
     with pytest.raises(mgs.ArgumentError, match="`name` must be one of tensorboard"):
         mgs.tracker_sink("paper")
+    with pytest.raises(mgs.ArgumentError, match="`options` must be empty for 'wandb'; got project"):
+        mgs.tracker_sink("wandb", project="mine")
 
 
 def test_backends_are_found_or_refused(monkeypatch):

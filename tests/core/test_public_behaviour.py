@@ -32,8 +32,49 @@ def test_cross_entropy_of_labels_and_of_probabilities():
 
 
 def test_cross_entropy_of_one_output_is_refused():
-    with pytest.raises(mgs.ArgumentError, match="`loss` must be given for a model of one output"):
+    with pytest.raises(mgs.ArgumentError, match=r"`outputs` must have 2 classes or more.*Pass the `loss` that the model"):
         mgs.kernel(MODEL, PROBE, np.zeros(7, int), output="loss", transform=lambda outputs: outputs[:, :1])
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_classes_that_a_mask_leaves_out_leave_the_loss_finite(framework):
+    pytest.importorskip(framework)
+    backend = mgs.get_backend(framework)
+    masked = np.array([[0.0, -np.inf, 1.0], [2.0, 0.0, 1.0]])
+    expected = np.log(np.exp(masked).sum(1)) - masked[[0, 1], [0, 1]]
+    for targets in (np.array([0, 1]), np.eye(3)[:2]):
+        losses = mgs.cross_entropy(backend.asarray(masked), backend.asarray(targets))
+        np.testing.assert_allclose(backend.to_numpy(losses), expected, rtol=1e-6)
+        _, gradient = backend.value_and_gradient(
+            lambda outputs, targets: backend.namespace.mean(mgs.cross_entropy(outputs, targets))
+        )(backend.asarray(masked), backend.asarray(targets))
+        softmax = np.exp(masked) / np.exp(masked).sum(1, keepdims=True)
+        np.testing.assert_allclose(backend.to_numpy(gradient), (softmax - np.eye(3)[:2]) / 2, atol=1e-6)
+
+
+def test_a_choice_of_parameters_may_be_an_iterator():
+    np.testing.assert_allclose(mgs.kernel(MODEL, PROBE, parameters=iter(["w"]), chunk_size=3), mgs.kernel(MODEL, PROBE))
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_two_parameters_of_one_name_are_refused(framework):
+    pytest.importorskip(framework)
+    one = mgs.get_backend(framework).asarray(np.ones((3, 3)))
+    model = mgs.FunctionalModel(lambda p, x: x @ p["a.b"] @ p["a"]["b"], {"a.b": one, "a": {"b": one}})
+    with pytest.raises(mgs.ArgumentError, match=r"one name for each leaf; got two 'a\.b'"):
+        mgs.kernel(model, mgs.get_backend(framework).asarray(PROBE))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": mgs.cross_entropy}, r"`loss` must be None unless output=\"loss\"; got one with output='trace'"),
+        ({"probes": 0}, "`probes` must be an integer of at least 1"),
+    ],
+)
+def test_arguments_without_effect_are_refused(arguments, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        mgs.kernel(MODEL, PROBE, np.zeros(7, int), **arguments)
 
 
 @pytest.mark.parametrize("output", ["target", "loss"])
@@ -88,3 +129,29 @@ def test_summarize_returns_a_frozen_summary():
     assert isinstance(summary, mgs.Summary)
     with pytest.raises(AttributeError):
         summary.trace = 0.0
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_targets_that_are_not_finite(framework):
+    """Without a gradient of the loss there is an error that says so; losses that leave them out have their kernel."""
+    pytest.importorskip(framework)
+    backend = mgs.get_backend(framework)
+    xp, targets, weights = backend.namespace, RANDOM.normal(size=(7, 2)), RANDOM.normal(size=(3, 2))
+    targets[1, 0] = np.nan
+    w, scale, x, y = (backend.asarray(array.astype("float32")) for array in (weights, np.ones((1, 2)), PROBE, targets))
+
+    def plain(outputs, targets):
+        return xp.sum((outputs - targets) ** 2, axis=-1)
+
+    def masked(outputs, targets):
+        known = xp.astype(~xp.isnan(targets), outputs.dtype)
+        return xp.sum(known * (outputs - xp.where(xp.isnan(targets), xp.zeros_like(targets), targets)) ** 2, axis=-1)
+
+    model = mgs.FunctionalModel(lambda p, x: (x @ p["w"]) * p["scale"], {"w": w, "scale": scale})
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must have finite gradients; got NaN.*targets"):
+        mgs.kernel(model, x, y, output="loss", loss=plain)
+    kernel = backend.to_numpy(mgs.kernel(model, x, y, output="loss", loss=masked))
+    outputs = PROBE @ weights
+    slopes = 2 * np.nan_to_num(outputs - targets)
+    expected = (PROBE @ PROBE.T) * (slopes @ slopes.T) + (slopes * outputs) @ (slopes * outputs).T
+    np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-4)

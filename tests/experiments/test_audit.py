@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_wrong_labels_are_found_and_corrected(found):
     assert isinstance(found, mgs.Audit)
     assert roc_auc_score(WRONG, found.scores) > 0.97
     assert roc_auc_score(WRONG, found.neighbours) > 0.9
-    assert roc_auc_score(WRONG, -found.agreement) > 0.8
+    assert roc_auc_score(WRONG, -found.class_cosine) > 0.8
     assert np.mean(found.suggested == TRUE) > 0.93  # of the given labels 0.8 are right
     assert WRONG[found.contradicted].mean() > 0.95
     assert found.contradicted[WRONG].mean() > 0.8
@@ -86,6 +87,7 @@ def test_short_trainings_have_enough_steps():
 def test_blocks_and_seeds_and_epochs(found):
     done = []
     blocks = mgs.audit(IMAGES, LABELS, block=200, on_epoch=done.append)
+    assert blocks.blocks == 3
     assert done == list(range(1, 9))  # two networks, four epochs each
     assert roc_auc_score(WRONG, blocks.scores) > 0.95
     assert np.corrcoef(blocks.scores, found.scores)[0, 1] > 0.9  # in the order of the samples
@@ -97,7 +99,7 @@ def test_blocks_and_seeds_and_epochs(found):
 def test_backends_agree(backend):
     numpy, other = (mgs.audit(IMAGES[:200], LABELS[:200], epochs=1, backend=name) for name in ("numpy", backend))
     np.testing.assert_allclose(other.scores, numpy.scores, atol=1e-3)
-    np.testing.assert_allclose(other.agreement, numpy.agreement, atol=1e-3)
+    np.testing.assert_allclose(other.class_cosine, numpy.class_cosine, atol=1e-3)
 
 
 def test_a_model_of_ones_own(tmp_path):
@@ -167,6 +169,26 @@ def test_equal_samples_are_all_as_suspicious():
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names", "message"),
+    [
+        (IMAGES, ["a", "b"], "`names` must name each of the 10 classes; got 2 names"),
+        (IMAGES[:5], None, "`inputs` must be the 600 samples of the audit; got 5"),
+    ],
+)
+def test_names_and_samples_that_are_too_few_are_refused(found, tmp_path, inputs, names, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        write_audit(found, inputs, tmp_path, names=names)
+
+
+def test_the_page_says_by_which_samples_each_is_judged(found, tmp_path):
+    assert found.blocks == 1
+    assert "the gradients of all other samples predict" in write_audit(found, IMAGES, tmp_path).read_text(encoding="utf-8")
+    text = write_audit(dataclasses.replace(found, blocks=3), IMAGES, tmp_path).read_text(encoding="utf-8")
+    assert "judged in 3 blocks" in text
+    assert "the gradients of all other samples of its block, which was drawn at random, predict" in text
 
 
 def test_an_unwritable_folder_is_refused(found, tmp_path):

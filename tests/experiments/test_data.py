@@ -88,6 +88,16 @@ def test_corruption_has_its_rate_and_kind(kind):
     np.testing.assert_array_equal(corrupt(clean, 0.4, kind, seed=3).train_labels, noisy.train_labels)
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "pair"])
+def test_labels_become_those_of_classes_that_have_samples(save, kind):
+    """Numbered from 1, or with a gap: no sample is of class 0."""
+    labels = np.array([1, 2, 7])
+    noisy = corrupt(load_dataset(save(y_train=labels[np.arange(12) % 3], y_test=labels[:2])), 1.0, kind)
+    assert set(noisy.train_labels) <= set(labels.tolist())
+    if kind == "pair":
+        np.testing.assert_array_equal(noisy.train_labels, [{1: 2, 2: 7, 7: 1}[label] for label in noisy.true_labels.tolist()])
+
+
 def test_mnist_is_fetched_or_its_absence_explained(monkeypatch):
     import sklearn.datasets
 
@@ -104,14 +114,14 @@ def test_mnist_is_fetched_or_its_absence_explained(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", fail)
-    with pytest.raises(mgs.ArgumentError, match=r"`data` must be within reach; mnist could not be fetched .*no route to host"):
+    with pytest.raises(mgs.ArgumentError, match=r"`source` must be within reach; mnist could not be fetched .*no route to host"):
         load_dataset("mnist")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_test": None}, "`data` must hold x_train, y_train, x_test, y_test; .* lacks x_test"),
+        ({"x_test": None}, "`source` must hold x_train, y_train, x_test, y_test; .* lacks x_test"),
         ({"y_train": np.array([{}] * 12)}, "Pickled objects are refused"),
         ({"x_train": np.array(["a"] * 12).reshape(12, 1)}, "`x_train` must be real numbers"),
         ({"x_train": np.zeros(12)}, "`x_train` must be real numbers of shape"),
@@ -132,9 +142,9 @@ def test_bad_files_are_refused(changes, message, save):
 
 
 def test_bad_sources_are_refused(tmp_path, save):
-    with pytest.raises(mgs.ArgumentError, match=r"`data` must be the path of an \.npz file, or a name"):
+    with pytest.raises(mgs.ArgumentError, match=r"`source` must be the path of an \.npz file, or a name"):
         load_dataset("cifar")
-    with pytest.raises(mgs.ArgumentError, match="`data` must be a file that exists"):
+    with pytest.raises(mgs.ArgumentError, match="`source` must be a file that exists"):
         load_dataset(str(tmp_path / "none.npz"))
     damaged = tmp_path / "damaged.npz"
     damaged.write_bytes(b"PK\x03\x04 damaged")
@@ -148,7 +158,7 @@ def test_bad_sources_are_refused(tmp_path, save):
 def test_bad_noise_is_refused(save):
     data = load_dataset(save())
     for rate in (-0.1, 1.1, True, "0.4", float("nan")):
-        with pytest.raises(mgs.ArgumentError, match="`noise` must be a probability"):
+        with pytest.raises(mgs.ArgumentError, match="`rate` must be a probability"):
             corrupt(data, rate)
-    with pytest.raises(mgs.ArgumentError, match="`noise_kind` must be one of symmetric, pair; got 'worst'"):
+    with pytest.raises(mgs.ArgumentError, match="`kind` must be one of symmetric, pair; got 'worst'"):
         corrupt(data, 0.1, "worst")

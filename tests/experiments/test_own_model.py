@@ -279,5 +279,5 @@ def test_a_file_that_has_changed_needs_another_folder(tmp_path):
     settings = replace(SETTINGS, model=path)
     compare(settings, [RECIPES["none"]], tmp_path / "run")
     perceptron(tmp_path / "my.onnx", "LogSoftmax")
-    with pytest.raises(mgs.ArgumentError, match=r"`out` must be a new folder for other settings; .*model_sha256"):
+    with pytest.raises(mgs.ArgumentError, match=r"`folder` must be a new one for other settings; .*model_sha256"):
         compare(settings, [RECIPES["none"]], tmp_path / "run")

@@ -68,7 +68,7 @@ def objective(recipe):
         plain = losses(p, truncation=recipe.truncation)
         total = anp.mean(plain)
         if recipe.agreement:
-            gram = (lambda g: g @ g.T)(rows(lambda p, x, a: losses(p, x, TARGETS[a : a + 1]), PARAMETERS))
+            gram = (lambda g: g @ g.T)(rows(lambda p, x, a: losses(p, x, TARGETS[a : a + 1], recipe.truncation), PARAMETERS))
             r = (gram.sum(1) - np.diag(gram)) / np.sqrt(np.diag(gram))
             total = anp.mean(np.maximum(r, 0) / np.maximum(r, 0).mean() * plain)
         if recipe.gradient_penalty:
@@ -81,7 +81,7 @@ def objective(recipe):
             if recipe.output == "target":
                 g = rows(lambda p, x, a: anp.sum(TARGETS[a] * network(p, {"x": x}), axis=1), p)
             elif recipe.output == "loss":
-                g = rows(lambda p, x, a: losses(p, x, TARGETS[a : a + 1]), p)
+                g = rows(lambda p, x, a: losses(p, x, TARGETS[a : a + 1], recipe.truncation), p)
             else:
                 signs = mgs.heads._probe(np.eye(3), 1, 0)[:, 0]
                 g = rows(lambda p, x, a: probability(p, x, signs), p)
@@ -112,12 +112,13 @@ def gradient_of(recipe, p):
 
 RANDOM_HEAD = Recipe("random head", penalty=mgs.Penalty("log_determinant", 0.5, 2.0), output="random", transform="softmax")
 TOGETHER = Recipe("together", agreement=True, jacobian_penalty=0.1, penalty=mgs.Penalty("trace", 0.5), weight_decay=0.1)
+TRUNCATED = Recipe("truncated", truncation=0.7, agreement=True, penalty=mgs.Penalty("log_determinant", 0.5, 2.0))
 
 
 ONE_NETWORK = [recipe for recipe in RECIPES.values() if not recipe.forgotten]
 
 
-@pytest.mark.parametrize("recipe", [*ONE_NETWORK, RANDOM_HEAD, TOGETHER], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [*ONE_NETWORK, RANDOM_HEAD, TOGETHER, TRUNCATED], ids=lambda recipe: recipe.name)
 def test_a_step_follows_the_gradient_of_the_recipe(recipe):
     step = make_step(recipe, mgs.get_backend("numpy"), network)
     before = {name: value.copy() for name, value in PARAMETERS.items()}
@@ -169,10 +170,15 @@ def test_adam_is_that_of_the_paper():
     np.testing.assert_allclose(ours["w"], value, rtol=1e-5)
 
 
+def test_fields_that_do_not_combine_are_refused():
+    with pytest.raises(mgs.ArgumentError, match=r"`agreement` must be False with `forgotten`.*; got 0\.4\. Choose one"):
+        Recipe("both", agreement=True, forgotten=0.4)
+
+
 def test_recipes_are_chosen_by_name():
     assert [recipe.name for recipe in choose(["mixup", "none", "mixup"])] == ["mixup", "none"]
-    with pytest.raises(mgs.ArgumentError, match=r"`regularizers` must be among none, weight-decay, .*; got prayer"):
+    with pytest.raises(mgs.ArgumentError, match=r"`names` must be among none, weight-decay, .*; got prayer"):
         choose(["none", "prayer"])
-    with pytest.raises(mgs.ArgumentError, match=r"`regularizers` must be among .*; got none"):
+    with pytest.raises(mgs.ArgumentError, match=r"`names` must be among .*; got none"):
         choose([])
     assert Recipe("none") == RECIPES["none"]

@@ -64,6 +64,19 @@ def test_early_stopping_keeps_what_is_best_on_held_out_noisy_labels():
     assert run["last_test_accuracy"] == epochs[kept]["test_accuracy"]
 
 
+def test_few_samples_leave_one_to_stop_by():
+    epochs, _ = records(RECIPES["early-stopping"], replace(SETTINGS, samples=4, probe_samples=2, noise=0.0))
+    assert {record["validation_accuracy"] for record in epochs} <= {0.0, 1.0}
+
+
+def test_an_audit_that_contradicts_every_label_leaves_nothing_to_select(tmp_path):
+    x, y = np.repeat(np.eye(2, 3), 2, axis=0), np.array([0, 1, 0, 1])  # each sample twice, with opposite labels
+    np.savez(tmp_path / "pairs.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    settings = replace(SETTINGS, data=str(tmp_path / "pairs.npz"), samples=None, noise=0.0, probe_samples=2, batch_size=4)
+    with pytest.raises(mgs.ArgumentError, match="`select` must leave samples to train on; the audit contradicts"):
+        records(RECIPES["mgs-select"], settings)
+
+
 def test_relabelling_keeps_wrong_labels_out():
     settings = replace(SETTINGS, samples=400, epochs=15)
     plain, relabelled = records(RECIPES["none"], settings)[1], records(RECIPES["mgs-relabel"], settings)[1]
@@ -82,7 +95,7 @@ def test_what_is_known_to_withstand_wrong_labels_does(name):
 def test_selection_leaves_out_what_the_audit_contradicts_and_nothing_else():
     settings = replace(SETTINGS, samples=300)
     data = experiments.training.draw(settings, 0)
-    run = experiments.training.Run(RECIPES["mgs-select"], data, settings, 0)
+    run = experiments.training.Trainer(RECIPES["mgs-select"], data, settings, 0)
     kept = ~mgs.audit(data.train_inputs, data.train_labels, batch_size=settings.batch_size).contradicted
     assert 0.4 * data.wrong.sum() < (~kept).sum() < data.wrong.sum()
     np.testing.assert_array_equal(run._inputs, data.train_inputs[kept])
@@ -91,7 +104,7 @@ def test_selection_leaves_out_what_the_audit_contradicts_and_nothing_else():
 
 def test_gradient_disparity_is_the_distance_of_the_mean_gradients():
     epoch = records(RECIPES["none"], replace(SETTINGS, epochs=1))[0][0]
-    run = experiments.training.Run(RECIPES["none"], experiments.training.draw(SETTINGS, 0), replace(SETTINGS, epochs=1), 0)
+    run = experiments.training.Trainer(RECIPES["none"], experiments.training.draw(SETTINGS, 0), replace(SETTINGS, epochs=1), 0)
     run.epoch(1)
     x, y = run._data.train_inputs[: SETTINGS.probe_samples], run._data.train_labels[: SETTINGS.probe_samples]
     half, gradient = len(y) // 2, mgs.get_backend("numpy").value_and_gradient

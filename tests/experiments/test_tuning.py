@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("onnx")
 
 from mgs_core.experiments import RECIPES, Settings, compare
-from mgs_core.experiments.training import Run, draw
+from mgs_core.experiments.training import Trainer, draw
 from mgs_core.experiments.tuning import best_strength, strengths, try_strength
 
 SETTINGS = Settings(samples=120, epochs=3, seeds=1, probe_samples=10, tuning=2)
@@ -31,7 +31,7 @@ def test_what_a_recipe_tries_are_strengths_of_its_own(recipe):
 def test_the_score_is_on_held_out_noisy_labels_of_another_draw():
     record = try_strength("dropout", 0.7, SETTINGS)
     data = draw(SETTINGS, record["seed"])
-    run = Run(replace(RECIPES["dropout"], dropout=0.7, hold_out=0.2), data, SETTINGS, record["seed"])
+    run = Trainer(replace(RECIPES["dropout"], dropout=0.7, hold_out=0.2), data, SETTINGS, record["seed"])
     for epoch in (1, 2, 3):
         run.epoch(epoch)
     predicted = np.argmax(run._model.function(run._parameters, data.train_inputs[:24]), axis=1)

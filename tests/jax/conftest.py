@@ -320,3 +320,15 @@ def several_inputs():
 
     x = {"left": draw(6, 4), "right": draw(6, 4, seed=1), "id": ids(6, 2, below=5)}
     return function, {"w": draw(4, 3), "b": draw(3), "table": draw(4, 3), "other": draw(3, 5)}, x
+
+
+@model
+def split_over_devices():
+    """A layer whose columns are on several devices, if there are any."""
+    mesh, spec = jax.sharding.Mesh(np.array(jax.devices()[:1]), "d"), jax.sharding.PartitionSpec
+    columns = {"mesh": mesh, "in_specs": (spec(None, "d"), spec()), "out_specs": spec(None, "d")}
+
+    def function(p, x):
+        return jnp.tanh(jax.shard_map(lambda w, x: x @ w, **columns)(p["w"], x)) @ p["v"]
+
+    return function, {"w": draw(5, 4), "v": draw(4, 3)}, draw(6, 5)

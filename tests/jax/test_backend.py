@@ -187,6 +187,12 @@ def test_rows_beyond_the_end_of_a_table_have_no_gradient():
     close(mgs.kernel(model, at), 2.0 * np.outer(at < 50, at < 50))
 
 
+def test_a_parameter_without_elements_has_no_gradient(recwarn):
+    found = mgs.kernel(mgs.FunctionalModel(lambda p, x: x @ p["w"] + jnp.sum(p["none"]), {"w": EYE, "none": jnp.zeros(0)}), EYE)
+    np.testing.assert_array_equal(found, 3.0 * EYE)
+    assert not recwarn.list
+
+
 def test_outputs_may_be_parameters_themselves():
     model = mgs.FunctionalModel(lambda p, x: jnp.broadcast_to(p, (len(x), 2)), jnp.ones(2))
     close(mgs.kernel(model, jnp.eye(3)), np.full((3, 3), 2.0))
@@ -294,6 +300,11 @@ def test_sharded_inputs_give_the_kernel_of_one_device():
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     for a, b in zip(jax.tree.leaves(step(p, x)), jax.tree.leaves(step(everywhere, spread)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    explicit = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        automatic = jax.jit(jax.sharding.auto_axes(lambda p, x: value(p, x)[1], out_sharding=P()))
+        found = automatic(jax.device_put(p, NamedSharding(explicit, P())), jax.device_put(x, NamedSharding(explicit, P("d"))))
+    np.testing.assert_allclose(found, value(p, x)[1], rtol=1e-4, atol=1e-5)
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=flags)
@@ -318,7 +329,7 @@ EYE = jnp.eye(3, dtype=jnp.float32)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: mgs.kernel(GOOD, EYE.at[0].set(jnp.nan)), mgs.ArgumentError, "`inputs` and `targets` must be finite"),
+        (lambda: mgs.kernel(GOOD, EYE.at[0].set(jnp.nan)), mgs.ArgumentError, "`inputs` must be finite"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, jnp.arange(3)), EYE), mgs.ArgumentError, "floating-point arrays"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x[:, 0], EYE), EYE), mgs.ArgumentError, r"shape \(n, c\) with n = "),
         (lambda: mgs.kernel(EYE, EYE), mgs.ArgumentError, "must be a FunctionalModel or a flax.nnx.Module"),

@@ -78,6 +78,20 @@ def test_agreement_weighted_loss(p, batch):
     close(some[2], jax.grad(lambda p: jnp.mean(weights * losses(p, batch)))(p))
 
 
+def test_agreement_weights_have_no_second_derivative_and_say_so(p, batch):
+    weighted = regularized(loss_fn, weighting="agreement")
+    with pytest.raises(mgs.UnsupportedModelError, match=r"no second derivative.*Take that of `mean\(parts.weights"):
+        jax.hessian(lambda p: weighted(p, batch)[0])(p)
+
+
+def test_chosen_parameters_that_do_not_move_the_loss_leave_the_weights_alone(p, batch):
+    value, parts, gradient = evaluate(
+        regularized(loss_fn, weighting="agreement", parameters=["idle"]), {**p, "idle": jnp.ones(2)}, batch
+    )
+    close(parts.weights, jnp.ones(6))
+    close((value, {name: gradient[name] for name in p}), jax.value_and_grad(lambda p: loss_fn(p, batch)[0])(p))
+
+
 @pytest.mark.parametrize(
     "name", ["cnn", "few_positions", "tied", "views", "several_inputs", pytest.param("loops", marks=pytest.mark.slow)]
 )
@@ -257,3 +271,10 @@ def test_monitor_measures_linen_nnx_and_functions(p, batch):
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         regularized(loss_fn, **options)
+
+
+@pytest.mark.wrong_types
+def test_options_may_be_integers_of_numpy():
+    regularized(lambda params, batch: jnp.mean((batch @ params) ** 2), PENALTY, every=np.int64(1), samples=np.int64(2))(
+        jnp.ones(2), jnp.ones((3, 2))
+    )

@@ -79,5 +79,9 @@ def test_log_determinant_has_the_derivatives_of_the_determinant():
     np.testing.assert_allclose(jax.grad(ours)(rows), jax.grad(plain)(rows), rtol=1e-10)
     np.testing.assert_allclose(jax.hessian(ours)(rows), jax.hessian(plain)(rows), rtol=1e-8, atol=1e-10)
     assert jnp.isnan(XP.mgs_log_determinant(-2.0 * jnp.eye(3), 1e-15))
-    with_ridge = XP.mgs_log_determinant(2.0 * jnp.eye(3), 0.1)
-    np.testing.assert_allclose(with_ridge, 3.0 * np.log(3.0 + 0.1 * 3.0), rtol=1e-12)
+    for rounding, ridge in ((0.1, 1.0), (2.0, 4.0)):
+        value = XP.mgs_log_determinant(2.0 * jnp.eye(3), rounding)
+        np.testing.assert_allclose(value, 3.0 * np.log(2.0 + ridge), rtol=1e-12)
+    rows = 100.0 * jnp.asarray(np.random.default_rng(0).normal(size=(256, 1)), dtype=jnp.float32)
+    expected = np.log1p(float(np.sum(np.asarray(rows, dtype=np.float64) ** 2))) / 256
+    np.testing.assert_allclose(mgs.Penalty("log_determinant", 1.0)(rows @ rows.T), expected, rtol=5e-3)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from keras_oracle import close, draw_weights, kernel, rows
+from keras_oracle import close, draw_weights, kernel, numpy, rows
 
 import mgs_core as mgs
 
@@ -126,3 +126,65 @@ def test_unrolled_recurrence_has_statistics():
     for options, routes in (({"unroll": True}, {"statistics"}), ({}, {"statistics", "rows"})):
         model = keras.Sequential([keras.Input((6, 4)), layers.GRU(3, **options), layers.Dense(2)])
         assert {layer.route for layer in mgs.check(model, LINE).layers} <= routes
+
+
+class Noise(layers.Layer):
+    """Draws random numbers, in training alone or always."""
+
+    def __init__(self, always):
+        super().__init__(name="noise")
+        self.always, self.source = always, keras.random.SeedGenerator(0)
+
+    def call(self, x, training=False):
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.source) if training or self.always else x
+
+
+def test_random_numbers_at_inference_are_refused():
+    noisy, still = (
+        keras.Sequential([keras.Input((4,)), layers.Dense(3), Noise(always), layers.Dense(2)]) for always in (True, False)
+    )
+    with pytest.raises(mgs.UnsupportedModelError, match="got random numbers, drawn with training=False by layer noise"):
+        mgs.kernel(noisy, draw(3, 4))
+    assert kernel(still, draw(3, 4)).shape == (3, 3)
+    x = keras.Input((4,))
+    dropped = keras.Model(x, layers.Dense(2)(layers.Dropout(0.5)(layers.Dense(3)(x), training=True)))
+    assert kernel(dropped, draw(3, 4)).shape == (3, 3)  # Keras itself overrides that argument at inference
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras itself refuses it there")
+def test_random_numbers_without_a_generator_are_refused_too():
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(2)(layers.Lambda(lambda x: x + keras.random.normal(keras.ops.shape(x)), (4,))(x)))
+    with pytest.raises(mgs.UnsupportedModelError, match="by layer without a SeedGenerator of its own"):
+        mgs.kernel(model, draw(3, 4))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="others have no strings")
+def test_text_within_the_model():
+    """Its number of samples is not known where the model is traced."""
+    import tensorflow as tf
+
+    text = tf.constant([["a b c"], ["b"], ["c a"], ["a a b"]])
+    vectorize = layers.TextVectorization(max_tokens=6, output_sequence_length=3)
+    vectorize.adapt(text)
+    rest = [layers.Embedding(6, 3), layers.Flatten(), layers.Dense(2)]
+    whole = keras.Sequential([keras.Input((1,), dtype="string"), vectorize, *rest])
+    close(mgs.kernel(whole, text), kernel(keras.Sequential([keras.Input((3,), dtype="int64"), *rest]), vectorize(text)))
+
+
+def test_preprocessing_layers_leave_the_kernel_exact():
+    x = draw(4, 8, 8, 1)
+    normalize = layers.Normalization()
+    normalize.adapt(x)
+    before = [normalize, layers.RandomFlip(), layers.RandomRotation(0.1), layers.Rescaling(0.5)]
+    after = [layers.Conv2D(2, 3), layers.Flatten(), layers.Dense(2)]
+    whole = keras.Sequential([keras.Input((8, 8, 1)), *before, *after])
+    rest = keras.Sequential([keras.Input((8, 8, 1)), *after])
+    close(kernel(whole, x), kernel(rest, 0.5 * numpy(normalize(x))), 1e-6)
+
+
+def test_layers_in_float8_are_refused():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+    model.layers[0].quantize("float8")
+    with pytest.raises(mgs.UnsupportedModelError, match=r"`model` must have gradients in its variables; got .*float8"):
+        mgs.kernel(model, draw(3, 4))

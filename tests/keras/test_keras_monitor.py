@@ -118,3 +118,25 @@ def test_monitor_of_a_regularised_model_leaves_training_alone():
     assert curves[0]["loss"] == pytest.approx(curves[1]["loss"], rel=1e-6)
     assert curves[0]["mgs_penalty"] == pytest.approx(curves[1]["mgs_penalty"], rel=1e-6)
     assert {"mgs_penalty", "mgs_trace", "mgs_log_determinant"} < set(curves[1])
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ouput": "trace"}, "`kernel_options` must be among output, transform, .*; got ouput"),
+        ({"output": "loss"}, "`targets` must be given"),
+        ({"every": 1.5}, "`every` must be an integer"),
+        ({"batches": 0}, "`every` must be an integer of at least 1; got 0"),
+    ],
+)
+def test_options_are_refused_before_the_first_measurement(options, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        MGSMonitor(X, **options)
+
+
+@pytest.mark.wrong_types
+def test_options_may_be_integers_of_numpy():
+    monitor = MGSMonitor(X[:4], every=np.int64(2), batches=np.int64(2), chunk_size=np.int64(2))
+    fit(network(), [monitor], epochs=2)
+    assert next(iter(monitor.history[0])) == "batch"

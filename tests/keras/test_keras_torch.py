@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from keras import layers
 from keras_oracle import BACKEND, draw_weights, numpy
-from mgs_core.adapters.keras import MGSRegularizer, _training, regularize
+from mgs_core.adapters.keras import MGSRegularizer, _training, regularize, sample_loss
+
+import mgs_core as mgs
 
 pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="TensorFlow and JAX trace by themselves")
 RANDOM = np.random.default_rng(0)
@@ -125,3 +127,18 @@ def test_shapes_without_end_are_not_traced():
     assert len(model._mgs._replay._graphs) == 4
     for curve in found:
         assert curve == pytest.approx([curve[0]] * 4, rel=1e-5)
+
+
+def test_layers_may_be_frozen_between_steps():
+    """Keras on PyTorch freezes them at once; on the others, what is compiled stays until the next `compile`."""
+    first = layers.Dense(6, activation="tanh")
+    model = draw_weights(keras.Sequential([keras.Input((5,)), first, layers.Dense(3, activation="softmax")]))
+    regularize(model, MGSRegularizer("trace", strength=1.0))
+    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy", jit_compile=False)
+    found = []
+    for trainable in (True, False, True):
+        first.trainable = trainable
+        found.append(model.fit(X, Y, batch_size=28, epochs=3, verbose=0).history["mgs_penalty"])
+        kernel = mgs.kernel(model, X, Y, output="loss", loss=sample_loss("sparse_categorical_crossentropy"))
+        assert found[-1] == pytest.approx([float(mgs.Penalty("trace", 1.0)(kernel))] * 3, rel=1e-4)
+    assert found[1][0] < 0.9 * found[0][0]

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from keras_oracle import BACKEND, draw_weights, kernel, numpy
+from keras_oracle import BACKEND, close, draw_weights, kernel, numpy
 from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize, sample_loss
 
 import mgs_core as mgs
@@ -179,3 +179,32 @@ def test_the_strength_is_that_of_the_penalty_unless_it_is_given():
     assert MGSRegularizer("cosine").strength == mgs.Penalty("cosine").strength
     assert MGSRegularizer("cosine", 0.25).strength == 0.25
     assert MGSRegularizer(None, weighting="agreement").strength == 0.0
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no sparse inputs there")
+@pytest.mark.parametrize("kind", ["scipy", "framework"])
+def test_sparse_inputs(kind):
+    """The kernel is that of the dense ones, and `fit` takes them."""
+    dense = (X * (X > 0.5)).astype("float32")
+    sparse = pytest.importorskip("scipy.sparse").csr_matrix(dense)
+    if kind == "framework" and BACKEND == "jax":
+        sparse = pytest.importorskip("jax.experimental.sparse").BCOO.fromdense(dense)
+    elif kind == "framework":
+        sparse = pytest.importorskip("tensorflow").sparse.from_dense(dense)
+    parts = [layers.Dense(4, activation="tanh"), layers.Dense(3, activation="softmax")]
+    model = draw_weights(keras.Sequential([keras.Input((5,), sparse=True), *parts]))
+    close(mgs.kernel(model, sparse), kernel(model, dense), 1e-6)
+    model = regularize(model, MGSRegularizer("trace", strength=0.1, max_samples=6))
+    curves = [history(model, x, callbacks=[MGSMonitor(x)]) for x in (dense, sparse)]
+    for name in ("loss", "mgs_penalty", "mgs_trace"):
+        assert curves[1][name] == pytest.approx(curves[0][name], rel=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="others have no ragged tensors")
+def test_ragged_inputs_are_refused():
+    import tensorflow as tf
+
+    ids = keras.Input((None,), dtype="int32")
+    model = keras.Model(ids, layers.Dense(3)(layers.GlobalAveragePooling1D()(layers.Embedding(10, 4)(ids))))
+    with pytest.raises(mgs.ArgumentError, match=r"must be dense; got a RaggedTensor. Pass inputs.to_tensor\(\), and mask"):
+        mgs.kernel(model, tf.ragged.constant([[1, 2, 3], [4]]))

@@ -159,7 +159,8 @@ def test_gradient_of_a_penalty_is_that_of_central_differences(case, output):
 
     def objective(p):
         model = mgs.FunctionalModel(function, p)
-        return penalty(mgs.kernel(model, x, y, output=output, transform="softmax", differentiable=True, loss=squared))
+        loss = squared if output == "loss" else None
+        return penalty(mgs.kernel(model, x, y, output=output, transform="softmax", differentiable=True, loss=loss))
 
     def squared(outputs, labels):
         return anp.sum((outputs - 1.0 / (1.0 + labels[:, None])) ** 2, axis=1)
@@ -275,6 +276,19 @@ def test_check_names_kind_and_route():
     assert routes == {"v": "rows", "a": "rows", "c": "rows", "w2": "statistics"}
 
 
+@pytest.mark.parametrize("function", [lambda p, x: x @ p["w"] * p["gain"], lambda p, x: x @ (p["w"] * p["gain"])])
+def test_half_precision_is_summed_in_single_precision(function):
+    parameters, x = {"w": draw(5, 3), "gain": draw(3)}, draw(6, 5)
+    wide = {key: value.astype(np.float32) for key, value in parameters.items()}
+    half = {key: value.astype(np.float16) for key, value in parameters.items()}
+    low = mgs.kernel(mgs.FunctionalModel(lambda p, x: 300.0 * function(p, x), half), x.astype(np.float16))
+    exact = mgs.kernel(mgs.FunctionalModel(lambda p, x: 300.0 * function(p, x), wide), x.astype(np.float32))
+    assert low.dtype == np.float32
+    assert exact.max() > np.finfo(np.float16).max
+    np.testing.assert_allclose(low, exact, rtol=0, atol=0.02 * exact.max())
+
+
+FOREIGN = "`model` must be written with autograd.numpy .* convert the parameters"
 INPUTS = draw(4, 3)
 GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": draw(3, 2)})
 
@@ -304,8 +318,18 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": draw(3, 2)})
         (lambda: mgs.kernel(np.zeros(3), INPUTS), "`model` must be a FunctionalModel for the NumPy backend"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, {"w": np.arange(3)}), INPUTS), "`parameters` must be floating"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, {}), INPUTS), "`parameters` must hold at least one array"),
+        (
+            lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, {"w": 0.5}), INPUTS),
+            "`parameters` must hold arrays; got the number",
+        ),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x[:, 0] * p["w"], {"w": draw(1)}), INPUTS), "outputs of shape"),
         (lambda: mgs.FunctionalModel(3, {}), "`function` must be callable"),
+        (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.dot(x, p["w"]), GOOD.parameters), INPUTS), FOREIGN),
+        (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.dot(x, p["w"]) @ p["w"].T, GOOD.parameters), INPUTS), FOREIGN),
+        (
+            lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.linalg.det(p["w"].T @ p["w"]), GOOD.parameters), INPUTS),
+            FOREIGN,
+        ),
     ],
 )
 @pytest.mark.wrong_types

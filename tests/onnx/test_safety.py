@@ -332,6 +332,12 @@ def test_inputs_and_choices():
     refused(labels, "has no floating-point output. Name one by `output`", mgs.UnsupportedModelError)
     misfit = model([MATMUL], [numpy_helper.from_array(np.ones((4, 2), np.float32), "w")])
     refused(misfit, r"`inputs` must fit the model; node 'multiply' \(MatMul, opset 17\) failed")
+    reshaped = [node("Reshape", ["x", "shape"], ["h"]), node("MatMul", ["h", "w"], ["y"])]
+    tensors = [numpy_helper.from_array(np.ones((3, 2), np.float32), "w"), numpy_helper.from_array(np.array([1, 3]), "shape")]
+    fixed = mgs.onnx.load(model(reshaped, tensors, inputs=[info("x", (1, 3))]))
+    assert fixed(np.ones((1, 3), np.float32)).shape == (1, 2)
+    with pytest.raises(mgs.ArgumentError, match="written for batches of 1; export it with a free batch axis"):
+        fixed(np.ones((2, 3), np.float32))
     constant = [node("MatMul", ["w", "w"], ["c"], "fold"), node("Add", ["x", "c"], ["h"]), node("MatMul", ["h", "v"], ["y"])]
     tensors = [numpy_helper.from_array(np.ones((3, 2), np.float32), name) for name in ("w", "v")]
     with pytest.raises(mgs.ArgumentError, match=r"node 'fold' .* fails on its constants"):

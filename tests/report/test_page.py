@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -12,6 +13,7 @@ import scipy.stats
 
 from mgs_core._errors import ArgumentError
 from mgs_core.report import write_report
+from mgs_core.report.files import write_files
 from mgs_core.report.metrics import KERNEL_METRICS, SECTIONS
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -316,11 +318,31 @@ def test_older_files_are_replaced_in_one_step(make_records, settings, tmp_path, 
     def fail(*_):
         raise OSError("full")
 
-    monkeypatch.setattr("mgs_core.report.files.os.replace", fail)
+    monkeypatch.setattr("mgs_core.report.files.Path.replace", fail)
     with pytest.raises(ArgumentError, match="full"):
         write_report(make_records(2, 1, 1), settings, tmp_path)
     assert path.read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["figure.png", "report.html"]
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_files_have_the_rights_that_the_umask_leaves(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_files(tmp_path, {"file": b"text"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_failed_runs_and_the_versions_are_on_the_page(make_records, settings, tmp_path):
+    made = {"versions": {"mgs_core": "9.8.7", "numpy": "2.0"}}
+    failed = {"event": "failed", "of": "run", "regularizer": "<mine>", "seed": 3, "error": "`x` must be < 1; got 2.", **made}
+    text = write_report([*make_records(2, 1, 3), failed], settings, tmp_path).read_text(encoding="utf-8")
+    assert "1 run with &lt;mine&gt; failed (seed 3) and is left out: `x` must be &lt; 1; got 2." in text
+    assert "mgs_core 9.8.7, numpy 2.0" in text
+    only = write_report([failed], settings, tmp_path).read_text(encoding="utf-8")
+    assert "<h1>Every run failed.</h1>" in only
 
 
 def test_records_and_settings_are_left_alone(make_records, settings, tmp_path):

@@ -102,6 +102,15 @@ def test_a_regulariser_without_finished_runs_shows_its_last_epochs():
     assert row["runs"] == "1 unfinished"
 
 
+def test_failed_runs_do_not_count_and_are_named():
+    failed = {"event": "failed", "of": "run", "regularizer": "b", "error": "why"}
+    records = [run("a", 0, last_test_accuracy=0.5), epoch("b", 0, 1, test_accuracy=0.9), run("c", 0, last_test_accuracy=0.4)]
+    records += [{**failed, "seed": 0}, {**failed, "seed": 1}, {**failed, "regularizer": "c", "seed": 1}]
+    rows = {row["regulariser"]: row for row in table(records)}
+    assert {name: row["runs"] for name, row in rows.items()} == {"a": "1", "b": "2 failed", "c": "1 of 2"}
+    assert rows["b"]["test % ± s.e."] == "–"
+
+
 def test_missing_figures_come_from_the_epoch_whose_weights_were_kept():
     records = [epoch("a", 0, at, mgs_magnitude=float(at), mgs_trace=10.0 * at) for at in (1, 2, 3)] + [
         run("a", 0, epochs=2, mgs_trace=5.0)

@@ -6,7 +6,7 @@ import pytest
 
 from mgs_core.report.dots import correlations
 from mgs_core.report.runs import read
-from mgs_core.report.words import findings, headline
+from mgs_core.report.words import findings, verdict
 
 
 def run(name, seed, test=None, wrong=None, **figures):
@@ -18,7 +18,7 @@ def run(name, seed, test=None, wrong=None, **figures):
 def said(records):
     comparison = read(records)
     return [
-        sentence.replace("\u00a0", " ") for sentence in (headline(comparison), *findings(comparison, correlations(comparison)))
+        sentence.replace("\u00a0", " ") for sentence in (verdict(comparison), *findings(comparison, correlations(comparison)))
     ]
 
 
@@ -113,3 +113,16 @@ def test_unfinished_runs_are_said():
     assert (
         said(records)[-1] == "1 run is not finished (b). b: no run is finished, the figures are those of the last epoch so far."
     )
+
+
+def test_names_stay_as_they_are():
+    assert said([run("MixUp-CNN", 0, 0.9, 0.3)])[0].startswith("With MixUp-CNN, the network memorises")
+
+
+def test_failed_runs_are_said_and_left_out():
+    failed = [{"event": "failed", "of": "run", "regularizer": "b", "seed": seed, "error": f"Reason {seed}."} for seed in (0, 2)]
+    records = [run("a", 0, 0.5, 0.1), {"event": "epoch", "regularizer": "b", "seed": 0, "epoch": 1, "test_accuracy": 0.9}]
+    rest = said([*records, *failed, {**failed[0], "of": "tuning", "seed": 1_000_000}])
+    assert rest[-1] == "2 runs with b failed (seeds 0 and 2) and are left out: Reason 0."
+    assert not any("not finished" in sentence for sentence in rest)
+    assert "highest with a" in rest[1]

@@ -285,6 +285,18 @@ def kernel_of_function(function, parameters):
             )
             for output in ("loss", "target")
         ),
+        (lambda: mgs.kernel(GOOD, tf.ragged.constant([[1.0], [1.0, 2.0]])), mgs.ArgumentError, r"got a RaggedTensor.*to_tensor"),
+        (lambda: mgs.kernel(GOOD, tf.sparse.eye(4)), mgs.ArgumentError, r"got a SparseTensor. Pass tf.sparse.to_dense"),
+        (
+            lambda: mgs.kernel(GOOD, tf.sparse.eye(4), chunk_size=2),
+            mgs.ArgumentError,
+            "`chunk_size` must be None for inputs that",
+        ),
+        (
+            lambda: mgs.kernel(GOOD, tf.ragged.constant([[1.0], [1.0, 2.0]]), chunk_size=1),
+            mgs.ArgumentError,
+            "got a RaggedTensor",
+        ),
         (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
         (lambda: mgs.kernel(LOOP, X), mgs.UnsupportedModelError, "must read its variables outside of control flow"),
         (lambda: mgs.kernel(SWISH, X), mgs.UnsupportedModelError, "must have no custom gradient where it reads variables"),
@@ -298,3 +310,29 @@ def kernel_of_function(function, parameters):
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_half_precision_within_a_model_in_single():
+    """A normalisation in float32 of data that were rounded to bfloat16 is as exact as these."""
+    draw = np.random.default_rng(0).normal
+
+    def mixed(p, x):
+        h = tf.cast(tf.cast(x, tf.bfloat16) @ tf.cast(p["w"], tf.bfloat16), tf.float32) * p["gain"] + p["shift"]
+        return tf.cast(tf.cast(tf.tanh(h), tf.bfloat16) @ tf.cast(p["v"], tf.bfloat16), tf.float32)
+
+    shapes = {"w": (16, 12), "gain": (12,), "shift": (12,), "v": (12, 3)}
+    p = {name: tf.constant(0.5 * draw(size=shape), tf.float32) for name, shape in shapes.items()}
+    x = tf.constant(draw(size=(32, 16)), tf.float32)
+    single = mgs.FunctionalModel(lambda p, x: tf.tanh((x @ p["w"]) * p["gain"] + p["shift"]) @ p["v"], p)
+    found, expected = (mgs.kernel(model, x, output="sum") for model in (mgs.FunctionalModel(mixed, p), single))
+    np.testing.assert_allclose(found, expected, atol=0.03 * float(tf.reduce_max(expected)))
+
+
+def test_python_behind_a_parameter_is_refused_and_before_one_is_data():
+    def of_python(x):
+        return tf.ensure_shape(tf.py_function(lambda value: 2.0 * value, [x], tf.float64), x.shape)
+
+    weights = {"w": tf.ones((4, 3), tf.float64)}
+    np.testing.assert_allclose(mgs.kernel(mgs.FunctionalModel(lambda p, x: of_python(x) @ p["w"], weights), X), 12 * X @ X.T)
+    with pytest.raises(mgs.UnsupportedModelError, match=r"`model` must have no tf.py_function behind a parameter"):
+        mgs.kernel(mgs.FunctionalModel(lambda p, x: of_python(x @ p["w"]), weights), X)

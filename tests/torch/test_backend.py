@@ -184,6 +184,83 @@ def test_custom_functions_get_rows(of):
     torch.testing.assert_close(*(torch.autograd.grad(kernel, w)[0] for kernel in kernels))
 
 
+@pytest.mark.parametrize(
+    "name", ["Add", "Mul", "Clone", "Relu", "Linear", "Mm", "T", "Embedding", "NativeLayerNorm", "Convolution"]
+)
+def test_custom_functions_are_not_taken_for_the_operations_whose_name_they_bear(name):
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    def backward(ctx, gradient):
+        x, w = ctx.saved_tensors
+        return 2 * gradient @ w.mT, 3 * x.mT @ gradient
+
+    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    w, x = torch.randn(5, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    parameters = {"v": torch.randn(5, 5, dtype=torch.float64), "w": w}
+
+    def kernel(apply):
+        leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+        model = mgs.FunctionalModel(lambda p, x: apply(x @ p["v"], p["w"]).tanh(), leaves)
+        value = mgs.kernel(model, x, differentiable=True)
+        return value, torch.autograd.grad(value.square().sum(), list(leaves.values()))
+
+    another = type("Scaled", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    torch.testing.assert_close(kernel(function.apply), kernel(another.apply))
+    rows = []
+    for a in range(4):
+        leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+        outputs = another.apply(x[a : a + 1] @ leaves["v"], leaves["w"]).tanh()[0]
+        parts = [torch.autograd.grad(output, list(leaves.values()), retain_graph=True) for output in outputs]
+        rows.append(torch.stack([torch.cat([part.reshape(-1) for part in by_output]) for by_output in parts]))
+    rows = torch.stack(rows)
+    torch.testing.assert_close(kernel(function.apply)[0], torch.einsum("acp,bcp->ab", rows, rows))
+
+
+_OF_DERIVATIVES = {
+    "convolution": (lambda p, x: nn.functional.conv1d(x, p["w"], p["b"], padding=1), {"w": (4, 2, 3), "b": (4,)}),
+    "group norm": (
+        lambda p, x: nn.functional.group_norm(nn.functional.conv1d(x, p["w"]), 2, p["gain"], p["shift"]),
+        {"w": (4, 2, 1), "gain": (4,), "shift": (4,)},
+    ),
+    "layer norm": (lambda p, x: nn.functional.layer_norm(x, (4,), p["gain"]).tile(2, 1), {"gain": (4,)}),
+}
+
+
+@pytest.mark.parametrize("name", _OF_DERIVATIVES)
+def test_outputs_may_be_derivatives_of_a_network(name):
+    torch.manual_seed(0)
+    hidden, shapes = _OF_DERIVATIVES[name]
+    parameters = {name: torch.randn(shape, dtype=torch.float64) for name, shape in {**shapes, "v": (4, 2)}.items()}
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+
+    def outputs(p, x):
+        x = x.clone().requires_grad_()
+        y = nn.functional.silu(hidden(p, x)).mean(2) @ p["v"]
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.cat([y, slope[:, 0]], 1)
+
+    values = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    rows = [
+        torch.cat([part.reshape(-1) for part in torch.autograd.grad(
+            output, list(values.values()), create_graph=True, allow_unused=True, materialize_grads=True
+        )])
+        for a in range(3) for output in outputs(values, x[a : a + 1])[0]
+    ]  # fmt: skip
+    stacked = torch.stack(rows).reshape(3, 6, -1)
+    ours = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    kernels = (
+        mgs.kernel(mgs.FunctionalModel(outputs, ours), x, differentiable=True),
+        torch.einsum("acp,bcp->ab", stacked, stacked),
+    )
+    torch.testing.assert_close(*kernels)
+    gradients = [
+        torch.autograd.grad(kernel.square().sum(), list(of.values())) for kernel, of in zip(kernels, (ours, values), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_nested_gradients_are_differentiated_again():
     def energy(x, w):
         return (torch.tanh(x["x"] @ w) ** 2).sum()

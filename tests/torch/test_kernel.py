@@ -10,7 +10,7 @@ import mgs_core as mgs
 torch = pytest.importorskip("torch")
 
 from mgs_core.adapters.torch import twice_differentiable  # noqa: E402  # after the skip
-from mgs_core.backends.torch import collect, contraction  # noqa: E402  # after the skip
+from mgs_core.backends.torch import collect, contraction, convolutions  # noqa: E402  # after the skip
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402  # after the skip
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402  # after the skip
 
@@ -82,9 +82,9 @@ def test_permuting_samples_permutes_the_kernel_and_parameters_add_up(case):
 
 
 def penalty_of(model, x, output, **options):
-    targets = torch.arange(count(x))
+    targets, loss = torch.arange(count(x)), squared if output == "loss" else None
     with twice_differentiable(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # attention stays fused
-        return PENALTY(mgs.kernel(model, x, targets, output=output, transform="softmax", loss=squared, **options))
+        return PENALTY(mgs.kernel(model, x, targets, output=output, transform="softmax", loss=loss, **options))
 
 
 def squared(outputs, targets):
@@ -149,10 +149,10 @@ def test_gradient_of_a_penalty_is_that_of_a_loop(case, request):
 def test_slices_and_other_ways_of_large_layers_change_nothing(of, name, output, constants, monkeypatch):
     model, x = of(name)
     expected = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
-    monkeypatch.setattr("mgs_core.statistics.prefers_pairwise", lambda left, right: False)
+    monkeypatch.setattr("mgs_core.contraction.prefers_pairwise", lambda left, right: False)
     monkeypatch.setattr(contraction, "_equal_pairs", lambda use: None)
     for constant, value in constants.items():
-        monkeypatch.setattr(contraction, constant, value)
+        monkeypatch.setattr(convolutions if hasattr(convolutions, constant) else contraction, constant, value)
     found = torch.autograd.grad(penalty_of(model, x, output, differentiable=True), trainable(model), materialize_grads=True)
     for part, other in zip(found, expected, strict=True):
         torch.testing.assert_close(part, other, rtol=1e-8, atol=1e-10)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
 import mgs_core as mgs
 
 torch = pytest.importorskip("torch")
 
-from mgs_core.adapters.torch import Configured, MGSLoss, twice_differentiable  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import (  # noqa: E402  # after the skip
+    Configured,
+    LossRecord,
+    MGSLoss,
+    MGSMonitor,
+    twice_differentiable,
+)
+from mgs_core.backends.torch import fused  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 from torch.nn.functional import cross_entropy  # noqa: E402  # after the skip
 
@@ -60,6 +68,7 @@ def test_value_is_the_criterion_plus_the_penalty_on_the_kernel_of_its_losses(mlp
         return each if name == "sum" else each * (len(y) * plain.detach() / each.sum().detach())
 
     penalty = 0.3 * (loss_rows(model, x, losses) ** 2).sum() / len(x)
+    assert isinstance(criterion.last, LossRecord)
     torch.testing.assert_close(criterion.last.criterion, plain.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(criterion.last.penalty, penalty, rtol=1e-11, atol=0)
     torch.testing.assert_close(value, plain + penalty, rtol=1e-12, atol=0)
@@ -130,7 +139,7 @@ def test_max_samples_takes_the_kernel_of_the_first(mlp):
     torch.testing.assert_close(few.last.kernel, all_of_them.last.kernel[:5, :5])
 
 
-@pytest.mark.parametrize("name", ["mlp", "rectified", "normalised_frames"])
+@pytest.mark.parametrize("name", ["mlp", "rectified", "normalised_frames", "experts"])
 def test_max_samples_has_the_gradient_of_the_first(of, name):
     model, x = of(name)
     y = torch.arange(len(x)) % 2
@@ -323,23 +332,12 @@ def test_inputs_that_need_gradients_are_data(mlp):
     torch.testing.assert_close(criterion.last.kernel, expected)
 
 
-class ScaledDotProductEfficientAttention(torch.autograd.Function):
-    """Stand in for what GPUs use: an operation of that name."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-def test_fused_attention_without_second_derivative_is_refused_with_its_remedy(mlp):
+def test_fused_attention_without_second_derivative_is_refused_with_its_remedy(mlp, monkeypatch):
     model, x, y = mlp
     criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)
+    monkeypatch.setitem(fused._ONCE, "Tanh", fused._ONCE["ScaledDotProduct"])  # which only GPUs have without a second derivative
     with pytest.raises(mgs.UnsupportedModelError, match=r"fused attention .*twice_differentiable"):
-        criterion(ScaledDotProductEfficientAttention.apply(model(x)), y)
+        criterion(model(x), y)
 
 
 def test_fused_attention_on_cpu_is_penalised_as_plain_attention(of):
@@ -484,3 +482,15 @@ def test_compiled_models_are_refused_for_a_penalty_and_weighted_by_rows(mlp):
     torch.testing.assert_close(criteria[0].last.kernel, criteria[1].last.kernel)
     for value, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(value.grad, gradient)
+
+
+@pytest.mark.wrong_types
+def test_options_may_be_integers_of_numpy(mlp):
+    model, x, y = mlp
+    values = []
+    for two in (2, np.int64(2)):
+        criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", type(two)(1)), every=two, max_samples=two)
+        values.append(criterion(model(x), y))
+        values[-1].backward()
+    torch.testing.assert_close(*values)
+    assert MGSMonitor(model, x, every=np.int64(1)).step() is not None

@@ -91,8 +91,20 @@ class Branching(nn.Module):
         return self.layers[int(x.sum() > 0)](x)
 
 
-@pytest.mark.parametrize("make", [Routed, Branching])
-def test_samples_that_take_other_ways_are_run_one_by_one(make):
+class Biased(nn.Module):
+    """Add the bias within the product or after it, as the data have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 40, dtype=torch.float64)
+
+    def forward(self, x):
+        weight, bias = self.linear.weight, self.linear.bias
+        return nn.functional.linear(x, weight, bias) if x.sum() > 0 else 2 * nn.functional.linear(x, weight) + bias
+
+
+@pytest.mark.parametrize(("make", "chunk_size"), [(Routed, None), (Routed, 3), (Routed, 1), (Branching, 1), (Biased, 1)])
+def test_samples_that_take_other_ways(make, chunk_size):
     model, x = make(), torch.randn(8, 3, dtype=torch.float64)
     rows = []
     for sample in x:
@@ -102,12 +114,16 @@ def test_samples_that_take_other_ways_are_run_one_by_one(make):
         ]
         rows.append(torch.stack([torch.cat([part.reshape(-1) for part in by_parameter]) for by_parameter in parts]))
     rows = torch.stack(rows)
-    torch.testing.assert_close(mgs.kernel(model, x, chunk_size=1), torch.einsum("akp,bkp->ab", rows, rows))
-    full = mgs.kernel(model, x, chunk_size=1, output="full")
+    torch.testing.assert_close(mgs.kernel(model, x, chunk_size=chunk_size), torch.einsum("akp,bkp->ab", rows, rows))
+    full = mgs.kernel(model, x, chunk_size=chunk_size, output="full")
     torch.testing.assert_close(full, torch.einsum("akp,bdp->akbd", rows, rows))
 
 
-def test_rows_without_order_are_refused_with_the_remedy():
+def test_routes_of_each_batch_are_found_anew():
     torch.manual_seed(0)
-    with pytest.raises(mgs.SamplesInteractError, match=r"rows that data have moved or chosen .* Use `chunk_size=1`"):
-        mgs.kernel(Routed(), torch.randn(8, 3, dtype=torch.float64))
+    model, criterion = Routed(), MGSLoss(nn.CrossEntropyLoss(), weighting="agreement", penalty=mgs.Penalty("trace", 1.0))
+    for _ in range(3):
+        x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(0, 2, (8,))
+        criterion(model(x), y).backward()
+        expected = mgs.kernel(model, x, y, output="loss", loss=nn.CrossEntropyLoss(reduction="none"), chunk_size=1)
+        torch.testing.assert_close(criterion.last.kernel, expected)

@@ -78,6 +78,40 @@ def unrolled(s: Any, x: Any) -> Any:
     return state[0]
 
 
+def packed(s: Any, x: Any, lengths: Any) -> Any:
+    sequences = nn.utils.rnn.pack_padded_sequence(s.table(x), lengths, batch_first=True, enforce_sorted=False)
+    outputs, state = s.r(sequences)
+    outputs, _ = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True)
+    return outputs.sum(1)[:, :4] + (state[0] if isinstance(state, tuple) else state)[-1]
+
+
+def experts(*activation: nn.Module) -> dict[str, nn.Module]:
+    each = (nn.Sequential(nn.Linear(4, 3), *activation, nn.Linear(3, 4)) for _ in range(3))
+    return {"first": nn.Linear(4, 4), "gate": nn.Linear(4, 3), "experts": nn.ModuleList(each), "out": nn.Linear(4, 2)}
+
+
+def mixture(s: Any, x: Any) -> Any:
+    """Send each position of each sample to two of the experts."""
+    tokens = torch.tanh(s.first(x)).flatten(0, 1)
+    shares, chosen = s.gate(tokens).softmax(-1).topk(2, -1)
+    total = torch.zeros_like(tokens)
+    for number, expert in enumerate(s.experts):
+        rows, place = torch.where(chosen == number)
+        total = total.index_add(0, rows, expert(tokens[rows]) * shares[rows, place, None])
+    return s.out(torch.tanh(tokens + total)).unflatten(0, x.shape[:2]).mean(1)
+
+
+def masked_mixture(s: Any, x: Any) -> Any:
+    """Send each sample to one of the experts, and write what they return into place."""
+    hidden = torch.tanh(s.first(x))
+    shares = (s.gate(hidden) + torch.tensor([1.0, 1.0, -9.0]) * x[:, :3]).softmax(-1)
+    total = torch.zeros_like(hidden)
+    for number, expert in enumerate(s.experts):
+        own = shares.argmax(-1) == number
+        total[own] = expert(hidden[own]) * shares[own, number, None]
+    return s.out(torch.tanh(hidden + total))
+
+
 ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "mlp": lambda: (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), X(6, 5)),
     "wide": lambda: (nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)), X(20, 2)),
@@ -334,6 +368,17 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         X(6, 5, 3),
     ),
     "gru": lambda: (Model(lambda s, x: s.r(x.transpose(0, 1))[1].mean(0), r=nn.GRU(3, 4, bidirectional=True)), X(6, 5, 3)),
+    "packed_lstm": lambda: (
+        Model(packed, table=nn.Embedding(9, 3), r=nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)),
+        (torch.randint(0, 9, (6, 5)), torch.tensor([3, 5, 1, 4, 5, 2])),
+    ),
+    "packed_gru": lambda: (
+        Model(packed, table=nn.Embedding(9, 3), r=nn.GRU(3, 4, batch_first=True)),
+        (torch.randint(0, 9, (6, 5)), torch.tensor([3, 5, 1, 4, 5, 2])),
+    ),
+    "experts": lambda: (Model(mixture, **experts(nn.LayerNorm(3), nn.Tanh())), X(6, 5, 4)),
+    "rectified_experts": lambda: (Model(mixture, **experts(nn.ReLU())), X(6, 5, 4)),  # rows without any gradient
+    "masked_experts": lambda: (Model(masked_mixture, **experts(nn.LayerNorm(3), nn.Tanh())), X(6, 4)),  # one has no sample
     "cell": lambda: (Model(unrolled, cell=nn.LSTMCell(3, 4)), X(6, 3, 3)),
     "bilinear": lambda: (
         Model(lambda s, x, y: torch.tanh(s.b(x, y)) @ s.w, b=nn.Bilinear(3, 4, 5), w=weight(5, 2)),

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mgs_core._protocol import Scale
 
+from ..graph import operation
 from ..second import normalised_rows
 from ._registry import Place, Site, Split, elementwise, register, scale
 
@@ -83,7 +84,7 @@ def frozen_batch_norm(nodes: Iterable[Any]) -> Iterator[None]:
     handles = []
     try:
         for node in nodes:
-            name = node.name().partition("Backward")[0]
+            name = operation(node)
             if name in BATCH_NORMS and node._saved_training and node._saved_input.shape[0] > 1:
                 handles.append(node.register_hook(partial(_pass_frozen, node)))
         yield

@@ -1,0 +1,70 @@
+"""Products in the precision of their arguments, and memory that is used again for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let products have the precision of their arguments, whatever automatic mixed precision says."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    else:
+        yield
+
+
+@full_precision()
+def symmetric_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return `left rightᵀ` over the last axis."""
+    if right is left and left.requires_grad:
+        return recorded(_Gram, left)
+    return left @ right.mT
+
+
+class _Gram(torch.autograd.Function):
+    """`R Rᵀ`, for a batch of matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        return rows @ rows.mT
+
+    @staticmethod
+    @full_precision()
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = ctx.saved_tensors[0]
+        return (gradients[0] + gradients[0].mT) @ rows
+
+
+def add_gram(kernel: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add `R Rᵀ` to the kernel."""
+    kernel.addmm_(rows, rows.T)
+
+
+def recorded(function: Any, *arguments: Any) -> torch.Tensor:
+    """Return what an autograd function gives, recorded in the graph."""
+    result: torch.Tensor = function.apply(*arguments)
+    return result
+
+
+class Buffers:
+    """Hold memory that is used again: to get new memory from the system takes about as long as to compute what goes there."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._like = like
+        self._held: dict[int, torch.Tensor] = {}
+
+    def take(self, number: int, *shape: int) -> torch.Tensor:
+        """Return an array of the shape, with anything in it, in the buffer of that number."""
+        size = prod(shape)
+        held = self._held.get(number)
+        if held is None or held.numel() < size:
+            held = self._held[number] = self._like.new_empty(size)
+        return held[:size].view(shape)
