@@ -13,7 +13,7 @@ from mgs_core._errors import ArgumentError
 from mgs_core._types import Array, Namespace
 
 # array types whose namespace a backend registers: root of their module → backend
-_FROM_BACKEND = {"autograd": "numpy", "jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow"}
+_FROM_BACKEND = {"autograd": "numpy", "jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow", "torch": "torch"}
 _registered: list[tuple[Callable[[Array], bool], Namespace]] = []
 
 

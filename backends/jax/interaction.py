@@ -1,10 +1,10 @@
 """Refuse models in which samples interact: one sample's scalars must not change with the rest of the batch.
 
-The scalars of a few samples are compared with those of each alone, for each pair of programs the first time and from time to time.
-That takes values. Where they are known, they are used, with the parameters moved a little, for an output layer that starts at zero
-would hide everything in front of it. Under jit, grad or vmap, values are made up: the comparison runs while the function is traced,
-and costs nothing when it runs. Where made-up values make samples interact and those at hand do not (a mask, a gate), it depends on
-values whether they do, and they are compared at each call.
+The scalars of a few samples are compared with those of each alone, for each pair of programs at first and from time to time. That
+takes values. Where they are known, they are used, with the parameters moved a little, for an output layer that starts at zero
+would hide everything in front of it. Under jit, grad or vmap, values are made up: the comparison runs while the function is
+traced, and costs nothing when it runs. Where made-up values make samples interact and those at hand do not (a mask, a gate),
+values decide, and samples are compared at each call.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .fingerprint import fingerprint
 _MOVE = 0.05
 #: Samples that are compared.
 _FEW = 4
-#: The comparison runs seldom, so that optimising its machine code would take longer than it saves; the older emitter of XLA for CPU
-#: writes it in a third of the time, and one module of it is compiled sooner than many.
+#: The comparison runs seldom, so that optimising its machine code would take longer than it saves; the older emitter of XLA for
+#: CPU writes it in a third of the time, and one module of it is compiled sooner than many.
 _QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

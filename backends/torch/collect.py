@@ -250,8 +250,7 @@ def _of_sample(gradient: torch.Tensor | None, layout: Layout | Scattered | None,
         return gradient
     mask = torch.zeros(n, dtype=gradient.dtype, device=gradient.device)
     mask[sample] = 1.0
-    masked: torch.Tensor = gradient * layout.spread(mask, gradient.shape)
-    return masked
+    return gradient * layout.spread(mask, gradient.shape)
 
 
 def _wide(array: torch.Tensor) -> torch.Tensor:

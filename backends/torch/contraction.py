@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,16 +138,17 @@ def _slices(wide: torch.Tensor, narrow: torch.Tensor) -> list[slice]:
 def _equal_pairs(use: Lookup) -> torch.Tensor | None:
     """Return the kernel as a sum over pairs of samples that look up the same row; None where there are many such pairs."""
     n, k, s, o = use.gradients.shape
-    row = (use.indices + use.size * torch.arange(n)[:, None]).reshape(-1)
+    count_off = partial(torch.arange, device=use.indices.device)
+    row = (use.indices + use.size * count_off(n)[:, None]).reshape(-1)
     seen, place = torch.unique(row, return_inverse=True)  # by sample, then by row
     order = torch.argsort(seen % use.size, stable=True)
     rows, samples, rank = (seen % use.size)[order], (seen // use.size)[order], torch.argsort(order)
-    later = torch.searchsorted(rows, rows, right=True) - torch.arange(1, len(rows) + 1)  # in the same group
+    later = torch.searchsorted(rows, rows, right=True) - count_off(1, len(rows) + 1)  # in the same group
     count = int(later.sum())
     if 8 * count > n * use.size or count * k * o > core.MEMORY_BUDGET:
         return None
-    left = torch.arange(len(rows)).repeat_interleave(later)
-    right = left + 1 + torch.arange(count) - (later.cumsum(0) - later).repeat_interleave(later)
+    left = count_off(len(rows)).repeat_interleave(later)
+    right = left + 1 + count_off(count) - (later.cumsum(0) - later).repeat_interleave(later)
     gradients = use.gradients.transpose(1, 2).reshape(n * s, k * o)
     table = gradients.new_zeros(len(rows), k * o).index_add(0, rank[place], gradients)
     products = (table.index_select(0, left) * table.index_select(0, right)).sum(1)

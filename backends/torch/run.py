@@ -11,6 +11,8 @@ import torch
 from mgs_core._errors import ArgumentError
 from mgs_core._tree import flatten, unflatten
 
+from .namespace import namespace
+
 BatchNorm = Literal["refuse", "frozen"]
 
 
@@ -60,7 +62,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     module = unwrap(module)
     if any(torch.nn.parameter.is_lazy(value) for value in module.parameters()):
         raise ArgumentError("`model` must have parameters with shapes; got a lazy module. Run it once on a batch first.")
-    leaves = {name: torch.as_tensor(leaf) for name, leaf in flatten(inputs, "inputs").items()}
+    leaves = {name: namespace.asarray(leaf) for name, leaf in flatten(inputs, "inputs").items()}
     leaves = {name: leaf.clone() if leaf.is_inference() else leaf for name, leaf in leaves.items()}  # which no graph may keep
     for name, leaf in leaves.items():
         # on the host only, for elsewhere a look at the values would wait for the device

@@ -133,7 +133,8 @@ def test_the_same_computation_is_planned_and_compiled_once_and_checked_again_now
     assert (counts["_make"], counts["_compiled"], len(interaction._verdicts)) == (3, 3, 3)
     softmax = mgs.FunctionalModel(lambda p, x: jax.nn.softmax(function(p, x)), parameters)
     mgs.kernel(softmax, x, output="sum", parameters=["w"])
-    assert (counts["_make"], counts["_compiled"], len(interaction._verdicts)) == (4, 3, 3)  # the same samples, whichever parameters are looked at
+    # the same samples, whichever parameters are looked at
+    assert (counts["_make"], counts["_compiled"], len(interaction._verdicts)) == (4, 3, 3)
 
 
 def test_constants_of_a_cached_program_are_not_baked_in():
