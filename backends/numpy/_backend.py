@@ -113,6 +113,12 @@ class _Scalars:
             if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
                 raise ArgumentError(f"`{name}` must hold real numbers; got dtype {values.dtype}. Convert it.")
 
+    def wide(self) -> _Scalars:
+        """Return the function in single precision, where it is in half."""
+        leaves = {name: _wide(value) for name, value in self._leaves.items()}
+        inputs = unflatten(self._inputs, {name: _wide(leaf) for name, leaf in flatten(self._inputs, "inputs").items()}, "inputs")
+        return _Scalars(self._model, leaves, self._head, inputs, self._targets)
+
     def __call__(self, parameters: dict[str, Array], samples: slice = slice(None)) -> Array:
         inputs, targets = _batch.take(self._inputs, samples), _batch.take(self._targets, samples)
         n = _batch.count(inputs)
@@ -223,7 +229,11 @@ def _restore(use: Use) -> Restore:
 
 
 def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[LayerStatistics]:
-    """Return explicit gradients of the parameters, sample by sample, after a check that samples do not interact."""
+    """Return explicit gradients of the parameters, sample by sample, after a check that samples do not interact.
+
+    In single precision at least: sums of rows in half precision are too coarse to be compared.
+    """
+    scalars, leaves = scalars.wide(), {name: _wide(value) for name, value in leaves.items()}
     rows: dict[str, list[Array]] = {name: [] for name in leaves}
     for sample in range(n):
         try:
@@ -238,13 +248,16 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
             of_heads = [gradients.get(roots[name], zero) if name in roots else zero for gradients in found]
             rows[name].append(anp.stack([anp.ravel(gradient) for gradient in of_heads]))
     statistics: list[LayerStatistics] = [Rows(name, _wide(anp.stack(row))) for name, row in rows.items()]
-    _refuse_interaction(scalars, leaves, statistics, n, k)
+    dtypes = [plain(node.value).dtype for node in tape.nodes]  # of which a model may make lower ones again
+    _refuse_interaction(scalars, leaves, statistics, (n, k), max((float(np.finfo(dtype).eps) for dtype in dtypes), default=0.0))
     return statistics
 
 
-def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[LayerStatistics], n: int, k: int) -> None:
+def _refuse_interaction(
+    scalars: _Scalars, leaves: dict[str, Array], rows: list[LayerStatistics], shape: tuple[int, int], eps: float
+) -> None:
     """Check `Σ_a w_a g_a = ∇ Σ_a w_a h_a`, which fails exactly when a sample's head depends on another sample."""
-    weights = 0.5 + np.random.default_rng(0).random((n, k))
+    weights = 0.5 + np.random.default_rng(0).random(shape)
     values = {name: plain(value) for name, value in leaves.items()}
     _, whole = tapes.value_and_gradient(lambda boxes: anp.sum(scalars(boxes) * weights.astype(_dtype(values))), values)
     for use in rows:
@@ -252,8 +265,7 @@ def _refuse_interaction(scalars: _Scalars, leaves: dict[str, Array], rows: list[
         batch = np.ravel(plain(whole[use.parameter]))
         refuse_infinite(bool(np.all(np.isfinite(batch))))
         size = float(np.max(np.abs(plain(use.gradients)), initial=0.0))
-        eps = float(np.finfo(_dtype(values)).eps)
-        tolerance = n * (1e3 * eps * size + noise_floor(eps))
+        tolerance = shape[0] * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
         # written so that NaN, which a batch of one can give, is refused too
         if not np.max(np.abs(single - batch), initial=0.0) <= tolerance:
             raise _interaction(use.parameter)

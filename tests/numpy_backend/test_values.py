@@ -69,3 +69,22 @@ def test_a_later_batch_that_mixes_samples_is_refused_or_exact(name, before):
             assert given is together
         else:
             close(kernel, rows @ rows.T)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_half_precision_hides_no_interaction(normalised):
+    values = {name: value.astype(np.float16) for name, value in PARAMETERS.items()}
+
+    def model(factor):
+        def function(p, x):
+            w = p["w"] / anp.sqrt(anp.sum(p["w"] ** 2, axis=0, keepdims=True)) if normalised else p["w"]  # then rows
+            h = x @ w
+            return anp.tanh(h + np.asarray(factor, h.dtype) * anp.mean(h, 0)) @ p["v"]
+
+        return function
+
+    for factor in (0.05, 0.2, 0.5):
+        with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+            mgs.kernel(mgs.FunctionalModel(model(factor), values), X.astype(np.float16))
+    kernel = mgs.kernel(mgs.FunctionalModel(model(0.0), values), X.astype(np.float16))
+    close(kernel, mgs.kernel(mgs.FunctionalModel(model(0.0), PARAMETERS), X), 0.02)
