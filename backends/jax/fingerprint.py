@@ -1,7 +1,8 @@
 """Structural keys of traced programs: equal keys mean equal programs, so that a program is analysed and compiled once.
 
 A trace makes new objects each time, so objects are compared by content where their content is known, and by identity elsewhere:
-an unknown object costs a new compilation, never a wrong answer.
+an unknown object costs a new compilation. Constants are inputs of a program: equal keys say nothing of their values, on which it
+may depend whether samples interact; see `interaction.py`.
 """
 
 from __future__ import annotations

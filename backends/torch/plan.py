@@ -1,4 +1,4 @@
-"""Find where the parameters meet data, once for each structure of graph.
+"""Find where the parameters meet data, in a graph of one structure.
 
 Going up from a parameter, a node either only reshapes or transforms it (`weight.T`, weight normalisation: part of the *chain*),
 or is the *site* where data enter. The gradient at the node's output tells them apart: at a site, its rows belong to single
