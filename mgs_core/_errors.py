@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class MgsError(Exception):
@@ -43,6 +44,17 @@ def renamed(**names: str) -> Iterator[None]:
     except ArgumentError as error:
         message = re.sub(r"^`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", str(error))
         raise ArgumentError(message) from error
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Say of a folder that it cannot be written, where that is so."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(
+            f"`folder` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
+        ) from error
 
 
 @contextmanager

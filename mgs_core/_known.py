@@ -14,7 +14,8 @@ from types import MethodType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from mgs_core._errors import ArgumentError, SamplesInteractError
+from mgs_core._errors import SamplesInteractError
+from mgs_core._layout import NotFiniteError
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ class Known(Generic[T]):
         except SamplesInteractError:
             self._recent.put(key, _Entry(None, varies=True))
             raise
-        except ArgumentError:
+        except NotFiniteError:
             if entry is None or entry.varies:
                 raise
             entry.uses -= 1  # values that are not finite say nothing: verify at the next use

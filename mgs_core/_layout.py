@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, SamplesInteractError
 from mgs_core._namespace import array_namespace
+from mgs_core._namespace import host as np
 from mgs_core._types import Array
 
 #: Weights are 1, 2, …, 128: far from overflow even in float16.
@@ -106,10 +107,14 @@ def find_layout(
     return fits[0], "sure" if len(fits) == 1 else "open"
 
 
+class NotFiniteError(ArgumentError):
+    """Report gradients that are NaN or infinite, which say nothing of where the samples are."""
+
+
 def refuse_infinite(finite: bool) -> None:
     """Raise unless gradients are finite; which sample they belong to could not be told."""
     if not finite:
-        raise ArgumentError(
+        raise NotFiniteError(
             "`model` must have finite gradients; got NaN or infinity. Look for them in inputs, targets and parameters."
         )
 
@@ -130,6 +135,39 @@ def noise_floor(eps: float) -> float:
         eps: relative spacing of numbers of the dtype.
     """
     return 10.0 * eps
+
+
+def compare_rows(parameter: str, rows: Array, whole: Array, weights: Array, eps: float) -> None:
+    """Check `Σ_a w_a g_a = ∇ Σ_a w_a h_a`, which fails exactly when a sample's head depends on another sample.
+
+    Args:
+        parameter: the parameter's name.
+        rows: its explicit rows, (n, k, p), on the host.
+        whole: gradient of the weighted sum of the heads of the whole batch, on the host.
+        weights: (n, k).
+        eps: relative spacing of the coarsest numbers that take part.
+
+    Raises:
+        ArgumentError: when the gradient is not finite.
+        SamplesInteractError: when they differ.
+    """
+    refuse_infinite(bool(np.all(np.isfinite(whole))))
+    rows, whole = np.astype(rows, np.float64), np.astype(whole, np.float64)
+    size = float(np.max(np.abs(rows))) if prod(rows.shape) else 0.0
+    difference = np.abs(np.tensordot(weights, rows, axes=2) - np.reshape(whole, (-1,)))
+    tolerance = rows.shape[0] * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
+    # written so that NaN, which a batch of one can give, is refused too
+    if not bool(np.all(difference <= tolerance)):
+        raise interaction(parameter)
+
+
+def interaction(parameter: str) -> SamplesInteractError:
+    """Return the refusal of a model whose samples interact in front of a parameter."""
+    return SamplesInteractError(
+        f"`model` must treat each sample by itself; got samples that interact in front of parameter {parameter!r} "
+        "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
+        "parameters out by `parameters=`."
+    )
 
 
 def reaches_others(tainted: Array, layout: Layout, n: int) -> bool:

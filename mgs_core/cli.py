@@ -102,10 +102,8 @@ def measure(
     asarray = mgs.get_backend(backend).asarray
     loaded = mgs.onnx.load(model, backend=backend)
     labels = arrays["y"][:samples] if "y" in arrays else None
-    heads = labels is not None and output in (
-        "target",
-        "loss",
-    )  # other heads take labels of any kind, which only the summary reads
+    # other heads take labels of any kind, which only the summary reads
+    heads = labels is not None and output in ("target", "loss")
     for name in ("x", "y") if heads else ("x",):
         if arrays[name].dtype.kind not in "biuf":
             raise ArgumentError(

@@ -11,9 +11,9 @@ import numpy as np
 from autograd.numpy.numpy_boxes import ArrayBox
 
 from mgs_core import _batch
-from mgs_core._errors import ArgumentError, SamplesInteractError
+from mgs_core._errors import ArgumentError
 from mgs_core._known import KnownByOwner
-from mgs_core._layout import Layout, find_layout, noise_floor, refuse_infinite, sample_weights
+from mgs_core._layout import Layout, compare_rows, find_layout, interaction, sample_weights
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import HeadFunction, LayerStatistics, Lookup, Outer, ParameterChoice, Restore, Rows, Scale, Sum
 from mgs_core._tree import check_parameters, flatten, select, unflatten
@@ -240,7 +240,7 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
             with np.errstate(invalid="ignore", divide="ignore"):  # statistics of a batch of one: refused below
                 tape = Tape(partial(scalars, samples=slice(sample, sample + 1)), leaves)
         except (IndexError, ValueError) as error:  # it does run on the whole batch
-            raise _interaction(next(iter(leaves))) from error
+            raise interaction(next(iter(leaves))) from error
         roots = {node.name: node for node in tape.nodes if node.name}
         found = _gradients(tape, list(roots.values()), lambda node, parent: False)
         for name, value in leaves.items():
@@ -261,22 +261,7 @@ def _refuse_interaction(
     values = {name: plain(value) for name, value in leaves.items()}
     _, whole = tapes.value_and_gradient(lambda boxes: anp.sum(scalars(boxes) * weights.astype(_dtype(values))), values)
     for use in rows:
-        single = np.einsum("nk,nkp->p", weights, plain(use.gradients))
-        batch = np.ravel(plain(whole[use.parameter]))
-        refuse_infinite(bool(np.all(np.isfinite(batch))))
-        size = float(np.max(np.abs(plain(use.gradients)), initial=0.0))
-        tolerance = shape[0] * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
-        # written so that NaN, which a batch of one can give, is refused too
-        if not np.max(np.abs(single - batch), initial=0.0) <= tolerance:
-            raise _interaction(use.parameter)
-
-
-def _interaction(parameter: str) -> SamplesInteractError:
-    return SamplesInteractError(
-        f"`model` must treat each sample by itself; got samples that interact in front of parameter {parameter!r} "
-        "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
-        "parameters out by `parameters=`."
-    )
+        compare_rows(use.parameter, plain(use.gradients), plain(whole[use.parameter]), weights, eps)
 
 
 def _dtype(values: dict[str, Array]) -> Any:

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from mgs_core._errors import ArgumentError, SamplesInteractError
 from mgs_core._known import Known
-from mgs_core._layout import Layout, find_layout, noise_floor, reaches_others, refuse_infinite, sample_weights
+from mgs_core._layout import Layout, compare_rows, find_layout, interaction, reaches_others, sample_weights
 from mgs_core._types import Array
 
 from .namespace import namespace
@@ -170,24 +170,10 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
             break
         except _MISFIT as error:
             if attempt is values:  # of one sample alone it cannot be had
-                raise _interaction(slow[0]) from error
+                raise interaction(slow[0]) from error
     for name in slow:
-        alone = single[name].numpy().astype(np.float64)
-        summed, size = np.einsum("nk,nkp->p", weights, alone), float(np.max(np.abs(alone), initial=0.0))
-        refuse_infinite(bool(np.all(np.isfinite(whole[name]))))
         eps = _eps(whole[name]) if half else traced.eps
-        tolerance = n * (min(1e3 * eps, 0.05) * size + noise_floor(eps))
-        # written so that NaN, which a batch of one can give, is refused too
-        if not np.max(np.abs(summed - whole[name].numpy().astype(np.float64).ravel()), initial=0.0) <= tolerance:
-            raise _interaction(name)
-
-
-def _interaction(parameter: str) -> SamplesInteractError:
-    return SamplesInteractError(
-        f"`model` must treat each sample by itself; got samples that interact in front of parameter {parameter!r} "
-        "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "
-        "parameters out by `parameters=`."
-    )
+        compare_rows(name, single[name].numpy(), whole[name].numpy(), weights, eps)
 
 
 def _compared(scalars: Scalars, slow: list[str], weights: Any, values: Any) -> tuple[dict[str, Array], dict[str, Array]]:

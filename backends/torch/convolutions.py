@@ -216,11 +216,7 @@ class _OffsetKernel(torch.autograd.Function):
         ctx.n, ctx.groups, ctx.o, ctx.i = *(use.gradients.shape[axis] for axis in (0, 3, 4)), use.images.shape[3]
         d, padded = _padded(ctx, images, gradients)
         kernel = d.new_zeros(ctx.n, ctx.n)
-        buffers = Buffers(d)
-        for where in _windows(ctx.use, gradients.shape[1:]):
-            x = padded[where]
-            flat = buffers.take(0, *x.shape).copy_(x).flatten(2)
-            rows = torch.bmm(d, flat.mT, out=buffers.take(1, len(d), ctx.o, ctx.i))
+        for _, _, rows in _rows_by_offset(ctx, d, padded, gradients.shape[1:], Buffers(d)):
             add_gram(kernel, rows.view(ctx.n, -1))
         return kernel
 
@@ -233,17 +229,24 @@ class _OffsetKernel(torch.autograd.Function):
         d, padded = _padded(ctx, images, gradients)
         to_d, to_padded = torch.zeros_like(d), torch.zeros_like(padded)
         buffers = Buffers(d)
-        for where in _windows(ctx.use, gradients.shape[1:]):
-            x = padded[where]
-            flat = buffers.take(0, *x.shape).copy_(x).flatten(2)
-            rows = torch.bmm(d, flat.mT, out=buffers.take(1, len(d), ctx.o, ctx.i))
+        for where, flat, rows in _rows_by_offset(ctx, d, padded, gradients.shape[1:], buffers):
             mixed = buffers.take(2, *rows.shape)
             torch.mm(mixing, rows.view(ctx.n, -1), out=mixed.view(ctx.n, -1))
             to_d.baddbmm_(mixed, flat)
-            to_padded[where] += torch.bmm(mixed.mT, d, out=flat).view_as(x)
+            to_padded[where] += torch.bmm(mixed.mT, d, out=flat).view_as(padded[where])
         for axis, (before, _) in enumerate(ctx.use.pads, start=1):
             to_padded = to_padded.narrow(axis + 1, before, images.shape[axis])
         return None, to_padded.reshape(images.shape), to_d.view_as(gradients)
+
+
+def _rows_by_offset(
+    ctx: Any, d: torch.Tensor, padded: torch.Tensor, out: torch.Size, buffers: Buffers
+) -> Iterator[tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]]:
+    """Yield for each element of the window what it sees of the padded image, that as (n·g, i, positions), and its rows."""
+    for where in _windows(ctx.use, out):
+        x = padded[where]
+        flat = buffers.take(0, *x.shape).copy_(x).flatten(2)
+        yield where, flat, torch.bmm(d, flat.mT, out=buffers.take(1, len(d), ctx.o, ctx.i))
 
 
 def _padded(ctx: Any, images: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -200,9 +200,9 @@ def _of_output(
 ) -> tuple[Layout | Scattered | None, str]:
     if flat is None:
         return None, "absent"
-    arranged = [arrange(gradient) for gradient in weighted if gradient is not None]
-    layout, state = find_layout(arrange(flat), arranged, weights, torch.finfo(flat.dtype).eps)
-    rows = find_scattered(arrange(flat), arranged, len(weights[0])) if scattered and state == "mixed" else None
+    first, *others = (arrange(gradient) for gradient in (flat, *weighted) if gradient is not None)
+    layout, state = find_layout(first, others, weights, torch.finfo(flat.dtype).eps)
+    rows = find_scattered(first, others, len(weights[0])) if scattered and state == "mixed" else None
     return (layout, state) if rows is None else (rows, "open")
 
 

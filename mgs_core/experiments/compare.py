@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from mgs_core._arguments import integer
-from mgs_core._errors import ArgumentError, MgsError
+from mgs_core._errors import ArgumentError, MgsError, writing
 from mgs_core._registry import get_backend
 from mgs_core.experiments.networks import check_fit
 from mgs_core.experiments.provenance import definition, other_versions, versions
@@ -226,7 +226,7 @@ def _open_folder(folder: Path, settings: Settings) -> Iterator[Path]:
     """Write the settings, and give the path of the records, made to end with a line's end; no other comparison may meanwhile."""
     path, records = folder / "settings.json", folder / "records.jsonl"
     with ExitStack() as stack:
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(records.open("a+b"))
             _hold(file, folder)
@@ -240,10 +240,6 @@ def _open_folder(folder: Path, settings: Settings) -> Iterator[Path]:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
                 file.flush()
-        except OSError as error:
-            raise ArgumentError(
-                f"`folder` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
-            ) from error
         yield records
 
 

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import writing
 
 
 def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
@@ -23,14 +23,10 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
         ArgumentError: when the folder cannot be written.
     """
     target = Path(folder)
-    try:
+    with writing(folder):
         target.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             _replace(target / name, content)
-    except OSError as error:
-        raise ArgumentError(
-            f"`folder` must be a folder that can be written; got {str(folder)!r} ({error}). Choose another."
-        ) from error
     return target
 
 

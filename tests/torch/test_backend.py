@@ -187,7 +187,7 @@ def test_custom_functions_get_rows(of):
 @pytest.mark.parametrize(
     "name", ["Add", "Mul", "Clone", "Relu", "Linear", "Mm", "T", "Embedding", "NativeLayerNorm", "Convolution"]
 )
-def test_custom_functions_are_not_taken_for_the_operations_whose_name_they_bear(name):
+def test_custom_functions_are_not_taken_for_the_operations_whose_name_they_bear(name, by_loop, fresh):
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
         return x @ w
@@ -200,22 +200,17 @@ def test_custom_functions_are_not_taken_for_the_operations_whose_name_they_bear(
     w, x = torch.randn(5, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     parameters = {"v": torch.randn(5, 5, dtype=torch.float64), "w": w}
 
+    def through(apply):
+        return lambda p, x: apply(x @ p["v"], p["w"]).tanh()
+
     def kernel(apply):
-        leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-        model = mgs.FunctionalModel(lambda p, x: apply(x @ p["v"], p["w"]).tanh(), leaves)
-        value = mgs.kernel(model, x, differentiable=True)
+        leaves = fresh(parameters)
+        value = mgs.kernel(mgs.FunctionalModel(through(apply), leaves), x, differentiable=True)
         return value, torch.autograd.grad(value.square().sum(), list(leaves.values()))
 
     another = type("Scaled", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
     torch.testing.assert_close(kernel(function.apply), kernel(another.apply))
-    rows = []
-    for a in range(4):
-        leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-        outputs = another.apply(x[a : a + 1] @ leaves["v"], leaves["w"]).tanh()[0]
-        parts = [torch.autograd.grad(output, list(leaves.values()), retain_graph=True) for output in outputs]
-        rows.append(torch.stack([torch.cat([part.reshape(-1) for part in by_output]) for by_output in parts]))
-    rows = torch.stack(rows)
-    torch.testing.assert_close(kernel(function.apply)[0], torch.einsum("acp,bcp->ab", rows, rows))
+    torch.testing.assert_close(kernel(function.apply)[0], by_loop(through(another.apply), fresh(parameters), x))
 
 
 _OF_DERIVATIVES = {
@@ -229,7 +224,7 @@ _OF_DERIVATIVES = {
 
 
 @pytest.mark.parametrize("name", _OF_DERIVATIVES)
-def test_outputs_may_be_derivatives_of_a_network(name):
+def test_outputs_may_be_derivatives_of_a_network(name, by_loop, fresh):
     torch.manual_seed(0)
     hidden, shapes = _OF_DERIVATIVES[name]
     parameters = {name: torch.randn(shape, dtype=torch.float64) for name, shape in {**shapes, "v": (4, 2)}.items()}
@@ -241,19 +236,8 @@ def test_outputs_may_be_derivatives_of_a_network(name):
         (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         return torch.cat([y, slope[:, 0]], 1)
 
-    values = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    rows = [
-        torch.cat([part.reshape(-1) for part in torch.autograd.grad(
-            output, list(values.values()), create_graph=True, allow_unused=True, materialize_grads=True
-        )])
-        for a in range(3) for output in outputs(values, x[a : a + 1])[0]
-    ]  # fmt: skip
-    stacked = torch.stack(rows).reshape(3, 6, -1)
-    ours = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    kernels = (
-        mgs.kernel(mgs.FunctionalModel(outputs, ours), x, differentiable=True),
-        torch.einsum("acp,bcp->ab", stacked, stacked),
-    )
+    ours, values = fresh(parameters), fresh(parameters)
+    kernels = mgs.kernel(mgs.FunctionalModel(outputs, ours), x, differentiable=True), by_loop(outputs, values, x)
     torch.testing.assert_close(*kernels)
     gradients = [
         torch.autograd.grad(kernel.square().sum(), list(of.values())) for kernel, of in zip(kernels, (ours, values), strict=True)

@@ -103,26 +103,14 @@ def program(seed):
     return run, parameters, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def fresh(parameters):
-    return {name: value.clone().requires_grad_() for name, value in parameters.items()}
-
-
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 @pytest.mark.parametrize("seed", range(40))
-def test_kernels_of_random_programs_and_their_gradients_are_those_of_a_loop(seed, chunk_size):
+def test_kernels_of_random_programs_and_their_gradients_are_those_of_a_loop(seed, chunk_size, by_loop, fresh):
     run, parameters, x = program(seed)
     choose = random.Random(seed)
     chosen = choose.sample(list(parameters), choose.randint(1, len(parameters)))
     values = fresh(parameters)
-    rows = []
-    for sample in range(_SAMPLES):
-        for output in run(values, x[sample : sample + 1])[0]:
-            gradients = torch.autograd.grad(
-                output, [values[name] for name in chosen], create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    stacked = torch.stack(rows).reshape(_SAMPLES, 2, -1)
-    expected = torch.einsum("acp,bcp->ab", stacked, stacked)
+    expected = by_loop(run, values, x, chosen)
     ours = fresh(parameters)
     kernel = mgs.kernel(mgs.FunctionalModel(run, ours), x, parameters=chosen, chunk_size=chunk_size, differentiable=True)
     torch.testing.assert_close(kernel, expected, rtol=0, atol=1e-11 * float(expected.detach().abs().max()))
