@@ -106,6 +106,8 @@ def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: boo
     if leaf is None:
         return None
     shape, floating = tuple(leaf.shape), leaf.dtype.is_floating
+    if leaf.dtype == tf.string:
+        return tf.zeros(shape, leaf.dtype)  # empty texts
     if target or not floating:  # floating targets too may be labels; as probabilities, zeros would leave no loss
         return tf.ones(shape, leaf.dtype) if (attempt + floating) % 2 else tf.zeros(shape, leaf.dtype)
     fan_in = max(1, int(np.prod(shape[:-1])))
