@@ -40,12 +40,10 @@ def of_convolution(use: Convolution) -> torch.Tensor | None:
     if pairwise <= rows and shifted:
         return recorded(_ShiftedKernel, use, use.images, use.gradients)
     on_host = use.images.device.type == "cpu"
-    if len(use.window) == 2 and (pairwise <= rows or (on_host and n * groups * i * window * positions <= _UNFOLDED)):
+    if pairwise <= rows or (on_host and n * groups * i * window * positions <= _UNFOLDED):
         unfolded = _unfolded(use)
         found: torch.Tensor = core.contribution(unfolded, unfolded)
         return found
-    if pairwise <= rows:
-        return None
     function = _GroupedKernel if groups * i * o * window <= _GROUPED and on_host else _OffsetKernel
     by_head = use.gradients.split(1, dim=1) if k > 1 else [use.gradients]
     parts = [recorded(function, use, use.images.flatten(0, 3), gradients.flatten(0, 4)) for gradients in by_head]
@@ -64,12 +62,18 @@ def kept_rows(use: Convolution) -> Rows | None:
 
 
 def _unfolded(use: Convolution) -> Outer:
-    """Cut out the patches of images in two dimensions, by one operation with a derivative of one, where the core has many."""
+    """Take the patches from the images, pixel by pixel with all channels, by one operation with a derivative of one."""
     n, k, _, groups, o, *out = use.gradients.shape
-    padding = [before for before, _ in use.pads]
-    patches = torch.ops.aten.im2col(use.images.flatten(1, 3), use.window, use.dilations, padding, use.strides)
-    inputs, gradients = patches.view(n, groups, -1, prod(out)).mT, use.gradients.reshape(n, k, groups, o, -1).mT
-    return Outer(use.parameter, gradients, use.view, use.restore, use.part, inputs=inputs)
+    widths = [width for pair in reversed(use.pads) for width in pair]
+    x = use.images.flatten(1, 3).movedim(1, -1)
+    x = functional.pad(x, (0, 0, *widths)) if any(widths) else x
+    pixels = torch.arange(prod(x.shape[:-1]), device=x.device).view(x.shape[:-1])
+    for axis, (width, stride, dilation) in enumerate(zip(use.window, use.strides, use.dilations, strict=True), start=1):
+        pixels = pixels.unfold(axis, dilation * (width - 1) + 1, stride)[..., ::dilation]
+    patches = x.reshape(-1, x.shape[-1]).index_select(0, pixels.flatten())
+    inputs = patches.view(n, prod(out), prod(use.window), groups, -1).permute(0, 3, 1, 2, 4).flatten(3)
+    gradients = use.gradients.reshape(n, k, groups, o, -1).mT
+    return Outer(use.parameter, gradients, inputs=inputs)
 
 
 class _ShiftedKernel(torch.autograd.Function):

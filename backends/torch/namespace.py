@@ -109,8 +109,11 @@ class TorchNamespace:
 
     @staticmethod
     def mgs_labels(labels: torch.Tensor, c: int) -> Any:
-        """Return labels as integers of NumPy, without the −100 that PyTorch's losses leave out; None where that would wait."""
-        if labels.device.type != "cpu":
+        """Return labels as integers of NumPy, without the −100 that PyTorch's losses leave out.
+
+        None where that would wait, and within the transforms of `torch.func`, in which there are no values.
+        """
+        if labels.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(labels):
             return None
         labels = labels.detach()
         labels = labels[labels != -100]

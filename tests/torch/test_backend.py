@@ -116,6 +116,12 @@ def test_targets_may_be_arrays_and_ignored():
     assert not mgs.kernel(model, x, torch.full((4,), -100), output="loss").any()
 
 
+def test_losses_of_labels_can_be_differentiated_and_mapped():
+    outputs, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    gradient = torch.func.vmap(torch.func.grad(lambda o, y: mgs.cross_entropy(o[None], y[None])[0]))(outputs, labels)
+    torch.testing.assert_close(gradient, outputs.softmax(1) - torch.nn.functional.one_hot(labels, 3))
+
+
 def test_plans_are_kept_and_found_again_for_other_shapes(of):
     model, x = of("frames")
     for part in (x, x[:3], x.repeat(1, 2, 1, 1, 1)[:, :3], x):

@@ -158,6 +158,21 @@ def test_slices_and_other_ways_of_large_layers_change_nothing(of, name, output, 
         torch.testing.assert_close(part, other, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["cnn", "grouped", "depthwise", "transposed", "frames", "resnet_group_norm"])
+def test_the_order_of_channels_in_memory_changes_nothing(of, name):
+    def found(order):
+        model, x = of(name)
+        x = x.to(memory_format=order) if x.ndim == 4 else x
+        kernel = mgs.kernel(model.to(memory_format=order), x, output="full")
+        gradients = torch.autograd.grad(
+            penalty_of(model, x, "loss", differentiable=True), trainable(model), materialize_grads=True
+        )
+        return kernel, *gradients
+
+    for part, other in zip(found(torch.channels_last), found(torch.contiguous_format), strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "grouped", "lstm", "embedding", "tied", "transformer", "weight_norm"])
 def test_outputs_taken_one_after_the_other_change_nothing(of, name, monkeypatch):
     model, x = of(name)

@@ -33,14 +33,19 @@ def convolution(place: Place) -> Site | None:
         image=tuple(node._saved_input.shape[1:]),
         out=tuple(out[1:]),
     )
-
-    def inputs() -> torch.Tensor:
-        x: torch.Tensor = node._saved_input
-        return x.reshape(1, x.shape[0], -1)
-
     transposed = bool(node._saved_transposed)
-    make = partial(_transposed if transposed else _plain, geometry)
-    return Site(lambda d: d.reshape(1, out[0], -1), make, inputs, transposed=not transposed)
+    last = not transposed and _channels_last(node._saved_input)
+
+    def flat(array: torch.Tensor) -> torch.Tensor:
+        return (array.movedim(1, -1) if last else array).reshape(1, array.shape[0], -1)
+
+    make = partial(_transposed, geometry) if transposed else partial(_plain, geometry, last)
+    return Site(flat, make, lambda: flat(node._saved_input), transposed=not transposed)
+
+
+def _channels_last(x: torch.Tensor) -> bool:
+    """Return whether the channels of each pixel are beside each other in memory, so that they should stay so."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,19 @@ class _Geometry:
     out: tuple[int, ...]
 
 
-def _plain(geometry: _Geometry, gradients: torch.Tensor, inputs: torch.Tensor, **common: Any) -> LayerStatistics:
+def _plain(geometry: _Geometry, last: bool, gradients: torch.Tensor, inputs: torch.Tensor, **common: Any) -> LayerStatistics:
     """Every output position is a position; the patch below it is the input."""
-    n, k, _, s, _ = gradients.shape
-    groups, image, out = geometry.groups, geometry.image, geometry.out
+    groups = geometry.groups
+
+    def shaped(array: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        channels, *space = shape
+        lead = array.shape[:-1]
+        array = array.reshape(*lead, *space, channels).movedim(-1, len(lead)) if last else array
+        return array.reshape(*lead, groups, channels // groups, *space)
+
     return Convolution(
-        gradients=gradients.reshape(n, k, s, groups, out[0] // groups, *out[1:]),
-        images=inputs.reshape(n, s, groups, image[0] // groups, *image[1:]),
+        gradients=shaped(gradients.squeeze(2), geometry.out),
+        images=shaped(inputs.squeeze(1), geometry.image),
         window=geometry.window,
         strides=geometry.strides,
         pads=tuple((size, size) for size in geometry.padding),
