@@ -239,10 +239,10 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
         try:
             with np.errstate(invalid="ignore", divide="ignore"):  # statistics of a batch of one: refused below
                 tape = Tape(partial(scalars, samples=slice(sample, sample + 1)), leaves)
+                roots = {node.name: node for node in tape.nodes if node.name}
+                found = _gradients(tape, list(roots.values()), lambda node, parent: False)
         except (IndexError, ValueError) as error:  # it does run on the whole batch
             raise interaction(next(iter(leaves))) from error
-        roots = {node.name: node for node in tape.nodes if node.name}
-        found = _gradients(tape, list(roots.values()), lambda node, parent: False)
         for name, value in leaves.items():
             zero = np.zeros(value.shape, dtype=plain(value).dtype)
             of_heads = [gradients.get(roots[name], zero) if name in roots else zero for gradients in found]

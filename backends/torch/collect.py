@@ -36,6 +36,8 @@ def pull(graph: Graph, edges: list[Edge], seed: torch.Tensor, *, differentiable:
 
 
 def _autograd(graph: Graph, edges: list[Edge], seed: torch.Tensor, **options: bool) -> list[torch.Tensor | None]:
+    if not edges:  # no use has statistics
+        return []
     wanted = [GradientEdge(graph.nodes[number], output) for number, output in edges]
     return list(torch.autograd.grad(graph.heads, wanted, seed, retain_graph=True, allow_unused=True, **options))
 

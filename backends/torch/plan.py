@@ -91,6 +91,9 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         failed.update(up)
         for number in mixed:
             del known[number]
+    root = len(graph.nodes) - 1
+    if n > 1 and root in failed:  # they separate nowhere, up to the heads
+        raise _interaction(graph, {0: (root, 0)})
     for number, slots in sites.items():
         # samples separate where no data enter: they entered before, and were mixed
         if _alone(graph, number, slots) and not known[number].silent:

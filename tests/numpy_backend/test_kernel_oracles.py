@@ -233,6 +233,17 @@ def test_batch_statistics_are_refused():
     assert not mgs.check(model, draw(6, 5)).ok
 
 
+@pytest.mark.parametrize("output", ["trace", "sum", "random"])
+def test_batch_statistics_are_refused_where_equal_weights_hide_them(output):
+    """Behind a mean over the batch that is subtracted, the gradient of the plain sum of linear outputs is zero."""
+    parameters = {"first": draw(5, 7), "last": draw(7, 3), "gain": draw(7)}
+    for mix in (lambda h: h - anp.mean(h, axis=0), lambda h: (h - anp.mean(h, axis=0)) / anp.std(h, axis=0)):
+        for out in (lambda p, h: h, lambda p, h: h + p["gain"], lambda p, h: h * p["gain"], lambda p, h: h @ p["last"]):
+            model = mgs.FunctionalModel(lambda p, x, mix=mix, out=out: out(p, mix(x @ p["first"])), parameters)
+            with pytest.raises(mgs.SamplesInteractError, match="samples that interact in front of parameter 'first'"):
+                mgs.kernel(model, draw(6, 5), output=output)
+
+
 def test_user_objects_are_untouched():
     function, parameters, x = MODELS["mlp"]
     before, inputs = {k: v.copy() for k, v in parameters.items()}, x.copy()

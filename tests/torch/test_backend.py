@@ -49,6 +49,17 @@ def test_samples_that_interact_are_refused(how):
     assert mgs.kernel(model, x, parameters="out.weight").shape == (7, 7)
 
 
+@pytest.mark.parametrize("output", ["trace", "sum", "random"])
+@pytest.mark.parametrize("mix", [lambda h: h - h.mean(0), lambda h: torch.nn.functional.batch_norm(h, None, None, training=True)])
+def test_samples_that_interact_are_refused_where_equal_weights_hide_it(mix, output):
+    """Behind a mean over the batch that is subtracted, the gradient of the plain sum of linear outputs is zero."""
+    parameters = {name: torch.randn(5, 5) for name in ("first", "last", "gain")}
+    for out in (lambda p, h: h, lambda p, h: h + p["gain"][0], lambda p, h: h * p["gain"][0], lambda p, h: h @ p["last"]):
+        model = mgs.FunctionalModel(lambda p, x, out=out: out(p, mix(x @ p["first"])), parameters)
+        with pytest.raises(mgs.SamplesInteractError, match="`model` must treat each sample by itself"):
+            mgs.kernel(model, torch.randn(7, 5), output=output)
+
+
 def test_check_refuses_by_layer_and_counts():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)), torch.randn(5, 3, 6, 6)
     routes = {layer.parameter: layer.route for layer in mgs.check(model, x).layers}
