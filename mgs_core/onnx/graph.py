@@ -22,7 +22,7 @@ class Value:
         name: its name.
         dtype: NumPy dtype; None where the file does not say.
         shape: sizes of the axes, a name or None where the size is free; None when the rank is not declared.
-        kind: "tensor", "sequence" or "optional".
+        kind: "tensor", "sequence" or "optional"; of an output also "strings".
     """
 
     name: str

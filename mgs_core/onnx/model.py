@@ -264,7 +264,7 @@ def _output(graph: Graph, output: str | None) -> str:
             raise ArgumentError(f"`output` must be one of {names}; got {output!r}.")
         return output
     floats = [value.name for value in graph.outputs if value.dtype is not None and _is_float(value.dtype)]
-    unknown = [value.name for value in graph.outputs if value.dtype is None]
+    unknown = [value.name for value in graph.outputs if value.dtype is None and value.kind != "strings"]
     if not floats and not unknown:
         raise unsupported("the graph", "has no floating-point output", "Name one by `output`.")
     return (floats or unknown)[0]

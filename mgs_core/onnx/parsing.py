@@ -139,9 +139,9 @@ class _Parser:
                 return Value(name, None, None, kind)
             raise unsupported(where, f"is a {kind}", "Only tensors can be inputs.")
         tensor = info.type.tensor_type
-        dtype = None
-        if tensor.elem_type and not (lenient and tensor.elem_type == onnx.TensorProto.STRING):
-            dtype = dtype_of(tensor.elem_type, where, self._precision)
+        if lenient and tensor.elem_type == onnx.TensorProto.STRING:
+            return Value(name, None, None, "strings")
+        dtype = dtype_of(tensor.elem_type, where, self._precision) if tensor.elem_type else None
         if not tensor.HasField("shape"):
             return Value(name, dtype, None)
         shape: list[int | str | None] = []

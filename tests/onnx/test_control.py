@@ -108,3 +108,7 @@ def test_an_absent_value_and_labels_that_are_strings():
     proto.graph.output.insert(0, helper.make_tensor_value_info("label", TensorProto.STRING, None))
     with pytest.raises(mgs.UnsupportedModelError, match=r"node 'names' .* labels its classes by strings"):
         mgs.onnx.load(proto, output="label", parameters="w")(X)
+    scores = mgs.onnx.load(proto, parameters="w")(X)
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(8, helper.make_tensor_type_proto(1, [])))
+    proto.graph.output[1].CopyFrom(helper.make_value_info("y", maps))
+    np.testing.assert_array_equal(mgs.onnx.load(proto, parameters="w")(X), scores)  # as scikit-learn's classes of strings come
