@@ -327,12 +327,25 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p, jnp.ones((3, 2), jnp.float32))
 EYE = jnp.eye(3, dtype=jnp.float32)
 
 
+def kernel_of(function):
+    return mgs.kernel(mgs.FunctionalModel(function, jnp.ones((3, 2))), EYE)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: mgs.kernel(GOOD, EYE.at[0].set(jnp.nan)), mgs.ArgumentError, "`inputs` must be finite"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, jnp.arange(3)), EYE), mgs.ArgumentError, "floating-point arrays"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x[:, 0], EYE), EYE), mgs.ArgumentError, r"shape \(n, c\) with n = "),
+        (lambda: kernel_of(lambda p, x: (x @ p).astype(int)), mgs.ArgumentError, "real floating-point numbers; got dtype int"),
+        (lambda: kernel_of(lambda p, x: 1j * (x @ p)), mgs.ArgumentError, "real floating-point numbers; got dtype complex"),
+        (lambda: kernel_of(lambda p, x: p @ x), mgs.ArgumentError, r"`model` must be a function .*got TypeError: .*\[\(1, 3\)\]"),
+        (lambda: kernel_of(lambda p, x: np.tanh(x) @ p), mgs.ArgumentError, "`model` must be .* that JAX can trace.* got Tracer"),
+        (
+            lambda: mgs.kernel(GOOD, EYE, EYE, output=lambda o, t: o - t),
+            mgs.ArgumentError,
+            "`output`, `transform` and `loss` must",
+        ),
         (lambda: mgs.kernel(EYE, EYE), mgs.ArgumentError, "must be a FunctionalModel or a flax.nnx.Module"),
         (lambda: mgs.kernel(mgs.FunctionalModel(while_loop, EYE), EYE), mgs.UnsupportedModelError, "got a while loop"),
         (
