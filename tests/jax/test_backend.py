@@ -306,6 +306,12 @@ def test_sharded_inputs_give_the_kernel_of_one_device():
         automatic = jax.jit(jax.sharding.auto_axes(lambda p, x: value(p, x)[1], out_sharding=P()))
         found = automatic(jax.device_put(p, NamedSharding(explicit, P())), jax.device_put(x, NamedSharding(explicit, P("d"))))
     np.testing.assert_allclose(found, value(p, x)[1], rtol=1e-4, atol=1e-5)
+    mean = lambda p, x: jax.lax.pmean(value(p, x)[0], "d")
+    mapped = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("d")), out_specs=P(), check_vma=False)
+    parts = lambda p: sum(value(p, x[at : at + 2])[0] for at in (0, 2, 4, 6)) / 4
+    found, expected = jax.jit(jax.grad(mapped))(p, x), jax.jit(jax.grad(parts))(p)
+    for name in p:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=flags)

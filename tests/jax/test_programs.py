@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax import lax, vmap
 
 import mgs_core as mgs
 
-W, N = 4, 3
+W = 4
 SQUARE, LINE = (W, W), (W,)
 
 
@@ -32,22 +31,10 @@ def along(h, ws, step, **options):
     return lax.scan(lambda h, w: (step(h, w), None), h, ws, **options)[0]
 
 
-def in_turn(h, w, u):
-    """Nest scans, the inner one over columns of the outer one's slice, with a table in both."""
-
-    def inner(h, v):
-        return jnp.tanh(h @ v.T) + u[place(h, 3)], None
-
-    return lax.scan(lambda h, w: (lax.scan(inner, h, w)[0], None), h, w)[0]
-
-
-def of_tables(h, w):
-    """Look up tables that are stacked, by scans within scans over other things."""
-
-    def step(h, table):
-        return lax.scan(lambda h, t: (jnp.sin(h) + t[place(h, 3)], None), h, table, length=2)[0], None
-
-    return lax.scan(step, h, w)[0]
+def nested(h, w, u, tables):
+    """Nest scans: over weights, and over tables with a weight's part in turn; another table serves all steps."""
+    h = along(h, w, lambda h, w: along(h, w, lambda h, v: jnp.tanh(h @ v.T) + u[place(h, 3)]))
+    return along(h, tables, lambda h, t: along(h, w[0], lambda h, v: jnp.sin(h @ v) + t[place(h, 3)]))
 
 
 @jax.custom_vjp
@@ -64,31 +51,23 @@ OPERATIONS = [
     (lambda h, w: jnp.einsum("ni,ijk,nj->nk", h, w, jnp.cos(h)), (W, W, W)),
     (lambda h, w: jnp.einsum("bio,nbi->nbo", w, h.reshape(-1, 2, 2)).reshape(-1, W), (2, 2, 2)),
     (lambda h, w: lax.dot_general(h.reshape(-1, 2, 2), w, (((2, 1), (0, 1)), ((), ()))), (2, 2, W)),
-    (lambda h, w: vmap(lambda v: h @ v, 1, 1)(w), SQUARE),
-    (lambda h, w: vmap(lambda v: jnp.tanh(h @ v))(w).mean(0), (3, W, W)),
     (lambda h, w: h @ w[1:, ::2] + h @ w[:-1, 1::2], (W + 1, 2 * W)),
     (lambda h, w: h + jnp.take(w, place(h, 7), axis=0, fill_value=0.5), (5, W)),
     (lambda h, w: h + jnp.take(w, place(h, 7) - 1, axis=0, mode="clip") + w[place(h, 5) - 5], (5, W)),
     (lambda h, w: h + w[:, place(h, 5).astype(jnp.uint8)].T, (W, 5)),
-    (lambda h, w: h + w[place(h, 3), place(jnp.sin(h), 2)], (3, 2, W)),
     (lambda h, w: jnp.einsum("nio,ni->no", w[place(h, 3)], h), (3, W, W)),
-    (lambda h, w: vmap(lambda r, i: lax.dynamic_update_slice(r, w, (i,)))(h, place(h, W)), (2,)),
     (lambda h, w: h.at[:, jnp.array([0, 0, 2])].add(w).at[:, 1].set(w[0]), (3,)),
     (lambda h, w: h + vmap(lambda r: w.at[1].set(r[0]).at[2].add(r[1]))(h), LINE),
     (lambda h, w: jnp.sort(jnp.cumsum(h * w, 1), 1), LINE),
-    (lambda h, w: lax.pad(h, w, [(0, 0, 0), (1, -1, 0)]), ()),
-    (lambda h, w: jnp.concatenate([h[:, 1:], jnp.broadcast_to(w, (len(h), 1))], 1), (1,)),
     (lambda h, w, g: h @ (g * w / jnp.linalg.norm(w, axis=1, keepdims=True)), SQUARE, (W, 1)),
     (lambda h, a, b: h + h @ a @ b + h @ (a @ b), (W, 2), (2, W)),
-    (lambda h, w: lax.select_n(place(h, 3)[:, None] + jnp.zeros(h.shape, jnp.int32), h, h * w, w + 0 * h), LINE),
     (lambda h, w: jnp.clip(h, -jnp.abs(w), jnp.abs(w)) + jnp.maximum(h, w), ()),
     (lambda h, w: convolve(h, w), (2, 2, 3)),
     (lambda h, w: convolve(h, w, feature_group_count=2, rhs_dilation=(2,)), (2, 1, 2)),
     (lambda h, w: convolve(h, w, 2, dimension_numbers=("NWC", "OWI", "NCW")), (W, 3, 2)),
     (lambda h, w: along(h, w.transpose(2, 1, 0), lambda h, v: jnp.tanh(h @ v), reverse=True), (W, W, 2)),
     (lambda h, w: along(h, w, lambda h, v: jnp.tanh(convolve(h, v))), (2, 2, 2, 3)),
-    (in_turn, (2, 2, W, W), (3, W)),
-    (of_tables, (2, 2, 3, W)),
+    (nested, (2, 2, W, W), (3, W), (2, 3, W)),
     (lambda h, w: lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (h, w), length=2)[0][0], SQUARE),
     (lambda h, w, u: vmap(lambda r: lax.cond(r[0] > 0, lambda r: jnp.tanh(r @ w), lambda r: r * u, r))(h), SQUARE, LINE),
     (lambda h, w: own_rule(w, h), SQUARE),
@@ -96,10 +75,9 @@ OPERATIONS = [
     (lambda h, w: (step := jax.jit(lambda h, w: jnp.tanh(h @ w.T)))(step(h, w), w), SQUARE),
     (lambda h, w: h @ jax.jit(lambda w: (w.T, w[::-1]))(w)[1] + h * jnp.mean(jnp.sin(w)), SQUARE),
     (lambda h, w: vmap(jax.grad(lambda r: jnp.sum(jnp.tanh(r @ w) ** 2)))(h), SQUARE),
-    (lambda h, w: h @ (w + lax.stop_gradient(jnp.round(w) - w)), SQUARE),
     (lambda h, w: jnp.concatenate([jnp.cross(h[:, :3], w), w[0] * h[:, 3:] + jnp.sum(w[:0])], 1), (3,)),
 ]
-PROGRAMS = 8
+PROGRAMS = 6
 
 
 def program(seed):
@@ -112,7 +90,7 @@ def program(seed):
         for shape in shapes:
             alike = [name for name, value in parameters.items() if value.shape == shape]
             names.append(alike[0] if alike and draw.random() < 0.5 else f"{len(parameters)}")
-            parameters.setdefault(names[-1], jnp.asarray(draw.normal(size=shape) / max(1, prod(shape[:1])) ** 0.5))
+            parameters.setdefault(names[-1], jnp.asarray(draw.normal(size=shape) / (*shape, 1)[0] ** 0.5))
         steps.append((operation, names))
 
     def run(parameters, h):
@@ -126,7 +104,7 @@ def program(seed):
 @pytest.mark.parametrize("seed", range(PROGRAMS))
 def test_kernels_of_random_programs_and_their_gradients_are_those_of_jacobians(seed):
     run, parameters = program(seed)
-    x = jnp.asarray(np.random.default_rng(seed).normal(size=(N, W)))
+    x = jnp.asarray(np.random.default_rng(seed).normal(size=(3, W)))
     chosen = list(parameters)[:: 1 + seed % 2]
     weights = jnp.arange(9.0).reshape(3, 3)  # not symmetric
 
@@ -140,9 +118,8 @@ def test_kernels_of_random_programs_and_their_gradients_are_those_of_jacobians(s
         return jnp.einsum("acp,bcp->ab", rows, rows)
 
     def ours(parameters):
-        model, output = mgs.FunctionalModel(run, parameters), "trace" if seed % 3 else "sum"
-        chunk_size = 2 if seed == 1 else None
-        return mgs.kernel(model, x, output=output, parameters=chosen, chunk_size=chunk_size, differentiable=True)
+        options = {"output": "trace" if seed % 3 else "sum", "chunk_size": 2 if seed == 1 else None}
+        return mgs.kernel(mgs.FunctionalModel(run, parameters), x, parameters=chosen, differentiable=True, **options)
 
     def value(kernel, parameters):
         found = kernel(parameters)
@@ -152,5 +129,4 @@ def test_kernels_of_random_programs_and_their_gradients_are_those_of_jacobians(s
     (_, found), gradient = jax.jit(jax.value_and_grad(partial(value, ours), has_aux=True))(parameters)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * float(jnp.max(jnp.abs(expected))))
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in truth.values())
-    for name in truth:
-        np.testing.assert_allclose(gradient[name], truth[name], rtol=0, atol=1e-9 * largest)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-9 * largest), gradient, truth)
