@@ -131,11 +131,8 @@ def applied(function: Callable[[Any, Any], Any], parameters: Any, inputs: Any, n
     except MgsError:
         raise
     except Exception as error:
-        remedy = (
-            "Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables)."
-            if from_flax
-            else "See the cause above."
-        )
+        linen = "Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables)."
+        remedy = linen if type(error).__module__.startswith("flax") else "See the cause above."
         raise ArgumentError(
             f"`{name}` must be a function of parameters and a batch of any size that JAX can trace; "
             f"got {_briefly(error)} for arrays of shapes {_shapes(inputs)}. {remedy}"

@@ -305,6 +305,7 @@ def test_options_may_be_integers_of_numpy():
     )
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
     [
