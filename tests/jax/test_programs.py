@@ -101,7 +101,7 @@ def program(seed):
     return run, parameters
 
 
-@pytest.mark.parametrize("seed", range(PROGRAMS))
+@pytest.mark.parametrize("seed", [0, 2, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 4, 5))])
 def test_kernels_of_random_programs_and_their_gradients_are_those_of_jacobians(seed):
     run, parameters = program(seed)
     x = jnp.asarray(np.random.default_rng(seed).normal(size=(3, W)))
