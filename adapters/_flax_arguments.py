@@ -83,6 +83,5 @@ def _is_step(value: Any) -> bool:
 def _is_key(value: Any) -> bool:
     if not isinstance(value, jax.Array):
         return False
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return value.ndim == 0
-    return value.ndim == 1 and value.dtype == jnp.uint32  # of the older kind
+    typed = bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+    return bool(value.ndim == 0 if typed else value.ndim == 1 and value.dtype == jnp.uint32)  # of the newer or the older kind
