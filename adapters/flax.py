@@ -9,9 +9,8 @@ TrainState.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,6 +36,8 @@ from mgs_core.heads import Output, make_head
 from mgs_core.kernel import kernel
 from mgs_core.monitor import Sink
 from mgs_core.statistics import merge
+
+from ._flax_arguments import key_of, refuse, step_of
 
 _backend: Any = get_backend("jax")
 
@@ -86,12 +87,16 @@ def regularized(
         targets: `batch → targets`, for heads that need them.
         weighting: "agreement": the loss is `mean(w · losses)`, `w` from the kernel of the losses, constant for the gradient.
         every: penalise each `every`-th step only, `every` times as much; the function then takes the step's
-            number as its third argument.
+            number after the batch.
         samples: number of samples, the first of each batch, that are penalised; None for all.
-        **kernel_options: passed to `mgs_core.kernel`: `transform`, `probes`, `seed`, `parameters`; the last alone for the losses.
+        **kernel_options: passed to `mgs_core.kernel`: `transform`, `probes`, `seed`, `parameters`, `chunk_size`; `parameters`
+            alone for the losses.
 
     Returns:
-        `(params, batch, *rest) → (loss, Parts)`, for `jax.value_and_grad(..., has_aux=True)` or `nnx.value_and_grad`.
+        `(params, batch, *rest) → (loss, Parts)`, for `jax.value_and_grad(..., has_aux=True)` or `nnx.value_and_grad`. With
+        output="random" it is `(params, batch, key, *rest)`: pass another key at each step, as `jax.random.fold_in(key, step)`
+        gives it, for only the mean over many probes is the kernel of "trace". With a `seed` there is no key, and the probes are
+        the same at each step. The step's number, where there is one, goes before the key.
 
     Raises:
         ArgumentError: when arguments do not fit each other.
@@ -109,10 +114,8 @@ def regularized(
         (3.0, 1.0, 2.0)
     """
     every, samples = integer("every", every, 1), None if samples is None else integer("samples", samples, 1)
-    _refuse(penalty, output, outputs, weighting, every, samples)
-    unused = sorted(set(kernel_options) - {"parameters"})
-    if output == "loss" and unused:
-        raise ArgumentError(f"`kernel_options` must be `parameters` alone for the losses' own kernel; got {', '.join(unused)}.")
+    given = {"loss_fn": loss_fn, "penalty": penalty, "outputs": outputs, "targets": targets}
+    refuse(given, output, weighting, every, samples, kernel_options)
     return _Regularized(loss_fn, penalty, output, outputs, targets, weighting, every, samples, kernel_options)
 
 
@@ -137,13 +140,15 @@ class _Regularized:
                 f"`batch` must hold arrays of one number of samples, at least 1, along the first axis; got shapes {shapes}. "
                 "Pass what is the same for all samples after it: loss_fn(params, batch, rest)."
             )
-        if self.every == 1:
-            return self._penalised(params, batch, rest)
-        if not rest:
-            raise ArgumentError("`step` must be given when `every` is above 1; got none. Call it with (params, batch, step).")
-        step, *others = rest
-        branches = (self._penalised, self._skipped)
-        value, parts = jax.lax.cond(step % self.every == 0, *(partial(b, params, batch, tuple(others)) for b in branches))
+        step, rest = step_of(rest) if self.every > 1 else (None, rest)
+        key, rest = key_of(rest) if self.output == "random" and "seed" not in self.options else (None, rest)
+        if step is None:
+            return self._penalised(params, batch, rest, key)
+        value, parts = jax.lax.cond(
+            jnp.asarray(step) % self.every == 0,
+            lambda: self._penalised(params, batch, rest, key),
+            lambda: self._skipped(params, batch, rest),
+        )
         return value, parts
 
     def _loss(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -157,12 +162,11 @@ class _Regularized:
         more: list[bool] = []
 
         def loss(params: Any, batch: Any) -> Any:
-            value, aux = self._loss(params, batch, rest)
+            value, aux = _backend.applied(lambda params, batch: self._loss(params, batch, rest), params, batch, "loss_fn")
             more.append(aux is not None)
-            if jnp.size(value) != 1:
-                raise ArgumentError(
-                    f"`loss_fn` must return a scalar, the mean over the samples; got shape {jnp.shape(value)}. Take the mean."
-                )
+            if value is None or jnp.size(value) != 1:
+                got = "None" if value is None else f"shape {jnp.shape(value)}"
+                raise ArgumentError(f"`loss_fn` must return a scalar, the mean over the samples; got {got}. Take the mean.")
             return jnp.reshape(value, (1, 1))
 
         head = make_head("sum", "identity", None, 1, 0, None).function
@@ -171,7 +175,7 @@ class _Regularized:
         )
         return losses[:, 0], merge(found), more[0]
 
-    def _penalised(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
+    def _penalised(self, params: Any, batch: Any, rest: tuple[Any, ...], key: Any) -> tuple[Any, Parts]:
         if self.weighting is not None and self.penalty is None:
             return self._weighted(params, batch, rest)
         if self.output == "loss" and self.samples is None:
@@ -183,17 +187,21 @@ class _Regularized:
             aux = self._loss(params, batch, rest)[1] if more else None
         else:
             (value, aux), weights = self._loss(params, batch, rest), None
-            matrix = self._kernel(params, jax.tree.map(lambda leaf: leaf[: self.samples], batch), rest)
+            matrix = self._kernel(params, jax.tree.map(lambda leaf: leaf[: self.samples], batch), rest, key)
         added = self.every * self.penalty(matrix).astype(value.dtype)
         return value + added, Parts(value, added, matrix, weights, aux)
 
-    def _kernel(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> Any:
+    def _kernel(self, params: Any, batch: Any, rest: tuple[Any, ...], key: Any) -> Any:
         if self.output == "loss":
             _, found, _ = self._one_pass(params, batch, rest, self.options.get("parameters"), differentiable=True)
             return contract(found, found)
         model = _backend.pure(lambda params, batch: self.outputs(params, batch, *rest), params)
         targets = None if self.targets is None else self.targets(batch)
-        return kernel(model, batch, targets, output=self.output, differentiable=True, **self.options)
+        options = {"output": self.output, **self.options}
+        if key is not None:
+            change, probes = options.pop("transform", "identity"), options.pop("probes", 1)
+            options |= {"output": "trace", "transform": _probed(change, probes, key)}
+        return kernel(model, batch, targets, differentiable=True, **options)
 
     def _weighted(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
         """Take losses, kernel and gradient from one backward pass."""
@@ -301,26 +309,25 @@ def linen_model(module: linen.Module, variables: Any, **apply_options: Any) -> F
         >>> mgs.kernel(linen_model(module, module.init(jax.random.key(0), jnp.eye(2))), jnp.eye(2)).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    if "params" not in variables:
-        raise ArgumentError(f'`variables` must hold "params"; got {sorted(variables)}. Pass what module.init returned.')
+    if not isinstance(module, linen.Module):
+        raise ArgumentError(f"`module` must be a linen module; got {type(module).__name__}. Pass an nnx module by itself.")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ArgumentError(f'`variables` must hold "params"; got {got}. Pass what module.init returned.')
     fixed = {name: value for name, value in variables.items() if name != "params"}
     return FunctionalModel(lambda p, x: module.apply({"params": p, **fixed}, x, **apply_options), variables["params"])
 
 
-def _refuse(penalty: Any, output: Any, outputs: Any, weighting: Any, every: Any, samples: Any) -> None:
-    if weighting not in (None, "agreement"):
-        raise ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
-    if penalty is None and weighting is None:
-        raise ArgumentError('`penalty` must be given without `weighting`; got None. Pass a Penalty, or weighting="agreement".')
-    if output == "full":
-        raise ArgumentError('`output` must give one scalar a pair of samples; got "full". Use "trace".')
-    if output != "loss" and outputs is None:
-        raise ArgumentError(f"`outputs` must be given for output={output!r}; got None. Pass (params, batch) → (n, c).")
-    if weighting is not None and (output != "loss" or every > 1 or samples is not None):
-        raise ArgumentError(
-            "`weighting` must go with the losses of all samples at each step; got another `output`, `every` or `samples`. "
-            "Leave them out."
-        )
+def _probed(transform: Any, probes: int, key: Any) -> Callable[[Any], Any]:
+    """Return the transform with random signs over the outputs after it; the kernel of its trace is that of "random"."""
+    change = make_head("trace", transform, None, 1, 0, None).function
+
+    def probed(outputs: Any) -> Any:
+        changed = change(outputs, None)
+        signs = jax.random.rademacher(key, (changed.shape[-1], probes), changed.dtype)
+        return changed @ signs / probes**0.5
+
+    return probed
 
 
 def _count(batch: Any) -> int:

@@ -22,7 +22,7 @@ from mgs_core.functional import FunctionalModel
 
 from .fingerprint import fingerprint
 from .interaction import refuse_interaction
-from .models import functional, leaves_of, named, pure, scalars
+from .models import applied, functional, leaves_of, named, pure, scalars
 from .namespace import JaxNamespace, known
 from .program import program_for
 from .squeeze import squeezed
@@ -94,7 +94,7 @@ class JaxBackend:
 
         def batch(leaves: list[Array], samples: list[Array]) -> list[Any]:
             inputs, targets = jax.tree.unflatten(layout, samples)
-            found = model.function(jax.tree.unflatten(tree, leaves), inputs)
+            found = applied(model.function, jax.tree.unflatten(tree, leaves), inputs)
             return [scalars(found, head, targets, 1 if mean else samples[0].shape[0]), *([found] if outputs else [])]
 
         def one(leaves: list[Array], sample: list[Array]) -> list[Any]:
@@ -128,6 +128,10 @@ class JaxBackend:
     def pure(self, function: Callable[[Any, Any], Any], parameters: Any) -> FunctionalModel:
         """Return the functional model of `function(parameters, inputs)`, whose parameters may be an nnx module."""
         return pure(function, parameters)
+
+    def applied(self, function: Callable[[Any, Any], Any], parameters: Any, inputs: Any, name: str) -> Any:
+        """Return `function(parameters, inputs)`; what it raises names the argument that it came by."""
+        return applied(function, parameters, inputs, name)
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""

@@ -106,7 +106,7 @@ def _interact(
     eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
     defined = np.isfinite(alone) | np.isfinite(together)
     size = float(np.max(np.abs(together), initial=0.0, where=np.isfinite(together)))
-    difference = np.abs(alone - together)[defined]
+    difference = np.abs(alone[defined] - together[defined])
     # written so that NaN on one side, which a batch of one can give, is refused too
     return not np.all(difference <= max(eps**0.5, 1e-6) * size)
 

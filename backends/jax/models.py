@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, MgsError
 from mgs_core._protocol import HeadFunction
 from mgs_core._tree import check_parameters
 from mgs_core._types import Array, Tree
@@ -110,6 +110,35 @@ def leaves_of(batch: Any) -> list[Array]:
     return leaves
 
 
+def applied(function: Callable[[Any, Any], Any], parameters: Any, inputs: Any, name: str = "model") -> Any:
+    """Return what a user's function makes of traced parameters and inputs.
+
+    Args:
+        function: `(parameters, inputs) → outputs`.
+        parameters: its parameters.
+        inputs: a batch.
+        name: of the argument that the function came by.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        MgsError: what the function raises of this library's own.
+        ArgumentError: what else it raises, as its cause.
+    """
+    try:
+        return function(parameters, inputs)
+    except MgsError:
+        raise
+    except Exception as error:
+        linen = "Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables)."
+        remedy = linen if type(error).__module__.startswith("flax") else "See the cause above."
+        raise ArgumentError(
+            f"`{name}` must be a function of parameters and a batch of any size that JAX can trace; "
+            f"got {_briefly(error)} for arrays of shapes {_shapes(inputs)}. {remedy}"
+        ) from error
+
+
 def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
     """Return the heads (n, k) of a model's outputs.
 
@@ -133,9 +162,14 @@ def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
         )
     try:
         values = head(outputs, targets)
-    except (ArgumentError, AttributeError, TypeError) as error:
-        if shape is not None or "`targets`" in str(error):
+    except Exception as error:
+        if isinstance(error, MgsError) and (shape is not None or "`targets`" in str(error)):
             raise
+        if shape is not None:
+            raise ArgumentError(
+                "`output`, `transform` and `loss` must be names or functions of outputs and targets that JAX can trace; "
+                f"got {_briefly(error)} for arrays of shapes {_shapes((outputs, targets))}. See the cause above."
+            ) from error
         values = error
     if getattr(values, "shape", (0,))[:1] != (n,) or values.ndim != 2:
         failed = f", and {type(values).__name__}: {values}" if isinstance(values, Exception) else ""
@@ -143,4 +177,17 @@ def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
             f"`transform` must pick outputs of shape (n, c); got {type(outputs).__name__} from the model{failed}. "
             'For instance: transform=lambda outputs: outputs["logits"].'
         ) from (values if isinstance(values, Exception) else None)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ArgumentError(
+            f"`model` must have outputs, or losses, of real floating-point numbers; got dtype {values.dtype}. "
+            "Leave out conversions to integers; of complex numbers take real and imaginary parts."
+        )
     return values
+
+
+def _briefly(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in jax.tree.leaves(tree)]

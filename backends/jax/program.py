@@ -58,7 +58,9 @@ class Program:
         view = rule.weight
         common: dict[str, Any] = {"parameter": view.parameter, "gradients": gradients, "view": view.keys}
         common["restore"] = view.restore(self.shapes[view.parameter])
-        return Lookup(**common, indices=inputs, size=rule.size) if rule.kind == "lookup" else Outer(**common, inputs=inputs)
+        if rule.kind == "outer":
+            return Outer(**common, inputs=inputs)
+        return Lookup(**common, indices=inputs, size=rule.size * prod(length for length, block in site.loops if block))
 
 
 def program_for(
@@ -127,11 +129,14 @@ def _arranged(site: Site, gradients: Array, record: Array) -> tuple[Array, Array
     inputs = of_inputs(record)
     if rule.kind == "outer":
         return d, _merge_loops(inputs, site.loops)
-    index = jnp.reshape(inputs, (-1,))
-    d = d[:, 0]
+    index = _merge_loops(inputs[..., None, :, None], site.loops)[..., 0]
     if of_valid is not None:
-        d = jnp.where(jnp.reshape(of_valid(record), (-1, 1)), d, 0)
-    return d, index
+        d = jnp.where(_merge_loops(of_valid(record)[..., None, :, None], site.loops), d, 0)
+    if len(index) > 1:  # the loops' slices of the table, one below the other, are one table
+        index = (
+            index.astype(jnp.promote_types(index.dtype, jnp.int32)) + rule.size * jnp.arange(len(index), dtype=jnp.int32)[:, None]
+        )
+    return jnp.reshape(d, (len(d), -1, d.shape[-1])), jnp.ravel(index)
 
 
 def _merge_loops(array: Array, loops: Sequence[tuple[int, bool]]) -> Array:

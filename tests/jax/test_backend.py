@@ -306,6 +306,12 @@ def test_sharded_inputs_give_the_kernel_of_one_device():
         automatic = jax.jit(jax.sharding.auto_axes(lambda p, x: value(p, x)[1], out_sharding=P()))
         found = automatic(jax.device_put(p, NamedSharding(explicit, P())), jax.device_put(x, NamedSharding(explicit, P("d"))))
     np.testing.assert_allclose(found, value(p, x)[1], rtol=1e-4, atol=1e-5)
+    mean = lambda p, x: jax.lax.pmean(value(p, x)[0], "d")
+    mapped = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("d")), out_specs=P(), check_vma=False)
+    parts = lambda p: sum(value(p, x[at : at + 2])[0] for at in (0, 2, 4, 6)) / 4
+    found, expected = jax.jit(jax.grad(mapped))(p, x), jax.jit(jax.grad(parts))(p)
+    for name in p:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=flags)
@@ -327,12 +333,25 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p, jnp.ones((3, 2), jnp.float32))
 EYE = jnp.eye(3, dtype=jnp.float32)
 
 
+def kernel_of(function):
+    return mgs.kernel(mgs.FunctionalModel(function, jnp.ones((3, 2))), EYE)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: mgs.kernel(GOOD, EYE.at[0].set(jnp.nan)), mgs.ArgumentError, "`inputs` must be finite"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, jnp.arange(3)), EYE), mgs.ArgumentError, "floating-point arrays"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x[:, 0], EYE), EYE), mgs.ArgumentError, r"shape \(n, c\) with n = "),
+        (lambda: kernel_of(lambda p, x: (x @ p).astype(int)), mgs.ArgumentError, "real floating-point numbers; got dtype int"),
+        (lambda: kernel_of(lambda p, x: 1j * (x @ p)), mgs.ArgumentError, "real floating-point numbers; got dtype complex"),
+        (lambda: kernel_of(lambda p, x: p @ x), mgs.ArgumentError, r"`model` must be a function .*got TypeError: .*\[\(1, 3\)\]"),
+        (lambda: kernel_of(lambda p, x: np.tanh(x) @ p), mgs.ArgumentError, "`model` must be .* that JAX can trace.* got Tracer"),
+        (
+            lambda: mgs.kernel(GOOD, EYE, EYE, output=lambda o, t: o - t),
+            mgs.ArgumentError,
+            "`output`, `transform` and `loss` must",
+        ),
         (lambda: mgs.kernel(EYE, EYE), mgs.ArgumentError, "must be a FunctionalModel or a flax.nnx.Module"),
         (lambda: mgs.kernel(mgs.FunctionalModel(while_loop, EYE), EYE), mgs.UnsupportedModelError, "got a while loop"),
         (

@@ -215,6 +215,27 @@ def test_nnx_model_is_trained_and_not_changed_by_the_kernel(batch):
     assert float(value) < 0.6 * float(first)
 
 
+def test_random_probes_are_drawn_by_the_key(p, batch):
+    options = {"outputs": outputs, "probes": 2, "transform": jnp.sin}
+    trace = mgs.Penalty("trace", 1.0)
+    probed = regularized(loss_fn, trace, output="random", **options)
+    penalties = jax.jit(jax.vmap(lambda key: probed(p, batch, key)[1].penalty))(jax.random.split(jax.random.key(0), 300))
+    expected = regularized(loss_fn, trace, output="trace", outputs=outputs, transform=jnp.sin)(p, batch)[1].penalty
+    error = float(jnp.std(penalties)) / 300**0.5
+    assert abs(float(jnp.mean(penalties) - expected)) < 4.0 * error < 0.2 * float(expected)
+    key = jax.random.PRNGKey(3)  # of the older kind
+    parts = probed(p, batch, key)[1]
+    signs = jax.random.rademacher(key, (2, 2), float)
+    jacobian = jax.jacrev(lambda p: jnp.sin(outputs(p, batch)) @ signs)(p)
+    rows = jnp.concatenate([jnp.reshape(leaf, (6, 2, -1)) for leaf in jax.tree.leaves(jacobian)], -1)
+    close(parts.kernel, jnp.einsum("acp,bcp->ab", rows, rows) / 2)
+    often = regularized(loss_fn, trace, output="random", every=2, **options)
+    close(often(p, batch, np.int64(4), key)[1].penalty, 2.0 * parts.penalty)
+    assert float(often(p, batch, 1, jax.random.key(3))[1].penalty) == 0.0
+    fixed = regularized(loss_fn, trace, output="random", seed=1, **options)
+    close(fixed(p, batch)[1].penalty, fixed(p, batch)[1].penalty)
+
+
 class Normalised(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -266,6 +287,10 @@ def test_monitor_measures_linen_nnx_and_functions(p, batch):
         ({"penalty": PENALTY, "output": "sum"}, "`outputs` must be given for output='sum'"),
         ({"weighting": "agreement", "every": 2}, "`weighting` must go with the losses of all samples"),
         ({"penalty": PENALTY, "samples": 4, "paramters": "w"}, "must be `parameters` alone for the losses.*got paramters"),
+        ({"penalty": PENALTY, "output": "sum", "outputs": outputs, "loss": jnp.sin}, "must be among transform, .*; got loss"),
+        ({"penalty": PENALTY, "output": "some", "outputs": outputs}, "`output` must be one of trace"),
+        ({"penalty": PENALTY, "output": "sum", "outputs": 3}, "`outputs` must be a function; got int"),
+        ({"penalty": "trace"}, "`penalty` must be a Penalty; got str"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -278,3 +303,29 @@ def test_options_may_be_integers_of_numpy():
     regularized(lambda params, batch: jnp.mean((batch @ params) ** 2), PENALTY, every=np.int64(1), samples=np.int64(2))(
         jnp.ones(2), jnp.ones((3, 2))
     )
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, b: regularized(loss_fn, PENALTY, every=2)(p, b, 0.5), "`step` must be an integer.*got 0.5"),
+        (lambda p, b: regularized(loss_fn, PENALTY, every=2)(p, b, "first"), "`step` must be an integer.*got 'first'"),
+        (
+            lambda p, b: regularized(loss_fn, PENALTY, output="random", outputs=outputs)(p, b),
+            "`key` must be a key of jax.random.*got none. Call the function with",
+        ),
+        (lambda p, b: regularized(loss_fn, PENALTY, output="random", outputs=outputs)(p, b, 1), "`key` must be a key.*got 1"),
+        (lambda p, b: regularized(lambda p, b: None, PENALTY)(p, b), "`loss_fn` must return a scalar.*got None"),
+        (
+            lambda p, b: regularized(loss_fn, PENALTY)(p, {**b, "y": b["y"][:, :1] @ jnp.ones((1, 5))}),
+            r"`loss_fn` must be a function.*got TypeError: .* for arrays of shapes \[\(1, 3\), \(1, 5\)\]",
+        ),
+        (lambda p, b: linen_model(3, p), "`module` must be a linen module; got int"),
+        (lambda p, b: MGSMonitor(nn.Dense(2), b["x"]).step(), '`variables` must hold "params"; got NoneType'),
+        (lambda p, b: mgs.kernel(mgs.FunctionalModel(nn.Dense(2), p), b["x"]), "got .*linen_model"),
+    ],
+)
+def test_mistakes_are_named_in_the_call(p, batch, call, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        call(p, batch)
