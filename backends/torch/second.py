@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .attention import FUSED_ATTENTION, replace_attention
 from .graph import operation
+from .products import differentiated_once
 
 # (node, gradient above, gradient of the first input) → the same gradient, recorded anew
 _Replacement = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -71,7 +71,7 @@ class _Linear(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return ctx.adjoint(gradients[0], ctx.saved_tensors[0]), None, None, None
 
@@ -103,7 +103,7 @@ class _Normalised(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         above, x, weight, value = ctx.saved_tensors
         mean, inverse = ctx.statistics
@@ -142,7 +142,7 @@ class _Convolved(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         (above, weight), v = ctx.saved_tensors, gradients[0]
         to_above, to_weight = torch.convolution(v, weight, None, *ctx.settings), None

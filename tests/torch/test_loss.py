@@ -494,3 +494,30 @@ def test_options_may_be_integers_of_numpy(mlp):
         values[-1].backward()
     torch.testing.assert_close(*values)
     assert MGSMonitor(model, x, every=np.int64(1)).step() is not None
+
+
+EXACT_AGAIN = ("mlp", "left", "rare_words")
+
+
+@pytest.mark.parametrize("name", [*EXACT_AGAIN, "cnn", "channels", "normalised", "rectified", "tied"])
+def test_the_gradient_of_a_penalty_is_differentiated_right_or_refused(of, name):
+    model, x = of(name)
+    parameters, direction = list(model.parameters()), [torch.randn_like(value) for value in model.parameters()]
+
+    def gradient(**options):
+        outputs = model(x).flatten(1)
+        criterion = MGSLoss(lambda outputs, _: (outputs**2).sum(1), penalty=mgs.Penalty("trace", 1.0), output="sum")
+        return torch.autograd.grad(criterion(outputs, None), parameters, **options)
+
+    moved = []
+    for step in (1e-6, -2e-6):
+        torch._foreach_add_([value.data for value in parameters], direction, alpha=step)
+        moved.append(gradient())
+    torch._foreach_add_([value.data for value in parameters], direction, alpha=1e-6)
+    along = torch.autograd.grad
+    if name not in EXACT_AGAIN:
+        with pytest.raises(mgs.ArgumentError, match="`create_graph` must be False for the gradient of a penalty on the kernel"):
+            along(gradient(create_graph=True), parameters, direction)
+        return
+    for found, one, other in zip(along(gradient(create_graph=True), parameters, direction), *moved, strict=True):
+        torch.testing.assert_close(found, (one - other) / 2e-6, rtol=1e-5, atol=1e-6)
