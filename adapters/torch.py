@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ class MGSLoss(torch.nn.Module):
             max_samples: penalise the kernel of only the first so many samples of a batch.
             batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch
                 for constants of the per-sample gradients, as the kernel of a model that trains with it needs.
-            model: names the parameters in messages; needed to choose `parameters` by name.
+            model: names the parameters in messages, and leaves out those that are not its own; needed to choose `parameters` by
+                name. It is not kept alive. A deep copy of the criterion goes with the model and with its copy, if there is one.
             parameters: as for `mgs_core.kernel`; names need `model`.
             select: takes the outputs' tensor out of what the model returns; by default the tensor itself, or its `logits`.
             reuse: take the gradient of a step that is weighted but not penalised from the statistics of the kernel. Parameters
@@ -134,12 +136,14 @@ class MGSLoss(torch.nn.Module):
             raise mgs.ArgumentError(
                 f"`criterion` must be callable as criterion(outputs, targets); got {type(criterion).__name__}."
             )
+        if not isinstance(model, torch.nn.Module | None):
+            raise mgs.ArgumentError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
         self.criterion = criterion
         self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
         self.last: LossRecord | None = None
         self._head: dict[str, Any] = {"output": output, "transform": transform, "probes": probes}
         self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": _backend.Plans()}
-        self._model = (model,)  # in a tuple, so that it does not become a submodule
+        self._models = None if model is None else _Models(model)
         self._chosen = parameters
         self._select = select
         self._reuse = reuse
@@ -219,7 +223,7 @@ class MGSLoss(torch.nn.Module):
             return self._loss_kernel(outputs, losses, differentiable=True, samples=self.max_samples)
         wants_targets = self._head["output"] == "target" or callable(self._head["output"])
         targets = arguments[0] if arguments and wants_targets else None
-        model = _backend.evaluated(outputs, self._model[0], samples=self.max_samples, **self._graph)
+        model = _backend.evaluated(outputs, self._models, samples=self.max_samples, **self._graph)
         kernel: torch.Tensor = mgs.kernel(
             model, outputs.detach(), targets, seed=self._calls, parameters=self._chosen, differentiable=True, **self._head
         )
@@ -228,7 +232,7 @@ class MGSLoss(torch.nn.Module):
     def _loss_kernel(
         self, outputs: torch.Tensor, losses: torch.Tensor, *, differentiable: bool = False, samples: int | None = None
     ) -> torch.Tensor:
-        model = _backend.evaluated(outputs, self._model[0], samples=samples, **self._graph)
+        model = _backend.evaluated(outputs, self._models, samples=samples, **self._graph)
         kernel: torch.Tensor = mgs.kernel(
             model, outputs.detach(), output=lambda *_: losses, parameters=self._chosen, differentiable=differentiable
         )
@@ -238,7 +242,7 @@ class MGSLoss(torch.nn.Module):
         self, outputs: torch.Tensor, losses: torch.Tensor, *, reuse: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
         """Return the kernel to weight by, and, where the same statistics give the gradient, what attaches it to the value."""
-        model = _backend.evaluated(outputs, self._model[0], **self._graph)
+        model = _backend.evaluated(outputs, self._models, **self._graph)
         found = _backend.kernel_and_gradient(model, losses, self._chosen) if reuse else None
         if found is None:
             return self._loss_kernel(outputs, losses), None
@@ -256,6 +260,26 @@ class MGSLoss(torch.nn.Module):
     def _take(self, outputs: Any) -> torch.Tensor:
         taken: torch.Tensor = _backend.tensor(outputs if self._select is None else self._select(outputs))
         return taken
+
+
+class _Models:
+    """Refer to the model, and to the copy of it that was made when this was copied, as long as they live.
+
+    Which of them made the outputs, the parameters tell.
+    """
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        self._references = [weakref.ref(model) for model in models]
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        return (model for model in (reference() for reference in self._references) if model is not None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Models:
+        # a copy that nobody else holds does not outlive the memo
+        return _Models(*self, *(copy.deepcopy(model, memo) for model in self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Models, tuple(self)
 
 
 def _penalty(penalty: mgs.Penalty, kernel: torch.Tensor) -> torch.Tensor:

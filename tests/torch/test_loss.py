@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -521,3 +524,52 @@ def test_the_gradient_of_a_penalty_is_differentiated_right_or_refused(of, name):
         return
     for found, one, other in zip(along(gradient(create_graph=True), parameters, direction), *moved, strict=True):
         torch.testing.assert_close(found, (one - other) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+class Trained(nn.Module):
+    """Hold a model and its criterion, as modules of Lightning do."""
+
+    def __init__(self, criterion_first: bool) -> None:
+        super().__init__()
+        net = nn.Linear(5, 3)
+        for name in ("criterion", "net") if criterion_first else ("net", "criterion"):
+            setattr(self, name, net if name == "net" else MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=net))
+
+    def loss(self):
+        return self.criterion(self.net(torch.ones(2, 5)), torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("criterion_first", [True, False])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_copies_of_the_criterion_go_with_the_copy_of_the_model(criterion_first, duplicate):
+    trained = Trained(criterion_first)
+    trained.loss().backward()
+    twin = duplicate(trained)
+    twin.zero_grad()
+    twin.loss().backward()
+    torch.testing.assert_close(twin.net.weight.grad, trained.net.weight.grad)
+    assert set(twin.criterion.last.__dict__) == set(trained.criterion.last.__dict__)
+
+
+def test_a_copy_of_the_criterion_alone_goes_with_the_model(mlp):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model, parameters=["0.weight"])
+    twin = copy.deepcopy(copy.deepcopy(criterion))
+    torch.testing.assert_close(twin(model(x), y), criterion(model(x), y))
+    with pytest.raises(mgs.ArgumentError, match="Check freezing, and that `model` is the one that made them"):
+        pickle.loads(pickle.dumps(criterion))(model(x), y)
+
+
+@pytest.mark.wrong_types
+def test_the_model_of_a_criterion_is_a_module():
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must be a torch\.nn\.Module; got dict"):
+        MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model={})
+
+
+def test_the_criterion_does_not_keep_the_model_alive():
+    model = nn.Linear(5, 3)
+    criterion, seen = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model), weakref.ref(model)
+    criterion(model(torch.ones(2, 5)), torch.tensor([0, 2])).backward()
+    del model
+    gc.collect()
+    assert seen() is None
