@@ -106,7 +106,7 @@ class MGSLoss(torch.nn.Module):
             max_samples: penalise the kernel of only the first so many samples of a batch.
             batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch
                 for constants of the per-sample gradients, as the kernel of a model that trains with it needs.
-            model: names the parameters in messages; needed to choose `parameters` by name.
+            model: names the parameters and leaves out others; not kept alive. A deep copy of the criterion knows its copy too.
             parameters: as for `mgs_core.kernel`; names need `model`.
             select: takes the outputs' tensor out of what the model returns; by default the tensor itself, or its `logits`.
             reuse: take the gradient of a step that is weighted but not penalised from the statistics of the kernel. Parameters
@@ -134,12 +134,14 @@ class MGSLoss(torch.nn.Module):
             raise mgs.ArgumentError(
                 f"`criterion` must be callable as criterion(outputs, targets); got {type(criterion).__name__}."
             )
+        if not isinstance(model, torch.nn.Module | None):
+            raise mgs.ArgumentError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
         self.criterion = criterion
         self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
         self.last: LossRecord | None = None
         self._head: dict[str, Any] = {"output": output, "transform": transform, "probes": probes}
         self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": _backend.Plans()}
-        self._model = (model,)  # in a tuple, so that it does not become a submodule
+        self._models = None if model is None else _backend.Models(model)
         self._chosen = parameters
         self._select = select
         self._reuse = reuse
@@ -219,7 +221,7 @@ class MGSLoss(torch.nn.Module):
             return self._loss_kernel(outputs, losses, differentiable=True, samples=self.max_samples)
         wants_targets = self._head["output"] == "target" or callable(self._head["output"])
         targets = arguments[0] if arguments and wants_targets else None
-        model = _backend.evaluated(outputs, self._model[0], samples=self.max_samples, **self._graph)
+        model = _backend.evaluated(outputs, self._models, samples=self.max_samples, **self._graph)
         kernel: torch.Tensor = mgs.kernel(
             model, outputs.detach(), targets, seed=self._calls, parameters=self._chosen, differentiable=True, **self._head
         )
@@ -228,7 +230,7 @@ class MGSLoss(torch.nn.Module):
     def _loss_kernel(
         self, outputs: torch.Tensor, losses: torch.Tensor, *, differentiable: bool = False, samples: int | None = None
     ) -> torch.Tensor:
-        model = _backend.evaluated(outputs, self._model[0], samples=samples, **self._graph)
+        model = _backend.evaluated(outputs, self._models, samples=samples, **self._graph)
         kernel: torch.Tensor = mgs.kernel(
             model, outputs.detach(), output=lambda *_: losses, parameters=self._chosen, differentiable=differentiable
         )
@@ -238,7 +240,7 @@ class MGSLoss(torch.nn.Module):
         self, outputs: torch.Tensor, losses: torch.Tensor, *, reuse: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
         """Return the kernel to weight by, and, where the same statistics give the gradient, what attaches it to the value."""
-        model = _backend.evaluated(outputs, self._model[0], **self._graph)
+        model = _backend.evaluated(outputs, self._models, **self._graph)
         found = _backend.kernel_and_gradient(model, losses, self._chosen) if reuse else None
         if found is None:
             return self._loss_kernel(outputs, losses), None
@@ -345,7 +347,7 @@ class MGSMonitor:
 
         Args:
             model: the module that is trained.
-            inputs: probe batch: a tensor for `model(inputs)`, a dict for `model(**inputs)`, a list or tuple for `model(*inputs)`.
+            inputs: probe batch: a tensor; a dict for `model(**inputs)`; a list or tuple for `model(*inputs)`, so `(batch,)` of a dict.
             targets: its targets, if the head needs them.
             labels: integers (n,) for the class-wise summaries.
             every: calls of `step` between measurements, or a `mgs_core.Schedule`; a call may stand for a step or an epoch.
@@ -386,7 +388,12 @@ class MGSMonitor:
 def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:  # of torch.export
+            raise mgs.UnsupportedModelError(
+                f"`model` must have an evaluation mode; got {type(model).__name__} ({error}). Monitor the module it was made of."
+            ) from error
         yield
     finally:
         for module, mode in modes:

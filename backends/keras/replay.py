@@ -14,6 +14,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mgs_core._errors import ArgumentError
+
 Tensors: TypeAlias = list[torch.Tensor]
 Others: TypeAlias = list[torch.Tensor | None]
 #: `(parameters, others) → scalar`
@@ -112,13 +114,32 @@ def _gives(graph: Callable[..., Any], parameters: Tensors, others: Others, expec
 
 
 class _Known(torch.autograd.Function):
-    """A value whose gradients are known."""
+    """A value whose gradients are known; their derivatives are not."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, gradients: Tensors, *parameters: torch.Tensor) -> torch.Tensor:
         ctx.gradients = gradients
+        ctx.save_for_backward(*parameters)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor) -> Any:
-        return None, None, *(factor * gradient for gradient in ctx.gradients)
+        scaled = [factor * gradient for gradient in ctx.gradients]
+        if torch.is_grad_enabled():
+            scaled = [_Last.apply(part, *ctx.saved_tensors) for part in scaled]  # type: ignore[no-untyped-call]  # of torch
+        return None, None, *scaled
+
+
+class _Last(torch.autograd.Function):
+    """A gradient whose derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise ArgumentError(
+            "`create_graph` must be False for the gradient of a penalty on the kernel; got one that is differentiated again. "
+            "Differentiate the loss of a model that is not regularised twice."
+        )

@@ -25,7 +25,7 @@ from mgs_core.statistics import merge
 
 from .collect import collect, groups_of_heads, weighted_pulls
 from .convolutions import kept_rows
-from .evaluated import Evaluated
+from .evaluated import Evaluated, Models
 from .evaluated import covers as _covers
 from .evaluated import evaluated as _evaluated
 from .fused import refuse_fused
@@ -52,6 +52,7 @@ class TorchBackend:
     evaluated = staticmethod(_evaluated)
     tensor = staticmethod(as_tensor)
     Configured = Configured
+    Models = Models
     Plans = Known  # by the structure of the graph
     twice_differentiable = staticmethod(_twice_differentiable)
 
@@ -78,6 +79,9 @@ class TorchBackend:
                 f"`model` must be a torch.nn.Module or a FunctionalModel; got {type(model).__name__}. Pass the model itself."
             )
         check_parameters(leaves, lambda dtype: isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        for name, value in leaves.items():
+            if value.is_meta:
+                raise ArgumentError(f"`model` must have values; got the parameter {name!r} on the device meta. Load them first.")
         return leaves
 
     def statistics(
@@ -236,6 +240,10 @@ def _heads(heads: Any, n: int) -> torch.Tensor:
         raise ArgumentError(
             f"`model` must return outputs of shape (n, c) with n = {n}, or `output` reduce them so; got {shape} heads. "
             "Keep the samples first and flatten the outputs of each."
+        )
+    if heads.is_complex():
+        raise ArgumentError(
+            f"`model` must return real outputs, or `output` reduce them so; got {heads.dtype}. Take torch.view_as_real of them."
         )
     return heads
 

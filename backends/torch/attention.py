@@ -12,9 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .products import full_precision
+from .products import differentiated_once, full_precision
 
 #: The node that this file is about.
 FUSED_ATTENTION = "ScaledDotProductFlashAttentionForCpu"
@@ -56,7 +55,7 @@ class _Attended(torch.autograd.Function):
         return tuple(value.view_as(value) for value in values)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     @full_precision()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors

@@ -12,13 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mgs_core import contraction as core
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer
 
 from .convolutions import of_convolution
-from .products import Buffers, add_gram, full_precision, recorded
+from .products import Buffers, add_gram, differentiated_once, full_precision, recorded
 
 #: Elements of a slice of rows, chosen to stay in the processor's cache; a slice has at least so many columns for each sample.
 _SLICE, _LEAST = 1 << 19, 64
@@ -93,7 +92,7 @@ class _OuterKernel(torch.autograd.Function):
         return kernel
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     @full_precision()
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         mixing = gradients_out[0] + gradients_out[0].T
@@ -173,7 +172,7 @@ class _LookupKernel(torch.autograd.Function):
         return kernel
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     @full_precision()
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, None]:
         (gradients,) = ctx.saved_tensors

@@ -9,13 +9,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mgs_core import contraction as core
 from mgs_core._protocol import Convolution, Outer, Rows
 
-from .products import Buffers, add_gram, full_precision, recorded
+from .products import Buffers, add_gram, differentiated_once, full_precision, recorded
 
 #: Elements of one sample's gradient up to which a convolution in groups, a group for each sample, is fastest (on CPU).
 _GROUPED = 1 << 16
@@ -96,7 +95,7 @@ class _ShiftedKernel(torch.autograd.Function):
         return kernel
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     @full_precision()
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         images, gradients = ctx.saved_tensors
@@ -182,7 +181,7 @@ class _GroupedKernel(torch.autograd.Function):
         return rows @ rows.T
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     @full_precision()
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         images, gradients, rows = ctx.saved_tensors
@@ -225,7 +224,7 @@ class _OffsetKernel(torch.autograd.Function):
         return kernel
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     @full_precision()
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         images, gradients = ctx.saved_tensors

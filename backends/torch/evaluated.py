@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +38,36 @@ class Evaluated:
     plans: Known[Plan] = field(default_factory=Known)
 
 
-def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **options: Any) -> Evaluated:
+class Models:
+    """Refer to a model, and to the copies of it that were made when this was copied, as long as they live.
+
+    Which of them made the outputs, the parameters tell.
+    """
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        """Refer to the models."""
+        self._references = [weakref.ref(model) for model in models]
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        """Give those that live."""
+        return (model for model in (reference() for reference in self._references) if model is not None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Models:
+        """Refer to their copies too."""
+        # a copy that nobody else holds does not outlive the memo
+        return Models(*self, *(copy.deepcopy(model, memo) for model in self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled with the models, which live on where they are pickled besides."""
+        return Models, tuple(self)
+
+
+def evaluated(outputs: torch.Tensor, models: Iterable[torch.nn.Module] | None = None, **options: Any) -> Evaluated:
     """Return outputs in place of the model that made them.
 
     Args:
         outputs: with their graph.
-        model: gives names to the parameters, and leaves out those that are not its own; without it they are numbered.
+        models: give names to the parameters, and leave out those that are not their own; without them they are numbered.
         **options: `batch_norm`, `samples` and `plans` of `Evaluated`.
 
     Returns:
@@ -61,15 +88,19 @@ def evaluated(outputs: torch.Tensor, model: torch.nn.Module | None = None, **opt
             "`static_graph` must be False in DistributedDataParallel, which takes the kernel's backward pass for that of the "
             "loss; got True. Leave it out."
         )
-    found = _parameters(outputs)
+    leaves = [node.variable for node in reversed(_nodes(outputs)) if hasattr(node, "variable")]
     parameters: dict[str, torch.Tensor]
-    if model is None:
+    if models is None:
+        found = (leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter))  # others are data
         parameters = {f"parameter {number}": value for number, value in enumerate(found)}
     else:
-        names = {id(value): name for name, value in unwrap(model).named_parameters()}
-        parameters = {names[id(value)]: value for value in found if id(value) in names}
+        names = {id(value): name for model in models for name, value in unwrap(model).named_parameters()}
+        parameters = {names[id(value)]: value for value in leaves if id(value) in names}
     if not parameters:
-        raise ArgumentError("`outputs` must depend on trainable parameters; got none in their graph. Check `model` and freezing.")
+        raise ArgumentError(
+            "`outputs` must depend on trainable parameters; got none in their graph. Check freezing, and that `model` is the one "
+            "that made them."
+        )
     return Evaluated(outputs, parameters, **options)
 
 
@@ -92,12 +123,6 @@ def covers(model: Evaluated, losses: torch.Tensor) -> bool:
         ):
             return False
     return True
-
-
-def _parameters(outputs: torch.Tensor) -> list[torch.nn.Parameter]:
-    """Return the parameters in the graph; other leaves are data."""
-    leaves = [node.variable for node in reversed(_nodes(outputs)) if hasattr(node, "variable")]
-    return [leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter)]
 
 
 def _nodes(outputs: torch.Tensor) -> list[Any]:

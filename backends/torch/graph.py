@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +22,10 @@ from mgs_core._errors import UnsupportedModelError
 Edge: TypeAlias = tuple[int, int]
 
 # they run parameters that the graph does not show
-_OPAQUE = {"Python CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`"}
+_OPAQUE = {
+    "Python CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`",
+    "DifferentiableGraph": "operations fused by torch.jit.script; use the module that was scripted, or trace it",
+}
 
 
 @dataclass(eq=False)
@@ -60,11 +64,20 @@ class Graph:
         dtype: torch.dtype = self.nodes[edge[0]]._input_metadata[edge[1]].dtype
         return dtype
 
+    def zeros(self, edge: Edge) -> torch.Tensor:
+        """Return a tensor of zeros as flows along the edge."""
+        return torch.zeros(self.shape(edge), dtype=self.dtype(edge), device=self.heads.device)
+
 
 def operation(node: Any) -> str:
     """Return the name of a node's operation, as "Addmm"; "Python Addmm" of one written in Python, which may bear any name."""
-    name = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+    name = _short(node.name())
     return f"Python {name}" if isinstance(node, BackwardCFunction) else name
+
+
+@cache
+def _short(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
 
 
 def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Graph:

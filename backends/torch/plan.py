@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 
-from mgs_core._errors import SamplesInteractError
+from mgs_core._errors import SamplesInteractError, UnsupportedModelError
 from mgs_core._layout import Layout, find_layout, sample_weights
 
 from .chain import is_view, sources
 from .graph import Edge, Graph
-from .moves import Gradients, values_decide
+from .moves import Gradients, by_element, values_decide
 from .rules import Place, Site, site_of
 from .rules.normalisation import BATCH_NORMS
 from .scattered import Scattered, find_scattered
@@ -83,8 +84,17 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         if not fresh:
             break
         known |= _test(graph, fresh, sites, weights, gradients)
-        # one sample cannot tell: what has only chains for inputs belongs to the chain
-        mixed = [number for number in fresh if not known[number].separate or (n == 1 and _alone(graph, number, sites[number]))]
+        # what has only chains for inputs belongs to the chain where one sample cannot tell, or no data have entered yet: then
+        # rows of single samples are by chance, as those of normalised weights of classes of which the batch has one sample each
+        mixed = [
+            number
+            for number in fresh
+            if not known[number].separate
+            or (
+                _alone(graph, number, sites[number])
+                and (n == 1 or not (known[number].silent or _data_may_have_entered(graph, number)))
+            )
+        ]
         up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
         if mixed and not up:  # activations meet the parameter here, and samples mix later
             raise _interaction(graph, sites[mixed[0]])
@@ -112,6 +122,10 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
     return Plan(tuple(uses), holds)
 
 
+#: Where the samples are at an output of a node, and how sure that is.
+_Seen: TypeAlias = tuple[Layout | Scattered | None, str]
+
+
 @dataclass(frozen=True)
 class _Found:
     """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
@@ -137,6 +151,17 @@ def _data_may_enter(graph: Graph, number: int) -> bool:
     name = graph.name(number)
     inputs = graph.inputs[number]
     return name in _DATA_INSIDE or any(edge is None for edge in (inputs[:1] if name in _DATA_FIRST else inputs))
+
+
+def _data_may_have_entered(graph: Graph, number: int) -> bool:
+    """Return whether data may enter at a node that leads from the parameters to this one."""
+    nodes = [number]
+    for node in nodes:
+        if _data_may_enter(graph, node):
+            return True
+        below = {edge[0] for edge in graph.inputs[node] if edge is not None}
+        nodes += below.difference(nodes)
+    return False
 
 
 def _constants(graph: Graph, number: int) -> set[int]:
@@ -179,10 +204,11 @@ def _test(
         layouts: dict[int, tuple[Layout | Scattered | None, ...]] = {}
         states: list[str] = []
         scattered = not _alone(graph, number, sites[number])  # a chain may lead to one sample only
+        seen: dict[Any, _Seen] = {}
         for slot in sites[number]:
             site = site_of(Place(graph, number, slot))
             outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
-            found = [_of_output(arrangement(site), *at[edge], weights, scattered) for edge in outputs]
+            found = [_of_output(arrangement(site), *at[edge], weights, scattered, seen) for edge in outputs]
             layouts[slot] = tuple(layout for layout, _ in found)
             states += [state for _, state in found]
         results[number] = _Found(
@@ -200,18 +226,27 @@ def _of_output(
     weighted: list[torch.Tensor | None],
     weights: list[torch.Tensor],
     scattered: bool,
-) -> tuple[Layout | Scattered | None, str]:
+    seen: dict[Any, _Seen],
+) -> _Seen:
     if flat is None:
         return None, "absent"
+    if flat.is_nested:
+        raise UnsupportedModelError(
+            "`model` must not compute with nested tensors; got one. Pad the sequences and mask the padding."
+        )
     first, *others = (arrange(gradient) for gradient in (flat, *weighted) if gradient is not None)
-    layout, state = find_layout(first, others, weights, torch.finfo(flat.dtype).eps)
-    rows = find_scattered(first, others, len(weights[0])) if scattered and state == "mixed" else None
-    return (layout, state) if rows is None else (rows, "open")
+    # a weight and its bias see the same gradient, which is looked at once
+    view = (flat.data_ptr(), first.shape, first.stride()) if first.data_ptr() == flat.data_ptr() else object()
+    if view not in seen:
+        layout, state = find_layout(first, others, weights, torch.finfo(flat.dtype).eps)
+        rows = find_scattered(first, others, len(weights[0])) if scattered and state == "mixed" else None
+        seen[view] = (layout, state) if rows is None else (rows, "open")
+    return seen[view]
 
 
 def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return how the gradient is arranged to (groups, *lead, features); without a rule every axis may hold the samples."""
-    return (lambda gradient: gradient[None, ..., None]) if site is None else site.arrange
+    return by_element if site is None else site.arrange
 
 
 def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:

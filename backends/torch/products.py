@@ -1,13 +1,16 @@
-"""Products in the precision of their arguments, and memory that is used again for them."""
+"""What the derivatives written by hand have in common: precision, memory that is used again, and that they are the last ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from math import prod
 from typing import Any
 
 import torch
+
+from mgs_core._errors import ArgumentError
 
 
 @contextmanager
@@ -68,3 +71,38 @@ class Buffers:
         if held is None or held.numel() < size:
             held = self._held[number] = self._like.new_empty(size)
         return held[:size].view(shape)
+
+
+def differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the `backward` of an autograd function refuse to be differentiated again.
+
+    PyTorch's `once_differentiable` does so only where the gradient above needs gradients and all leaves are asked for; elsewhere
+    a part of the next derivative would be missing in silence.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        depends = [tensor for tensor in (*ctx.saved_tensors, *gradients) if tensor is not None]
+        parts = found if isinstance(found, tuple) else (found,)
+        return tuple(None if part is None else recorded(_Last, part, *depends) for part in parts)
+
+    return guarded
+
+
+class _Last(torch.autograd.Function):
+    """A gradient whose derivative, in what it depends on, is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *depends: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise ArgumentError(
+            "`create_graph` must be False for the gradient of a penalty on the kernel; got one that is differentiated again. "
+            "Differentiate the criterion alone twice."
+        )

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .attention import FUSED_ATTENTION, replace_attention
 from .graph import operation
+from .products import differentiated_once
 
 # (node, gradient above, gradient of the first input) → the same gradient, recorded anew
 _Replacement = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,7 +54,7 @@ def normalised_rows(node: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def _replace(node: Any, replacement: _Replacement, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
     # a gradient may arrive at the statistics too: that of a derivative that is among the model's outputs
     with_statistics = any(gradient is not None for gradient in outputs[1:])
-    if inputs[0] is None or outputs[0] is None or not outputs[0].numel() or with_statistics:
+    if inputs[0] is None or outputs[0] is None or not outputs[0].numel() or with_statistics or outputs[0].is_complex():
         return inputs
     return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
 
@@ -71,7 +71,7 @@ class _Linear(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return ctx.adjoint(gradients[0], ctx.saved_tensors[0]), None, None, None
 
@@ -103,7 +103,7 @@ class _Normalised(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         above, x, weight, value = ctx.saved_tensors
         mean, inverse = ctx.statistics
@@ -142,7 +142,7 @@ class _Convolved(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         (above, weight), v = ctx.saved_tensors, gradients[0]
         to_above, to_weight = torch.convolution(v, weight, None, *ctx.settings), None

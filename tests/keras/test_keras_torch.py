@@ -142,3 +142,16 @@ def test_layers_may_be_frozen_between_steps():
         kernel = mgs.kernel(model, X, Y, output="loss", loss=sample_loss("sparse_categorical_crossentropy"))
         assert found[-1] == pytest.approx([float(mgs.Penalty("trace", 1.0)(kernel))] * 3, rel=1e-4)
     assert found[1][0] < 0.9 * found[0][0]
+
+
+def test_the_gradient_of_a_replayed_penalty_is_refused_a_derivative():
+    import torch
+    from mgs_core.backends.keras.replay import Replay
+
+    weight = torch.randn(3, requires_grad=True)
+    value = Replay()(lambda parameters, _: (parameters[0] ** 3).sum(), [weight], [])
+    torch.testing.assert_close(torch.autograd.grad(value, weight, retain_graph=True)[0], 3 * weight**2)
+    (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
+    torch.testing.assert_close(gradient, 3 * weight**2)
+    with pytest.raises(mgs.ArgumentError, match="`create_graph` must be False for the gradient of a penalty"):
+        torch.autograd.grad(gradient.sum(), weight)

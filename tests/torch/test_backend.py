@@ -74,12 +74,48 @@ def test_check_refuses_by_layer_and_counts():
     assert report.penalty == ""
 
 
+def cosines(p, x):
+    """Classify by the cosine of the angle to the weights of a class."""
+    return nn.functional.normalize(torch.tanh(x @ p["w"]), dim=1) @ (p["g"] * p["v"] / p["v"].norm(dim=1, keepdim=True)).T
+
+
+def test_a_batch_with_one_sample_of_each_class_is_not_taken_for_one_of_normalised_weights():
+    torch.manual_seed(0)
+    parameters = {name: torch.randn(*size) for name, size in {"w": (5, 4), "v": (3, 4), "g": (3, 1)}.items()}
+    model, x = mgs.FunctionalModel(cosines, parameters), torch.randn(6, 5)
+    kernel = mgs.kernel(model, x, torch.arange(6) % 3, output="target")
+    torch.testing.assert_close(mgs.kernel(model, x[:3], torch.arange(3), output="target"), kernel[:3, :3])
+
+
+class Last(nn.LSTM):
+    """Return the outputs of the last step."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1))[0][-1]
+
+
 def test_check_says_whether_a_penalty_is_refused(of):
     assert mgs.check(*of("transformer")).penalty == ""
     report = mgs.check(nn.EmbeddingBag(9, 3, mode="max"), torch.randint(0, 9, (6, 3)))
     assert report.ok
     assert "an embedding bag that takes the maximum" in report.penalty
     assert "A penalty is refused" in str(report)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="recurrent layers are not fused")
+def test_check_says_which_layers_a_penalty_cannot_have():
+    model = nn.Sequential(
+        nn.Embedding(9, 3), nn.Flatten(1), nn.Linear(9, 12), nn.Unflatten(1, (3, 4)), Last(4, 5), nn.Linear(5, 2)
+    )
+    x = torch.randint(0, 9, (6, 3))
+    layers = mgs.check(model, x).layers
+    behind = [layer for layer in layers if "no penalty" in layer.remedy]
+    assert {layer.parameter[0] for layer in behind} == {"0", "2", "4"}
+    assert all("twice_differentiable()" in layer.remedy for layer in behind)
+    assert {layer.parameter[0] for layer in layers if "exact but slow" in layer.remedy} == {"4"}
+    assert mgs.kernel(model, x, parameters=["5.weight"], differentiable=True).requires_grad  # as it says
+    with twice_differentiable():
+        assert not any("no penalty" in layer.remedy for layer in mgs.check(model, x).layers)
 
 
 def test_samples_of_instance_normalisation_do_not_interact(of):
@@ -302,6 +338,12 @@ def test_select_and_several_inputs(of):
     torch.testing.assert_close(mgs.kernel(Configured(Naming(), select=lambda outputs: outputs["out"]), named), expected)
     with pytest.raises(mgs.ArgumentError, match=r"`model` must return a tensor.*got dict.*`select`"):
         mgs.kernel(Naming(), named)
+
+    class Batched(Naming):
+        def forward(self, batch):
+            return self.inner(batch["left"], batch["right"])
+
+    torch.testing.assert_close(mgs.kernel(Batched(), (named | {"right": x[1]},)), expected)
 
 
 class Refusing:

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mgs_core._protocol import Scale
 
 from ..graph import operation
+from ..products import differentiated_once
 from ..second import normalised_rows
 from ._registry import Place, Site, Split, elementwise, register, scale
 
@@ -139,7 +139,7 @@ class _GainRows(torch.autograd.Function):
         return split(normal.mul_(gradient)).sum(2, keepdim=True)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         gradient, x = ctx.saved_tensors
         with torch.enable_grad():  # the derivative of a sum of rearranged elements rearranges and repeats
