@@ -135,7 +135,7 @@ def test_kernels_of_random_programs_and_their_gradients_are_those_of_a_loop(seed
 
 
 def test_choices_between_a_weight_and_data_have_its_shape():
-    """autograd gives the gradient of `where` in the shape of the result."""
+    """Of `where` autograd gives the gradient in the shape of the result."""
     generator = np.random.default_rng(0)
     parameters, x = {"w": generator.normal(size=4), "out": generator.normal(size=(4, 2))}, generator.normal(size=(3, 4))
     short = lambda p, x: anp.where(x > 0, x * p["w"], p["w"][::-1] + p["w"][0]) @ p["out"]  # noqa: E731
