@@ -76,7 +76,8 @@ def _name_of(source: Any) -> str:
         if not leaves:
             raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
         source = leaves[0]
-        if isinstance(source, (bool, int, float)):
+        # NumPy's own scalars pass: an update of a parameter without axes makes one
+        if isinstance(source, (bool, int, float)) and not hasattr(source, "dtype"):
             raise ArgumentError(
                 f"`parameters` must hold arrays; got the number {source!r}. Convert it to an array of your framework."
             )

@@ -87,30 +87,39 @@ def report(run: Annotated[Path, typer.Argument(help="Folder that `mgs compare` w
 
 
 @app.command()
-@renamed(path="data", inputs="x", targets="y")
+@renamed(path="data", targets="y")
 def measure(
     model: Annotated[Path, typer.Argument(help="An .onnx file.")],
-    data: Annotated[Path, typer.Argument(help="An .npz file with x (n, …) and, for labels, y (n,).")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="An .npz file with x (n, …), or the inputs by name where there are several; for labels, y (n,)."),
+    ],
     output: Annotated[str, typer.Option(help="Head: trace, sum, target, random or loss.")] = "trace",
     samples: Annotated[int, typer.Option(min=2, help="Number of samples to measure, from the first.")] = 256,
     backend: _BackendOption = "numpy",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Summarise the kernel of a model on data."""
-    arrays = read_arrays(data, ("x",))
-    require(arrays, [name for name in ("x", "y") if name in arrays], data)
+    arrays = read_arrays(data, ())
     asarray = mgs.get_backend(backend).asarray
     loaded = mgs.onnx.load(model, backend=backend)
-    labels = arrays["y"][:samples] if "y" in arrays else None
+    names = [value.name for value in loaded.function.inputs]
+    parts = names if len(names) > 1 else ["x"]
+    labelled = "y" in arrays and "y" not in parts
+    require(arrays, [*parts, "y"] if labelled else parts, data)
+    labels = arrays["y"][:samples] if labelled else None
     # other heads take labels of any kind, which only the summary reads
     heads = labels is not None and output in ("target", "loss")
-    for name in ("x", "y") if heads else ("x",):
+    for name in (*parts, "y") if heads else parts:
         if arrays[name].dtype.kind not in "biuf":
             raise ArgumentError(
                 f"`{name}` must hold real numbers; got dtype {arrays[name].dtype}. Convert it, labels to integers."
             )
     targets = asarray(labels) if heads else None
-    kernel = mgs.kernel(loaded, asarray(arrays["x"][:samples]), targets, output=cast(Output, output))  # kernel checks the name
+    batch = {name: asarray(arrays[name][:samples]) for name in parts}
+    with renamed(inputs="x" if len(names) == 1 else "data"):
+        # kernel checks the name of the head
+        kernel = mgs.kernel(loaded, batch if len(names) > 1 else batch["x"], targets, output=cast(Output, output))
     classes = labels is not None and labels.ndim == 1 and labels.dtype.kind not in "fc"
     summary = mgs.summarize(kernel, labels if classes else None)
     if as_json:

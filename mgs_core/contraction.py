@@ -19,7 +19,7 @@ from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer, Rows, Sum
 from mgs_core._types import Array, Namespace
-from mgs_core.statistics import arranged, as_rows, equal, unfold, whole
+from mgs_core.statistics import arranged, as_rows, equal, namespace_of, unfold, whole
 
 #: Elements that one intermediate may have (128 MiB in float32).
 MEMORY_BUDGET = 1 << 25
@@ -227,7 +227,7 @@ def _heads_as_outputs(use: Outer) -> Outer:
 
 def _pairwise_tiled(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     """Contract pairs for a slice of the rows' samples at a time."""
-    xp = array_namespace(left.gradients)
+    xp = namespace_of(left, right)
     n, k = left.gradients.shape[:2]
     per_sample = right.gradients.shape[0] * prod(left.gradients.shape[2:-1]) * right.gradients.shape[-2] * (k * k if full else 1)
     step = max(1, MEMORY_BUDGET // max(1, per_sample))
@@ -245,7 +245,7 @@ def _samples(use: Outer | Lookup, start: int, step: int) -> Outer | Lookup:
 
 def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     """Return `Σ_{g,s,t} A_(as)(bt) D_(as)(bt)`, A the inputs' products (or equality of indices), D the gradients' products."""
-    xp = array_namespace(left.gradients, right.gradients)
+    xp = namespace_of(left, right)
     n, k, s = left.gradients.shape[0], left.gradients.shape[1], left.gradients.shape[-2]
     m, t = right.gradients.shape[0], right.gradients.shape[-2]
     same = right is left

@@ -90,7 +90,7 @@ def kernel(
             rows.setdefault(right.start, []).append(array_namespace(block).permute_dims(block, order))
     if len(rows) == 1:
         return rows[0][0]
-    xp = array_namespace(rows[0][0])
+    xp = array_namespace(*(block for row in rows.values() for block in row))
     return xp.concat([xp.concat(row, axis=2 if row[0].ndim == 4 else 1) for _, row in sorted(rows.items())], axis=0)
 
 

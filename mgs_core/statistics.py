@@ -45,7 +45,7 @@ def as_rows(use: LayerStatistics, *, restore: bool = False) -> Array:
     Raises:
         TypeError: when the kind is unknown.
     """
-    xp = array_namespace(use.gradients)
+    xp = namespace_of(use)
     n, k = use.gradients.shape[:2]
     if isinstance(use, Convolution):
         return as_rows(unfold(use), restore=restore)
@@ -76,7 +76,7 @@ def unfold(use: Convolution) -> Outer:
     Returns:
         The same statistics with the patches as inputs.
     """
-    xp, images = array_namespace(use.gradients), use.images
+    xp, images = namespace_of(use), use.images
     n, k, s, groups, o, *out = use.gradients.shape
     positions, lead = prod(out), use.images.ndim - len(use.window)
     for axis, (before, after) in enumerate(use.pads, start=lead):
@@ -100,6 +100,16 @@ def unfold(use: Convolution) -> Outer:
     )
 
 
+def namespace_of(*uses: LayerStatistics) -> Namespace:
+    """Return the namespace of all arrays of the uses: inputs may be traced where gradients, of a linear model, are constants.
+
+    Args:
+        *uses: statistics of any kind.
+    """
+    parts = ("gradients", "inputs", "images")
+    return array_namespace(*(getattr(use, part, None) for use in uses for part in parts))
+
+
 def whole(uses: Sequence[LayerStatistics]) -> Rows:
     """Return rows of the parameter that uses, or parts, of it add up to."""
     rows = [as_rows(use, restore=True) for use in uses]
@@ -109,7 +119,7 @@ def whole(uses: Sequence[LayerStatistics]) -> Rows:
 def _join(group: list[LayerStatistics]) -> LayerStatistics:
     group = [unfold(use) if isinstance(use, Convolution) else use for use in group]
     first = group[0]
-    xp = array_namespace(*(use.gradients for use in group))
+    xp = namespace_of(*group)
     same = all(type(use) is type(first) and use.view == first.view for use in group)
     if not same or isinstance(first, Rows):
         return whole(group)

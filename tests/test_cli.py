@@ -98,9 +98,34 @@ def test_measure_is_the_kernel_of_the_model(mgs_command, linear, tmp_path):
     assert "effective_rank" in mgs_command("measure", linear, tmp_path / "data.npz", "--output", "sum", "--samples", "4")
 
 
+def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp_path):
+    values = [onnx.numpy_helper.from_array(np.ones((size, 2), np.float32), f"weight {size}") for size in (3, 4)]
+    inputs = [onnx.helper.make_tensor_value_info(name, 1, ["n", size]) for name, size in (("left", 3), ("y", 4))]
+    nodes = [
+        onnx.helper.make_node("MatMul", ["left", "weight 3"], ["a"]),
+        onnx.helper.make_node("MatMul", ["y", "weight 4"], ["b"]),
+        onnx.helper.make_node("Add", ["a", "b"], ["out"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "two", inputs, [onnx.helper.make_tensor_value_info("out", 1, ["n", 2])], values)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), tmp_path / "two.onnx"
+    )
+    random = np.random.default_rng(1)
+    left, right = random.normal(size=(6, 3)), random.normal(size=(6, 4))
+    np.savez(tmp_path / "data.npz", left=left, y=right)
+    found = json.loads(mgs_command("measure", tmp_path / "two.onnx", tmp_path / "data.npz", "--json"))
+    assert found == pytest.approx(mgs.summarize(2 * (left @ left.T + right @ right.T)).to_dict(), rel=1e-5)
+    np.savez(tmp_path / "data.npz", x=left)
+    assert "`data` must hold left, y;" in mgs_command("measure", tmp_path / "two.onnx", tmp_path / "data.npz", status=2)
+
+
 @pytest.mark.parametrize(
     ("command", "arrays", "message"),
     [
+        (("audit",), {"x": np.ones((3, 2)), "y": np.arange(3)}, "`x` must differ between samples"),
+        (("audit",), {"x": np.eye(3), "y": np.eye(3)}, "labels.argmax(axis=1)"),
+        (("audit",), {"x": np.eye(3), "y": np.arange(2)}, "Pass one label for each sample."),
+        (("audit",), {"x": np.eye(3), "y": np.zeros(3, int)}, "samples of several classes"),
         (("measure", "--output", "loss"), {"x": np.eye(2, 3), "y": np.array(["cat", "dog"])}, "`y` must hold real numbers"),
         (("measure",), {"x": np.array([["a"] * 3] * 2)}, "`x` must hold real numbers"),
         (("measure",), {"x": np.float64(3.0)}, "`data` must hold samples along the first axis of 'x'"),
@@ -216,6 +241,7 @@ def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypa
         (("report", "nowhere"), "`run` must be a folder"),
         (("audit", "none.npz"), "`data` must be a file that exists"),
         (("audit", "nan.npz"), "`x` must be finite"),
+        (("audit", "text.npz"), "is no archive such as numpy.savez writes"),
         (("audit", "letters.npz"), "`y` must be integers from 0"),
         (("measure", "linear.onnx", "letters.npz", "--output", "target"), "`y` must"),
         (("measure", "none.onnx", "none.npz"), "`data` must be a file that exists"),
@@ -225,6 +251,7 @@ def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypa
 def test_errors_are_one_line_and_status_2(mgs_command, arguments, message, tmp_path, monkeypatch, linear):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "nan.npz", x=np.full((4, 3), np.nan), y=np.arange(4))
     np.savez(tmp_path / "letters.npz", x=np.eye(4, 3), y=np.array(list("abab")))
     extra = ("--jobs", "1", *(() if "--out" in arguments else ("--out", "run"))) if arguments[0] == "compare" else ()

@@ -9,17 +9,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mgs_core as mgs
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = _code(README)
     names: dict[str, object] = {}
     exec(code, names)
     assert names["kernel"].shape == (100, 100)
     assert names["penalty"] == pytest.approx(0.01 * np.trace(names["kernel"]) / 100)
     assert "effective_rank" in capsys.readouterr().out
+
+
+def test_training_without_contradicted_labels_runs():
+    torch, generator = pytest.importorskip("torch"), np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 20)
+    images = np.eye(3, 5)[labels] + 0.1 * generator.normal(size=(60, 5))
+    labels[:2] = 1
+    for x, y in ((images, labels), (torch.tensor(images, dtype=torch.float32), torch.tensor(labels))):
+        names = {"mgs": mgs, "torch": torch, "model": torch.nn.Linear(5, 3), "x": x, "y": y}
+        exec(_code(README)[1], names)
+        wrong = names["found"].contradicted
+        assert wrong[:2].any()
+        assert not wrong[2:].any()
+        assert len(names["x"]) == len(names["y"]) == 60 - wrong.sum()
+    guide = (ROOT / "docs/audit.md").read_text(encoding="utf-8").partition("## Train without them")[2].partition("\n## ")[0]
+    _, own, penalty = _code(guide)
+    names |= {"x": torch.tensor(images, dtype=torch.float32), "y": torch.tensor(labels)}
+    exec(own, names)
+    assert names["found"].contradicted.shape == (60,)
+    names |= {"batch": names["x"], "labels": names["y"]}
+    torch.manual_seed(0)
+    exec(penalty, names)
+    jacobian = names["model"].weight.square().sum().item()
+    assert (names["loss"] - names["plain"]).item() == pytest.approx(jacobian, rel=0.2)
+
+
+def _code(page):
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
 
 def test_every_extra_exists():
@@ -30,7 +60,7 @@ def test_every_extra_exists():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / target).exists(), target
 
 

@@ -248,7 +248,8 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
             of_heads = [gradients.get(roots[name], zero) if name in roots else zero for gradients in found]
             rows[name].append(anp.stack([anp.ravel(gradient) for gradient in of_heads]))
     statistics: list[LayerStatistics] = [Rows(name, _wide(anp.stack(row))) for name, row in rows.items()]
-    dtypes = [plain(node.value).dtype for node in tape.nodes]  # of which a model may make lower ones again
+    values = (plain(node.value) for node in tape.nodes)  # of which a model may make lower ones again
+    dtypes = [value.dtype for value in values if isinstance(value, (np.ndarray, np.generic))]
     _refuse_interaction(scalars, leaves, statistics, (n, k), max((float(np.finfo(dtype).eps) for dtype in dtypes), default=0.0))
     return statistics
 

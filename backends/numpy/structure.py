@@ -31,7 +31,7 @@ def key_of(tape: Tape, n: int) -> Hashable:
         options = tuple((name, _setting(value)) for name, value in sorted(node.options.items()))
         wiring = tuple(number[parent] for parent in node.parents)
         name = getattr(node.function, "__name__", node.name)
-        steps.append((name, np.shape(plain(node.value)), node.positions, wiring, given, options, _keeps_order(node, n)))
+        steps.append((name, _setting(node.value), node.positions, wiring, given, options, _keeps_order(node, n)))
     return n, tuple(steps)
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import autograd.numpy as anp
+import numpy as np
 from autograd.core import SparseObject, primitive_vjps, sparse_add, vspace
 from autograd.core import VJPNode as _VJPNode
+from autograd.numpy.numpy_vjps import unbroadcast
 from autograd.tracer import Box, Node, getval, isbox, new_box, notrace_primitives, toposort, trace_stack
 
 from mgs_core._types import Array
@@ -112,8 +114,8 @@ class Tape:
             for place, part in zip(places, node.pull(at_node, places) if places else (), strict=True):
                 parent = node.parents[place]
                 if open_gates and getattr(node.function, "__name__", "") == "where":
-                    part = part + 0.0 * at_node
-                pending[parent] = pending[parent] + part if parent in pending else part
+                    part = part + _dense(0.0 * at_node, parent)
+                pending[parent] = _added(parent, pending[parent], part) if parent in pending else part
         return found
 
 
@@ -129,15 +131,24 @@ def value_and_gradient(
 
 
 def _dense(part: Array, parent: TapeNode) -> Array:
-    """Return a gradient as an array of the parent's dtype.
+    """Return a gradient as an array of the parent's shape and dtype.
 
-    That of indexing comes as an object that knows only how to be added; that of a maximum comes in float64 whatever the dtype.
+    That of indexing comes as an object that knows only how to be added; that of a maximum comes in float64 whatever the dtype,
+    and that of `where` in the shape of the result.
     """
-    value = plain(part)
+    value, of = plain(part), plain(parent.value)
     if isinstance(value, SparseObject):
-        return sparse_add(vspace(plain(parent.value)), None, part)
-    dtype = getattr(plain(parent.value), "dtype", value.dtype)  # a tape of a tape may hold such an object as a value
-    return part if value.dtype == dtype else part.astype(dtype)
+        return sparse_add(vspace(of), None, part)
+    if not isinstance(of, (np.ndarray, np.generic)):  # a list or tuple of arrays, or in a tape of a tape such an object
+        return part
+    part = part if np.shape(value) == of.shape else unbroadcast(part, anp.metadata(of))
+    return part if value.dtype == of.dtype else part.astype(of.dtype)
+
+
+def _added(parent: TapeNode, one: Array, other: Array) -> Array:
+    """Return the sum of two gradients of a node; of lists of arrays too, as those of `split` and `eigh` are."""
+    of = plain(parent.value)
+    return vspace(of).add(one, other) if isinstance(of, (list, tuple)) else one + other
 
 
 def plain(array: Array) -> Any:

@@ -227,18 +227,31 @@ class _Training:
         self._counts[batch] += met > 0
 
 
+def _remedy(x: Array, y: Array) -> str:
+    """Say what to do about labels that do not fit."""
+    if y.ndim == 2 and len(y) == len(x) and y.shape[1] > 1:
+        return "Take the class of each row: labels.argmax(axis=1)."
+    if y.shape != (len(x),):
+        return "Pass one label for each sample."
+    if y.min() == y.max() if np.issubdtype(y.dtype, np.number) else len(np.unique(y)) < 2:
+        return "An audit needs samples of several classes."
+    return "Number the classes from 0: numpy.unique(labels, return_inverse=True)[1]."
+
+
 def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
     x, y = np.asarray(inputs), np.asarray(labels)
     real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
     if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
         raise ArgumentError(f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}.")
+    if np.all(x == x[:1]):
+        raise ArgumentError("`inputs` must differ between samples; got the same one throughout. Look at how they were made.")
     if not np.all(np.isfinite(x)):
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
         raise ArgumentError(
             f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}"
             f"{', ' + str(np.unique(y)[:5].tolist()) if y.size else ''}. "
-            "Number the classes from 0: numpy.unique(labels, return_inverse=True)[1]."
+            f"{_remedy(x, y)}"
         )
     classes = count_classes(y, "labels")
     scaled, _, _ = scale(x)

@@ -166,8 +166,10 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, Array]:
         with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        archive = isinstance(error, OSError) or zipfile.is_zipfile(path)
         raise ArgumentError(
-            f"`path` must be an .npz file of plain number arrays; {str(path)!r} cannot be read: {error}. "
+            f"`path` must be an .npz file of plain number arrays; {str(path)!r} "
+            f"{f'cannot be read: {error}' if archive else 'is no archive such as numpy.savez writes'}. "
             "Pickled objects are refused, for reading them can run code; save the arrays with a numeric dtype."
         ) from error
     require(arrays, names, path)

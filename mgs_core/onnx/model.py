@@ -17,7 +17,7 @@ from mgs_core._types import Array
 from mgs_core.functional import FunctionalModel
 from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
-from mgs_core.onnx.files import embed_external, read_model
+from mgs_core.onnx.files import embed_external, hoist, read_model
 from mgs_core.onnx.graph import Graph, Node, Value, needed
 from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.invariants import capture_invariants
@@ -77,8 +77,8 @@ def load(
     Args:
         model: path of an .onnx file, or an `onnx.ModelProto`, which is left as it is.
         backend: name of the backend whose arrays the parameters are.
-        parameters: None for the initialisers that are trained, by the rule of `mgs_core.onnx.parameters`; or names or a predicate
-            on names, of all floating-point initialisers.
+        parameters: None for the initialisers (in a file without floating-point ones, the Constant nodes) that are trained, by the
+            rule of `mgs_core.onnx.parameters`; or names or a predicate on names, of all floating-point initialisers.
         output: name of the output; None for the first that is floating-point. Outputs of other ranks are brought to (n, c).
         dtype: "float16", "float32" or "float64" to replace every floating-point type of the model; None to keep them.
 
@@ -111,6 +111,7 @@ def load(
         raise ArgumentError(f"`dtype` must be one of {', '.join(map(repr, _PRECISIONS))}; got {dtype!r}.")
     found = get_backend(backend)
     proto, folder = read_model(model)
+    hoist(proto)
     graph = parse(proto, folder, dtype)
     embed_external(proto, folder)
     lift(graph)

@@ -249,3 +249,22 @@ def test_loading_changes_no_module_state():
     first, second = mgs.onnx.load(proto), mgs.onnx.load(copy.deepcopy(proto))
     x = draw(3, 2, 2)
     np.testing.assert_array_equal(first(x), second(x))
+
+
+def test_weights_in_constant_nodes_are_parameters_where_there_are_no_initialisers(tmp_path):
+    weight, bias, x = draw(4, 3), draw(3), draw(5, 4)
+    nodes = [
+        node("Constant", [], ["w"], value=numpy_helper.from_array(weight)),
+        node("Constant", [], ["b"], value=numpy_helper.from_array(bias)),
+        node("Constant", [], ["half"], value=numpy_helper.from_array(np.float32(0.5))),
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Add", ["h", "b"], ["z"]),
+        node("Mul", ["z", "half"], ["y"]),
+    ]
+    loaded = mgs.onnx.load(model(nodes, {}))
+    assert set(loaded.parameters) == {"w", "b"}
+    np.testing.assert_allclose(mgs.kernel(loaded, x), 0.75 * (x @ x.T + 1), rtol=1e-5)
+    mgs.onnx.save(loaded, tmp_path / "twice.onnx", parameters={name: 2 * value for name, value in loaded.parameters.items()})
+    np.testing.assert_array_equal(mgs.onnx.load(tmp_path / "twice.onnx").parameters["w"], 2 * weight)
+    mixed = mgs.onnx.load(model([*nodes[1:3], node("MatMul", ["x", "w"], ["h"]), *nodes[4:]], {"w": weight}))
+    assert set(mixed.parameters) == {"w"}  # there a constant is one
