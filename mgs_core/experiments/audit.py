@@ -243,8 +243,6 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
     real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
     if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
         raise ArgumentError(f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}.")
-    if np.all(x == x[:1]):
-        raise ArgumentError("`inputs` must differ between samples; got the same one throughout. Look at how they were made.")
     if not np.all(np.isfinite(x)):
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
