@@ -15,6 +15,7 @@ FRAMEWORKS = ("torch", "jax", "tensorflow", "keras")
 FILES = sorted(path for room in ("mgs_core", "backends", "adapters") for path in (ROOT / room).rglob("*.py"))
 ALLOWED = {"array_api_compat", "mgs_core"}
 ALLOWED_IN = {
+    "adapters/_flax_arguments.py": {"jax"},
     "adapters/flax.py": {"flax", "jax"},
     "mgs_core/_types.py": {"jaxtyping"},
     "mgs_core/cli.py": {"numpy", "rich", "typer"},

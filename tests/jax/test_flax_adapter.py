@@ -135,7 +135,7 @@ def test_lazy_penalty_counts_for_the_steps_between(p, batch):
         factor = 3.0 if step % 3 == 0 else 0.0
         close((value, gradient), plain(p, factor))
         close(parts.penalty, factor * PENALTY(kernel(p, batch)))
-    with pytest.raises(mgs.ArgumentError, match="`step` must be given when `every` is above 1"):
+    with pytest.raises(mgs.ArgumentError, match="`step` must be an integer when `every` is above 1; got none"):
         function(p, batch)
 
 
