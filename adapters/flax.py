@@ -162,7 +162,8 @@ class _Regularized:
         more: list[bool] = []
 
         def loss(params: Any, batch: Any) -> Any:
-            value, aux = _backend.applied(lambda params, batch: self._loss(params, batch, rest), params, batch, "loss_fn")
+            with _backend.traced("loss_fn", batch):
+                value, aux = self._loss(params, batch, rest)
             more.append(aux is not None)
             if value is None or jnp.size(value) != 1:
                 got = "None" if value is None else f"shape {jnp.shape(value)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +23,7 @@ from mgs_core.functional import FunctionalModel
 
 from .fingerprint import fingerprint
 from .interaction import refuse_interaction
-from .models import applied, functional, leaves_of, named, pure, scalars
+from .models import functional, leaves_of, named, pure, scalars, traced
 from .namespace import JaxNamespace, known
 from .program import program_for
 from .squeeze import squeezed
@@ -94,7 +95,8 @@ class JaxBackend:
 
         def batch(leaves: list[Array], samples: list[Array]) -> list[Any]:
             inputs, targets = jax.tree.unflatten(layout, samples)
-            found = applied(model.function, jax.tree.unflatten(tree, leaves), inputs)
+            with traced("model", inputs):
+                found = model.function(jax.tree.unflatten(tree, leaves), inputs)
             return [scalars(found, head, targets, 1 if mean else samples[0].shape[0]), *([found] if outputs else [])]
 
         def one(leaves: list[Array], sample: list[Array]) -> list[Any]:
@@ -129,9 +131,9 @@ class JaxBackend:
         """Return the functional model of `function(parameters, inputs)`, whose parameters may be an nnx module."""
         return pure(function, parameters)
 
-    def applied(self, function: Callable[[Any, Any], Any], parameters: Any, inputs: Any, name: str) -> Any:
-        """Return `function(parameters, inputs)`; what it raises names the argument that it came by."""
-        return applied(function, parameters, inputs, name)
+    def traced(self, name: str, arrays: Any) -> AbstractContextManager[None]:
+        """Let errors of a user's function go on with a note that names the argument that it came by."""
+        return traced(name, arrays)
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""

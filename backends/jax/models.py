@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -110,33 +111,27 @@ def leaves_of(batch: Any) -> list[Array]:
     return leaves
 
 
-def applied(function: Callable[[Any, Any], Any], parameters: Any, inputs: Any, name: str = "model") -> Any:
-    """Return what a user's function makes of traced parameters and inputs.
+@contextmanager
+def traced(name: str, arrays: Any) -> Iterator[None]:
+    """Let an error of a user's own function go on as it is, with a note on what the function is traced for.
 
     Args:
-        function: `(parameters, inputs) → outputs`.
-        parameters: its parameters.
-        inputs: a batch.
         name: of the argument that the function came by.
-
-    Returns:
-        The outputs.
-
-    Raises:
-        MgsError: what the function raises of this library's own.
-        ArgumentError: what else it raises, as its cause.
+        arrays: what it is called with, in any pytree.
     """
     try:
-        return function(parameters, inputs)
-    except MgsError:
+        yield
+    except MgsError:  # which names the argument itself
         raise
     except Exception as error:
-        linen = "Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables)."
-        remedy = linen if type(error).__module__.startswith("flax") else "See the cause above."
-        raise ArgumentError(
-            f"`{name}` must be a function of parameters and a batch of any size that JAX can trace; "
-            f"got {_briefly(error)} for arrays of shapes {_shapes(inputs)}. {remedy}"
-        ) from error
+        if not hasattr(error, "__notes__"):  # of a function within this one
+            shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(arrays)]
+            linen = " Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables)."
+            error.add_note(
+                f"mgs_core called `{name}` on arrays of shapes {shapes}, to trace it; it must take batches of any size."
+                f"{linen if type(error).__module__.startswith('flax') else ''}"
+            )
+        raise
 
 
 def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
@@ -161,15 +156,11 @@ def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
             "Keep the samples first and flatten the outputs of each."
         )
     try:
-        values = head(outputs, targets)
-    except Exception as error:
-        if isinstance(error, MgsError) and (shape is not None or "`targets`" in str(error)):
+        with traced("output", (outputs, targets)):
+            values = head(outputs, targets)
+    except (ArgumentError, AttributeError, TypeError) as error:
+        if shape is not None or "`targets`" in str(error):
             raise
-        if shape is not None:
-            raise ArgumentError(
-                "`output`, `transform` and `loss` must be names or functions of outputs and targets that JAX can trace; "
-                f"got {_briefly(error)} for arrays of shapes {_shapes((outputs, targets))}. See the cause above."
-            ) from error
         values = error
     if getattr(values, "shape", (0,))[:1] != (n,) or values.ndim != 2:
         failed = f", and {type(values).__name__}: {values}" if isinstance(values, Exception) else ""
@@ -183,11 +174,3 @@ def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
             "Leave out conversions to integers; of complex numbers take real and imaginary parts."
         )
     return values
-
-
-def _briefly(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def _shapes(tree: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in jax.tree.leaves(tree)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.errors import FlaxError
 from flax.training.train_state import TrainState
 from mgs_core.adapters.flax import MGSMonitor, Parts, linen_model, regularized
 
@@ -317,15 +320,28 @@ def test_options_may_be_integers_of_numpy():
         ),
         (lambda p, b: regularized(loss_fn, PENALTY, output="random", outputs=outputs)(p, b, 1), "`key` must be a key.*got 1"),
         (lambda p, b: regularized(lambda p, b: None, PENALTY)(p, b), "`loss_fn` must return a scalar.*got None"),
-        (
-            lambda p, b: regularized(loss_fn, PENALTY)(p, {**b, "y": b["y"][:, :1] @ jnp.ones((1, 5))}),
-            r"`loss_fn` must be a function.*got TypeError: .* for arrays of shapes \[\(1, 3\), \(1, 5\)\]",
-        ),
         (lambda p, b: linen_model(3, p), "`module` must be a linen module; got int"),
         (lambda p, b: MGSMonitor(nn.Dense(2), b["x"]).step(), '`variables` must hold "params"; got NoneType'),
-        (lambda p, b: mgs.kernel(mgs.FunctionalModel(nn.Dense(2), p), b["x"]), "got .*linen_model"),
     ],
 )
 def test_mistakes_are_named_in_the_call(p, batch, call, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         call(p, batch)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda p, b: regularized(loss_fn, PENALTY)(p, {**b, "y": b["y"][:, :1] @ jnp.ones((1, 5))}),
+            TypeError,
+            r"called `loss_fn` on arrays of shapes \[\(1, 3\), \(1, 5\)\]",
+        ),
+        (lambda p, b: mgs.kernel(mgs.FunctionalModel(nn.Dense(2), p), b["x"]), FlaxError, "called `model` .*linen_model"),
+    ],
+)
+def test_errors_of_functions_go_on_with_a_note(p, batch, call, error, message):
+    with pytest.raises(error) as raised:
+        call(p, batch)
+    assert len(raised.value.__notes__) == 1
+    assert re.search(message, raised.value.__notes__[0])
