@@ -410,7 +410,12 @@ class MGSMonitor:
 def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:  # of torch.export
+            raise mgs.UnsupportedModelError(
+                f"`model` must have an evaluation mode; got {type(model).__name__} ({error}). Monitor the module it was made of."
+            ) from error
         yield
     finally:
         for module, mode in modes:

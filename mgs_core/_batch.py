@@ -25,6 +25,8 @@ def count(inputs: Any, targets: Any = None) -> int:
         raise ArgumentError("`inputs` must be an array, or a dict, list or tuple of arrays; got None. Pass the batch.")
     sizes = {}
     for name, leaf in {**_named("inputs", inputs), **_named("targets", targets)}.items():
+        if getattr(leaf, "is_nested", False):
+            raise ArgumentError(f"`{name}` must not be a nested tensor; got one. Pad the sequences, and mask the padding.")
         if not hasattr(leaf, "shape"):
             raise ArgumentError(
                 f"`{name}` must be an array; got {type(leaf).__name__}. Convert it, for instance by numpy.asarray."

@@ -122,7 +122,7 @@ class LayerReport:
             move the outputs, "unknown" where it is refused.
         route: "statistics", "rows" or "refused".
         size: its number of elements.
-        remedy: what to do when it is slow or refused; empty otherwise.
+        remedy: what to do when it, or a penalty on it, is refused, or when it is slow; empty otherwise.
         cost: estimate of the operations that its part of the kernel takes, beside the backward passes.
     """
 

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from mgs_core import _batch
-from mgs_core._errors import SamplesInteractError, UnsupportedModelError
+from mgs_core._errors import ArgumentError, SamplesInteractError, UnsupportedModelError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerReport, LayerStatistics
 from mgs_core._registry import get_backend
@@ -15,6 +15,8 @@ from mgs_core._types import Array
 from mgs_core.contraction import operations
 from mgs_core.heads import make_head
 from mgs_core.statistics import merge
+
+_SLOW = "exact but slow, one backward pass a sample; use it in a matrix product, or freeze it"
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,25 @@ def check(model: Any, inputs: Any) -> Report:
 
     uses: list[LayerStatistics] = []
     refused: dict[str, str] = {}
-    penalty = ""
     try:
         uses = uses_of(None)
-        uses_of(None, differentiable=True)
     except SamplesInteractError:
         for name in sizes:
             try:
                 uses += uses_of([name])
             except SamplesInteractError as error:
                 refused[name] = str(error)
-    except UnsupportedModelError as error:
-        if not uses:
-            raise
-        penalty = str(error)
+    once: dict[str, str] = {}  # those that are behind an operation without a second derivative
+    chosen = [name for name in sizes if name not in refused]
+    try:
+        if chosen:
+            uses_of(chosen, differentiable=True)
+    except UnsupportedModelError:
+        for name in chosen:
+            try:
+                uses_of([name], differentiable=True)
+            except UnsupportedModelError as error:
+                once[name] = str(error)
     layers = []
     for name, size in sizes.items():
         own = [use for use in uses if use.parameter == name]
@@ -99,15 +106,17 @@ def check(model: Any, inputs: Any) -> Report:
         cost = sum(operations(use) for use in merge(own))
         if name in refused:
             layers.append(LayerReport(name, "unknown", "refused", size, refused[name]))
-        elif "rows" in kinds:
-            remedy = "exact but slow, one backward pass a sample; use it in a matrix product, or freeze it"
-            layers.append(LayerReport(name, "+".join(sorted(kinds)), "rows", size, remedy, cost))
         else:
-            layers.append(LayerReport(name, "+".join(sorted(kinds)) or "unused", "statistics", size, cost=cost))
-    return Report(tuple(layers), penalty)
+            remedies = [_SLOW] if "rows" in kinds else []
+            remedies += [f"no penalty: {once[name]}"] if name in once else []
+            kind, route = "+".join(sorted(kinds)) or "unused", "rows" if "rows" in kinds else "statistics"
+            layers.append(LayerReport(name, kind, route, size, "; ".join(remedies), cost))
+    return Report(tuple(layers), next(iter(once.values()), ""))
 
 
 def _uneven(outputs: Array, _: Any) -> Array:
     """Return a sum of the outputs with unequal weights, for that of a softmax's outputs is always 1."""
     xp, c = array_namespace(outputs), outputs.shape[-1]
+    if xp.isdtype(outputs.dtype, "complex floating"):
+        raise ArgumentError(f"`model` must return real outputs; got {outputs.dtype}. Return real and imaginary parts.")
     return xp.sum(outputs * (xp.arange(1, c + 1, dtype=outputs.dtype) / c), axis=-1)

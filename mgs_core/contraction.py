@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
+from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer, Rows, Sum
 from mgs_core._types import Array, Namespace
@@ -36,7 +37,12 @@ def contract(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics], 
 
     Returns:
         `Σ_k` over heads, (n, m); or with `full` (n, k, m, k).
+
+    Raises:
+        ArgumentError: when there are no statistics.
     """
+    if not left or not right:
+        raise ArgumentError("`left` and `right` must hold the statistics of a parameter; got none. Choose one that is used.")
     total: Array = None
     for a, b in _with_biases(_pairs(left, right), full):
         part = contribution(a, b, full=full)

@@ -78,6 +78,9 @@ class TorchBackend:
                 f"`model` must be a torch.nn.Module or a FunctionalModel; got {type(model).__name__}. Pass the model itself."
             )
         check_parameters(leaves, lambda dtype: isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        for name, value in leaves.items():
+            if value.is_meta:
+                raise ArgumentError(f"`model` must have values; got the parameter {name!r} on the device meta. Load them first.")
         return leaves
 
     def statistics(
@@ -236,6 +239,10 @@ def _heads(heads: Any, n: int) -> torch.Tensor:
         raise ArgumentError(
             f"`model` must return outputs of shape (n, c) with n = {n}, or `output` reduce them so; got {shape} heads. "
             "Keep the samples first and flatten the outputs of each."
+        )
+    if heads.is_complex():
+        raise ArgumentError(
+            f"`model` must return real outputs, or `output` reduce them so; got {heads.dtype}. Take torch.view_as_real of them."
         )
     return heads
 

@@ -20,7 +20,8 @@ _VIEWS = {
 
 def is_view(graph: Graph, number: int) -> bool:
     """Return whether the node only rearranges or selects elements of its one input."""
-    return len(graph.inputs[number]) == 1 and graph.name(number) in _VIEWS
+    real = not graph.dtype((number, 0)).is_complex  # else a chain: the gradient of a real number is the real part
+    return real and len(graph.inputs[number]) == 1 and graph.name(number) in _VIEWS
 
 
 def sources(graph: Graph, edge: Edge) -> list[str]:

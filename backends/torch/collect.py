@@ -207,7 +207,7 @@ class _Reader:
                 parts = backward(*masked)
                 part = parts[slot] if isinstance(parts, tuple) else parts
                 # none where the operation, itself a derivative, does not change with the parameter
-                rows.append(self._graph.heads.new_zeros(shape) if part is None else part.sum_to_size(shape))
+                rows.append(self._graph.zeros(self._use.source) if part is None else part.sum_to_size(shape))
         return _wide(torch.stack(rows).reshape(self._samples, self._k, prod(shape)))
 
     def _to_source(self, rows: torch.Tensor) -> torch.Tensor:

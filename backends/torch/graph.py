@@ -21,7 +21,10 @@ from mgs_core._errors import UnsupportedModelError
 Edge: TypeAlias = tuple[int, int]
 
 # they run parameters that the graph does not show
-_OPAQUE = {"Python CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`"}
+_OPAQUE = {
+    "Python CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`",
+    "DifferentiableGraph": "operations fused by torch.jit.script; use the module that was scripted, or trace it",
+}
 
 
 @dataclass(eq=False)
@@ -59,6 +62,10 @@ class Graph:
         """Return the dtype of the tensor that flows along the edge."""
         dtype: torch.dtype = self.nodes[edge[0]]._input_metadata[edge[1]].dtype
         return dtype
+
+    def zeros(self, edge: Edge) -> torch.Tensor:
+        """Return a tensor of zeros as flows along the edge."""
+        return torch.zeros(self.shape(edge), dtype=self.dtype(edge), device=self.heads.device)
 
 
 def operation(node: Any) -> str:

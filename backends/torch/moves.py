@@ -84,6 +84,11 @@ def values_decide(
     return any(value is not None and reaches_others(arrange(edge, value), layout, n) for (edge, layout), value in pairs)
 
 
+def by_element(gradient: torch.Tensor) -> torch.Tensor:
+    """Return (1, *lead, 1), or (1, *lead, 2) of complex numbers: the samples may be on any axis."""
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient[..., None])[None]
+
+
 def _has_sparse(node: Any) -> bool:
     held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
     return any(isinstance(value, torch.Tensor) and value.layout != torch.strided for value in held)
@@ -95,7 +100,7 @@ def _moves_samples(graph: Graph, edges: list[Edge], weights: list[torch.Tensor],
         if flat is None:
             continue
         eps = torch.finfo(flat.dtype).eps
-        layout, state = find_layout(flat[None, ..., None], [value[None, ..., None] for value in weighted], weights, eps)
+        layout, state = find_layout(by_element(flat), [by_element(value) for value in weighted], weights, eps)
         dim = graph.nodes[edge[0]]._saved_dim
         dim -= (dim >= 1 << 63) << 64  # kept without a sign
         if state != "sure" or layout is None or dim % flat.ndim == layout.axis:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mgs_core._errors import SamplesInteractError
+from mgs_core._errors import SamplesInteractError, UnsupportedModelError
 from mgs_core._layout import Layout, find_layout, sample_weights
 
 from .chain import is_view, sources
 from .graph import Edge, Graph
-from .moves import Gradients, values_decide
+from .moves import Gradients, by_element, values_decide
 from .rules import Place, Site, site_of
 from .rules.normalisation import BATCH_NORMS
 from .scattered import Scattered, find_scattered
@@ -203,6 +203,10 @@ def _of_output(
 ) -> tuple[Layout | Scattered | None, str]:
     if flat is None:
         return None, "absent"
+    if flat.is_nested:
+        raise UnsupportedModelError(
+            "`model` must not compute with nested tensors; got one. Pad the sequences and mask the padding."
+        )
     first, *others = (arrange(gradient) for gradient in (flat, *weighted) if gradient is not None)
     layout, state = find_layout(first, others, weights, torch.finfo(flat.dtype).eps)
     rows = find_scattered(first, others, len(weights[0])) if scattered and state == "mixed" else None
@@ -211,7 +215,7 @@ def _of_output(
 
 def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return how the gradient is arranged to (groups, *lead, features); without a rule every axis may hold the samples."""
-    return (lambda gradient: gradient[None, ..., None]) if site is None else site.arrange
+    return by_element if site is None else site.arrange
 
 
 def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:

@@ -54,7 +54,7 @@ def normalised_rows(node: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def _replace(node: Any, replacement: _Replacement, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
     # a gradient may arrive at the statistics too: that of a derivative that is among the model's outputs
     with_statistics = any(gradient is not None for gradient in outputs[1:])
-    if inputs[0] is None or outputs[0] is None or not outputs[0].numel() or with_statistics:
+    if inputs[0] is None or outputs[0] is None or not outputs[0].numel() or with_statistics or outputs[0].is_complex():
         return inputs
     return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
 

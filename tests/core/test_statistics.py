@@ -11,7 +11,7 @@ from array_api_compat import numpy as compat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgs_core import contraction, statistics
+from mgs_core import ArgumentError, contraction, statistics
 from mgs_core._protocol import Lookup, Outer, Rows, Scale, Sum
 
 NAMESPACES = {"numpy": compat, "strict": array_api_strict}
@@ -149,3 +149,8 @@ def test_a_bias_is_counted_in_with_its_weight(pairwise, full, xp, monkeypatch):
     )
     merged = statistics.merge([sides[0][0], sides[0][0]])[0]
     assert merged.origin is None
+
+
+def test_a_kernel_of_no_statistics_is_refused():
+    with pytest.raises(ArgumentError, match="`left` and `right` must hold the statistics of a parameter; got none"):
+        contraction.contract([], [])

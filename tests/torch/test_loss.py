@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 from contextlib import nullcontext
@@ -573,3 +574,14 @@ def test_the_criterion_does_not_keep_the_model_alive():
     del model
     gc.collect()
     assert seen() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_parameters_of_a_loaded_script_are_those_of_its_model(mlp):
+    model, x, y = mlp
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    found = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=loaded)(loaded(x), y)
+    torch.testing.assert_close(found, MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)(model(x), y))

@@ -86,7 +86,8 @@ def register(*names: str) -> Callable[[Rule], Rule]:
 def site_of(place: Place) -> Site | None:
     """Return the site at a place; None when no rule knows it, so that explicit rows are needed."""
     rule = _RULES.get(place.graph.name(place.number))
-    return rule(place) if rule is not None else None
+    # of complex numbers the node's own backward knows what is conjugate
+    return rule(place) if rule is not None and not place.graph.dtype((place.number, 0)).is_complex else None
 
 
 def outer(gradients: torch.Tensor, inputs: torch.Tensor, **common: Any) -> Outer:
