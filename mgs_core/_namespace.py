@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import array_api_compat
@@ -44,11 +45,7 @@ def array_namespace(*arrays: Array) -> Namespace:
     """
     found = [a for a in arrays if a is not None and not isinstance(a, (int, float, complex, bool))]
     for array in found:
-        backend = _FROM_BACKEND.get(type(array).__module__.partition(".")[0])
-        if backend is not None and f"mgs_core.backends.{backend}" not in sys.modules:
-            from mgs_core._registry import get_backend  # here, because the registry rests on this module's users
-
-            get_backend(backend)
+        _load_backend_of(type(array))
     for matches, namespace in _registered:
         for array in filter(matches, found):
             beside = getattr(namespace, "mgs_beside", None)
@@ -60,6 +57,16 @@ def array_namespace(*arrays: Array) -> Namespace:
         raise ArgumentError(
             f"`arrays` must be arrays of one framework; got {', '.join(kinds) or 'none'}. Convert them first."
         ) from error
+
+
+@cache
+def _load_backend_of(kind: type) -> None:
+    """Load the backend that registers the namespace of this kind of array."""
+    backend = _FROM_BACKEND.get(kind.__module__.partition(".")[0])
+    if backend is not None and f"mgs_core.backends.{backend}" not in sys.modules:
+        from mgs_core._registry import get_backend  # here, because the registry rests on this module's users
+
+        get_backend(backend)
 
 
 class _Host:

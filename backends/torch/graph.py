@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -70,8 +71,13 @@ class Graph:
 
 def operation(node: Any) -> str:
     """Return the name of a node's operation, as "Addmm"; "Python Addmm" of one written in Python, which may bear any name."""
-    name = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+    name = _short(node.name())
     return f"Python {name}" if isinstance(node, BackwardCFunction) else name
+
+
+@cache
+def _short(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
 
 
 def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Graph:

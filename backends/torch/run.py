@@ -60,7 +60,8 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
         ArgumentError: when the module has parameters without a shape yet, or the inputs are not finite.
     """
     module = unwrap(module)
-    if any(torch.nn.parameter.is_lazy(value) for value in module.parameters()):
+    parameters = list(module.parameters())
+    if any(torch.nn.parameter.is_lazy(value) for value in parameters):
         raise ArgumentError("`model` must have parameters with shapes; got a lazy module. Run it once on a batch first.")
     leaves = {name: namespace.asarray(leaf) for name, leaf in flatten(inputs, "inputs").items()}
     leaves = {name: leaf.clone() if leaf.is_inference() else leaf for name, leaf in leaves.items()}  # which no graph may keep
@@ -72,7 +73,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     keywords = inputs if isinstance(inputs, dict) else {}
     arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)
-    devices = {value.device for value in module.parameters() if value.device.type == "cuda"}
+    devices = {value.device for value in parameters if value.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         # only buffers need the detour, which takes 0.1 ms
         return torch.func.functional_call(module, buffers, arguments, keywords) if buffers else module(*arguments, **keywords)
