@@ -97,8 +97,10 @@ def find_layout(
     size = max(_size(gradient), *(_size(array) / _size(weight) for array, weight in zip(weighted, weights, strict=True)))
     refuse_infinite(math.isfinite(size))
     tolerance = rounding(eps) * size
-    few = [array[..., :_FEW] for array in (gradient, *weighted)]  # enough to rule most of them out
-    fits = [layout for layout in candidates if _fits(layout, few[0], few[1:], weights, tolerance)]
+    fits = candidates
+    if len(fits) > 1:
+        few = [array[..., :_FEW] for array in (gradient, *weighted)]  # enough to rule most of them out
+        fits = [layout for layout in fits if _fits(layout, few[0], few[1:], weights, tolerance)]
     fits = [layout for layout in fits if _fits(layout, gradient, weighted, weights, tolerance)]
     if candidates and (size == 0 or (not fits and size <= noise_floor(eps))):
         return candidates[0], "silent"

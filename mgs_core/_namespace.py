@@ -45,7 +45,7 @@ def array_namespace(*arrays: Array) -> Namespace:
     """
     found = [a for a in arrays if a is not None and not isinstance(a, (int, float, complex, bool))]
     for array in found:
-        _load_backend_of(type(array))
+        _load_backend_of(type(array).__module__)
     for matches, namespace in _registered:
         for array in filter(matches, found):
             beside = getattr(namespace, "mgs_beside", None)
@@ -60,9 +60,9 @@ def array_namespace(*arrays: Array) -> Namespace:
 
 
 @cache
-def _load_backend_of(kind: type) -> None:
-    """Load the backend that registers the namespace of this kind of array."""
-    backend = _FROM_BACKEND.get(kind.__module__.partition(".")[0])
+def _load_backend_of(module: str) -> None:
+    """Load the backend that registers the namespace of arrays of this module."""
+    backend = _FROM_BACKEND.get(module.partition(".")[0])
     if backend is not None and f"mgs_core.backends.{backend}" not in sys.modules:
         from mgs_core._registry import get_backend  # here, because the registry rests on this module's users
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 
@@ -112,6 +113,10 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
     return Plan(tuple(uses), holds)
 
 
+#: Where the samples are at an output of a node, and how sure that is.
+_Seen: TypeAlias = tuple[Layout | Scattered | None, str]
+
+
 @dataclass(frozen=True)
 class _Found:
     """Hold the layouts of a node by slot; whether samples separate there, for other values too, or all is zero."""
@@ -179,10 +184,11 @@ def _test(
         layouts: dict[int, tuple[Layout | Scattered | None, ...]] = {}
         states: list[str] = []
         scattered = not _alone(graph, number, sites[number])  # a chain may lead to one sample only
+        seen: dict[Any, _Seen] = {}
         for slot in sites[number]:
             site = site_of(Place(graph, number, slot))
             outputs = [edge for edge in edges if edge[0] == number] if site is None else [(number, 0)]
-            found = [_of_output(arrangement(site), *at[edge], weights, scattered) for edge in outputs]
+            found = [_of_output(arrangement(site), *at[edge], weights, scattered, seen) for edge in outputs]
             layouts[slot] = tuple(layout for layout, _ in found)
             states += [state for _, state in found]
         results[number] = _Found(
@@ -200,7 +206,8 @@ def _of_output(
     weighted: list[torch.Tensor | None],
     weights: list[torch.Tensor],
     scattered: bool,
-) -> tuple[Layout | Scattered | None, str]:
+    seen: dict[Any, _Seen],
+) -> _Seen:
     if flat is None:
         return None, "absent"
     if flat.is_nested:
@@ -208,9 +215,13 @@ def _of_output(
             "`model` must not compute with nested tensors; got one. Pad the sequences and mask the padding."
         )
     first, *others = (arrange(gradient) for gradient in (flat, *weighted) if gradient is not None)
-    layout, state = find_layout(first, others, weights, torch.finfo(flat.dtype).eps)
-    rows = find_scattered(first, others, len(weights[0])) if scattered and state == "mixed" else None
-    return (layout, state) if rows is None else (rows, "open")
+    # a weight and its bias see the same gradient, which is looked at once
+    view = (flat.data_ptr(), first.shape, first.stride()) if first.data_ptr() == flat.data_ptr() else object()
+    if view not in seen:
+        layout, state = find_layout(first, others, weights, torch.finfo(flat.dtype).eps)
+        rows = find_scattered(first, others, len(weights[0])) if scattered and state == "mixed" else None
+        seen[view] = (layout, state) if rows is None else (rows, "open")
+    return seen[view]
 
 
 def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -467,13 +467,13 @@ def fourier(p, x):
     mixed = torch.tanh((f @ torch.complex(p["w"], p["w"].flip(0)) + p["w"][0].to(f.dtype) * 1j).abs())
     filtered = torch.fft.irfft(f * torch.view_as_complex(p["v"]), n=5, dim=1)
     patches = torch.nn.functional.conv1d(torch.complex(x, x.cos())[:, None], torch.view_as_complex(p["c"]))
-    return torch.stack([mixed @ p["u"], filtered.square().sum(1), patches.imag.sum((1, 2)), (f * p["s"]).real.sum(1)], 1)
+    return torch.stack([mixed @ p["u"] * p["b"], filtered.square().sum(1), patches.abs().sum((1, 2)), (f * p["s"] + 1j).abs().sum(1)], 1)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_real_parameters_within_complex_numbers(by_loop, fresh, chunk_size):
     torch.manual_seed(0)
-    sizes = {"w": (3, 4), "v": (3, 2), "c": (2, 1, 2, 2), "u": (4,), "s": (3,)}
+    sizes = {"w": (3, 4), "v": (3, 2), "c": (2, 1, 2, 2), "u": (4,), "s": (3,), "b": (1,)}  # even in all, or the loop fails
     parameters, x = {name: torch.randn(*size, dtype=torch.float64) for name, size in sizes.items()}, torch.randn(4, 5).double()
     values, others = fresh(parameters), fresh(parameters)
     kernel = mgs.kernel(mgs.FunctionalModel(fourier, others), x, chunk_size=chunk_size, differentiable=True)
