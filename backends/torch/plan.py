@@ -84,8 +84,14 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         if not fresh:
             break
         known |= _test(graph, fresh, sites, weights, gradients)
-        # one sample cannot tell: what has only chains for inputs belongs to the chain
-        mixed = [number for number in fresh if not known[number].separate or (n == 1 and _alone(graph, number, sites[number]))]
+        # what has only chains for inputs belongs to the chain where one sample cannot tell, or no data have entered yet: then
+        # rows of single samples are by chance, as those of normalised weights of classes of which the batch has one sample each
+        mixed = [
+            number
+            for number in fresh
+            if not known[number].separate
+            or (_alone(graph, number, sites[number]) and (n == 1 or not _data_may_have_entered(graph, number)))
+        ]
         up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
         if mixed and not up:  # activations meet the parameter here, and samples mix later
             raise _interaction(graph, sites[mixed[0]])
@@ -142,6 +148,17 @@ def _data_may_enter(graph: Graph, number: int) -> bool:
     name = graph.name(number)
     inputs = graph.inputs[number]
     return name in _DATA_INSIDE or any(edge is None for edge in (inputs[:1] if name in _DATA_FIRST else inputs))
+
+
+def _data_may_have_entered(graph: Graph, number: int) -> bool:
+    """Return whether data may enter at a node that leads from the parameters to this one."""
+    nodes = [number]
+    for node in nodes:
+        if _data_may_enter(graph, node):
+            return True
+        below = {edge[0] for edge in graph.inputs[node] if edge is not None}
+        nodes += below.difference(nodes)
+    return False
 
 
 def _constants(graph: Graph, number: int) -> set[int]:

@@ -74,6 +74,19 @@ def test_check_refuses_by_layer_and_counts():
     assert report.penalty == ""
 
 
+def cosines(p, x):
+    """Classify by the cosine of the angle to the weights of a class."""
+    return nn.functional.normalize(torch.tanh(x @ p["w"]), dim=1) @ (p["g"] * p["v"] / p["v"].norm(dim=1, keepdim=True)).T
+
+
+def test_a_batch_with_one_sample_of_each_class_is_not_taken_for_one_of_normalised_weights():
+    torch.manual_seed(0)
+    parameters = {name: torch.randn(*size) for name, size in {"w": (5, 4), "v": (3, 4), "g": (3, 1)}.items()}
+    model, x = mgs.FunctionalModel(cosines, parameters), torch.randn(6, 5)
+    kernel = mgs.kernel(model, x, torch.arange(6) % 3, output="target")
+    torch.testing.assert_close(mgs.kernel(model, x[:3], torch.arange(3), output="target"), kernel[:3, :3])
+
+
 class Last(nn.LSTM):
     """Return the outputs of the last step."""
 
@@ -467,7 +480,9 @@ def fourier(p, x):
     mixed = torch.tanh((f @ torch.complex(p["w"], p["w"].flip(0)) + p["w"][0].to(f.dtype) * 1j).abs())
     filtered = torch.fft.irfft(f * torch.view_as_complex(p["v"]), n=5, dim=1)
     patches = torch.nn.functional.conv1d(torch.complex(x, x.cos())[:, None], torch.view_as_complex(p["c"]))
-    return torch.stack([mixed @ p["u"] * p["b"], filtered.square().sum(1), patches.abs().sum((1, 2)), (f * p["s"] + 1j).abs().sum(1)], 1)
+    return torch.stack(
+        [mixed @ p["u"] * p["b"], filtered.square().sum(1), patches.abs().sum((1, 2)), (f * p["s"] + 1j).abs().sum(1)], 1
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
