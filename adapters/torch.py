@@ -369,7 +369,8 @@ class MGSMonitor:
 
         Args:
             model: the module that is trained.
-            inputs: probe batch: a tensor for `model(inputs)`, a dict for `model(**inputs)`, a list or tuple for `model(*inputs)`.
+            inputs: probe batch: a tensor for `model(inputs)`, a dict for `model(**inputs)`, a list or tuple for `model(*inputs)`;
+                so `(batch,)` for a model that takes a dict as it is.
             targets: its targets, if the head needs them.
             labels: integers (n,) for the class-wise summaries.
             every: calls of `step` between measurements, or a `mgs_core.Schedule`; a call may stand for a step or an epoch.

@@ -339,6 +339,12 @@ def test_select_and_several_inputs(of):
     with pytest.raises(mgs.ArgumentError, match=r"`model` must return a tensor.*got dict.*`select`"):
         mgs.kernel(Naming(), named)
 
+    class Batched(Naming):
+        def forward(self, batch):
+            return self.inner(batch["left"], batch["right"])
+
+    torch.testing.assert_close(mgs.kernel(Batched(), (named | {"right": x[1]},)), expected)
+
 
 class Refusing:
     scaled = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(6, 2))
