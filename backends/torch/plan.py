@@ -90,7 +90,10 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
             number
             for number in fresh
             if not known[number].separate
-            or (_alone(graph, number, sites[number]) and (n == 1 or not _data_may_have_entered(graph, number)))
+            or (
+                _alone(graph, number, sites[number])
+                and (n == 1 or not (known[number].silent or _data_may_have_entered(graph, number)))
+            )
         ]
         up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
         if mixed and not up:  # activations meet the parameter here, and samples mix later
