@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,8 +106,7 @@ class MGSLoss(torch.nn.Module):
             max_samples: penalise the kernel of only the first so many samples of a batch.
             batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch
                 for constants of the per-sample gradients, as the kernel of a model that trains with it needs.
-            model: names the parameters in messages, and leaves out those that are not its own; needed to choose `parameters` by
-                name. It is not kept alive. A deep copy of the criterion goes with the model and with its copy, if there is one.
+            model: names the parameters and leaves out others; not kept alive. A deep copy of the criterion knows its copy too.
             parameters: as for `mgs_core.kernel`; names need `model`.
             select: takes the outputs' tensor out of what the model returns; by default the tensor itself, or its `logits`.
             reuse: take the gradient of a step that is weighted but not penalised from the statistics of the kernel. Parameters
@@ -143,7 +141,7 @@ class MGSLoss(torch.nn.Module):
         self.last: LossRecord | None = None
         self._head: dict[str, Any] = {"output": output, "transform": transform, "probes": probes}
         self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": _backend.Plans()}
-        self._models = None if model is None else _Models(model)
+        self._models = None if model is None else _backend.Models(model)
         self._chosen = parameters
         self._select = select
         self._reuse = reuse
@@ -262,26 +260,6 @@ class MGSLoss(torch.nn.Module):
         return taken
 
 
-class _Models:
-    """Refer to the model, and to the copy of it that was made when this was copied, as long as they live.
-
-    Which of them made the outputs, the parameters tell.
-    """
-
-    def __init__(self, *models: torch.nn.Module) -> None:
-        self._references = [weakref.ref(model) for model in models]
-
-    def __iter__(self) -> Iterator[torch.nn.Module]:
-        return (model for model in (reference() for reference in self._references) if model is not None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Models:
-        # a copy that nobody else holds does not outlive the memo
-        return _Models(*self, *(copy.deepcopy(model, memo) for model in self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Models, tuple(self)
-
-
 def _penalty(penalty: mgs.Penalty, kernel: torch.Tensor) -> torch.Tensor:
     """Return the penalty; NaN of a kernel that is not finite, as the loss itself is, where a factorisation would raise."""
     try:
@@ -369,8 +347,7 @@ class MGSMonitor:
 
         Args:
             model: the module that is trained.
-            inputs: probe batch: a tensor for `model(inputs)`, a dict for `model(**inputs)`, a list or tuple for `model(*inputs)`;
-                so `(batch,)` for a model that takes a dict as it is.
+            inputs: probe batch: a tensor; a dict for `model(**inputs)`; a list or tuple for `model(*inputs)`, so `(batch,)` of a dict.
             targets: its targets, if the head needs them.
             labels: integers (n,) for the class-wise summaries.
             every: calls of `step` between measurements, or a `mgs_core.Schedule`; a call may stand for a step or an epoch.

@@ -25,7 +25,7 @@ from mgs_core.statistics import merge
 
 from .collect import collect, groups_of_heads, weighted_pulls
 from .convolutions import kept_rows
-from .evaluated import Evaluated
+from .evaluated import Evaluated, Models
 from .evaluated import covers as _covers
 from .evaluated import evaluated as _evaluated
 from .fused import refuse_fused
@@ -52,6 +52,7 @@ class TorchBackend:
     evaluated = staticmethod(_evaluated)
     tensor = staticmethod(as_tensor)
     Configured = Configured
+    Models = Models
     Plans = Known  # by the structure of the graph
     twice_differentiable = staticmethod(_twice_differentiable)
 

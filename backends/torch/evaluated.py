@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +36,30 @@ class Evaluated:
     batch_norm: BatchNorm = "refuse"
     samples: int | None = None
     plans: Known[Plan] = field(default_factory=Known)
+
+
+class Models:
+    """Refer to a model, and to the copies of it that were made when this was copied, as long as they live.
+
+    Which of them made the outputs, the parameters tell.
+    """
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        """Refer to the models."""
+        self._references = [weakref.ref(model) for model in models]
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        """Give those that live."""
+        return (model for model in (reference() for reference in self._references) if model is not None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Models:
+        """Refer to their copies too."""
+        # a copy that nobody else holds does not outlive the memo
+        return Models(*self, *(copy.deepcopy(model, memo) for model in self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled with the models, which live on where they are pickled besides."""
+        return Models, tuple(self)
 
 
 def evaluated(outputs: torch.Tensor, models: Iterable[torch.nn.Module] | None = None, **options: Any) -> Evaluated:

@@ -9,7 +9,7 @@ import mgs_core as mgs
 
 torch = pytest.importorskip("torch")
 
-from mgs_core.adapters.torch import Configured, MGSLoss, MGSMonitor, twice_differentiable  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import Configured, MGSMonitor, twice_differentiable  # noqa: E402  # after the skip
 from mgs_core.backends.torch.graph import read_graph  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402  # after the skip
@@ -478,82 +478,3 @@ def test_what_the_core_makes_is_where_the_kernel_is(name):
         made = [mgs.Penalty(name)(kernel), mgs.agreement_weights(kernel), mgs.cross_entropy(outputs, labels)]
         made.append(make_head("random", "identity", None, 2, 0, None).function(outputs, None))
     assert {array.device.type for array in made} == {"cuda"}
-
-
-def fourier(p, x):
-    """Real parameters within complex products, filters and convolutions."""
-    f = torch.fft.rfft(x, dim=1)
-    mixed = torch.tanh((f @ torch.complex(p["w"], p["w"].flip(0)) + p["w"][0].to(f.dtype) * 1j).abs())
-    filtered = torch.fft.irfft(f * torch.view_as_complex(p["v"]), n=5, dim=1)
-    patches = torch.nn.functional.conv1d(torch.complex(x, x.cos())[:, None], torch.view_as_complex(p["c"]))
-    return torch.stack(
-        [mixed @ p["u"] * p["b"], filtered.square().sum(1), patches.abs().sum((1, 2)), (f * p["s"] + 1j).abs().sum(1)], 1
-    )
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_real_parameters_within_complex_numbers(by_loop, fresh, chunk_size):
-    torch.manual_seed(0)
-    sizes = {"w": (3, 4), "v": (3, 2), "c": (2, 1, 2, 2), "u": (4,), "s": (3,), "b": (1,)}  # even in all, or the loop fails
-    parameters, x = {name: torch.randn(*size, dtype=torch.float64) for name, size in sizes.items()}, torch.randn(4, 5).double()
-    values, others = fresh(parameters), fresh(parameters)
-    kernel = mgs.kernel(mgs.FunctionalModel(fourier, others), x, chunk_size=chunk_size, differentiable=True)
-    expected = by_loop(fourier, values, x)
-    torch.testing.assert_close(kernel, expected)
-    mixing = torch.randn(4, 4, dtype=torch.float64)
-    found = torch.autograd.grad((kernel * mixing).sum(), list(others.values()))
-    for one, other in zip(found, torch.autograd.grad((expected * mixing).sum(), list(values.values())), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_complex_outputs_need_a_real_head():
-    model, x = mgs.FunctionalModel(lambda p, x: torch.complex(x @ p["w"], 2.0 * x), {"w": torch.ones(2, 2)}), torch.randn(3, 2)
-    with pytest.raises(mgs.ArgumentError, match=r"`model` must return real outputs, .* got torch\.complex64"):
-        mgs.kernel(model, x)
-    with pytest.raises(mgs.ArgumentError, match=r"`model` must return real outputs; got torch\.complex64"):
-        mgs.check(model, x)
-    assert mgs.kernel(model, x, output=lambda outputs, _: outputs.abs().sum(1)).shape == (3, 3)
-
-
-class Ragged(nn.Linear):
-    """Take sequences of all lengths."""
-
-    def forward(self, x):
-        return torch.nested.to_padded_tensor(super().forward(x), 0.0).sum(1)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_nested_tensors_are_refused(layout):
-    model, x = Ragged(5, 2), torch.nested.nested_tensor([torch.randn(length, 5) for length in (2, 3, 4)], layout=layout)
-    with pytest.raises(mgs.ArgumentError, match=r"`inputs` must not be a nested tensor; got one\. Pad"):
-        mgs.kernel(model, x)
-    with pytest.raises(mgs.UnsupportedModelError, match=r"`model` must not compute with nested tensors; got one\. Pad"):
-        MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace"))(model(x), torch.tensor([0, 1, 1]))
-
-
-def test_models_without_values_are_refused():
-    with torch.device("meta"):
-        model, x = nn.Linear(5, 2), torch.randn(4, 5)
-    for inputs in (x, torch.randn(4, 5, device="cpu")):
-        with pytest.raises(mgs.ArgumentError, match="`model` must have values; got the parameter 'weight' on the device meta"):
-            mgs.kernel(model, inputs)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_scripted_modules_are_refused_once_their_operations_are_fused(of):
-    model, x = of("mlp")
-    torch.testing.assert_close(mgs.kernel(torch.jit.trace(model, x), x), mgs.kernel(model, x))
-    scripted = torch.jit.script(model)
-    for _ in range(3):
-        scripted(x).sum().backward()
-    with pytest.raises(mgs.UnsupportedModelError, match=r"fused by torch\.jit\.script; use the module that was scripted"):
-        mgs.kernel(scripted, x)
-
-
-def test_exported_modules_are_measured_but_have_no_evaluation_mode(of):
-    model, x = of("mlp")
-    exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(mgs.kernel(exported, x), mgs.kernel(model, x))
-    with pytest.raises(mgs.UnsupportedModelError, match="`model` must have an evaluation mode; got GraphModule"):
-        MGSMonitor(exported, x).step()

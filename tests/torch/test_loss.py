@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import io
-import pickle
-import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -498,90 +494,3 @@ def test_options_may_be_integers_of_numpy(mlp):
         values[-1].backward()
     torch.testing.assert_close(*values)
     assert MGSMonitor(model, x, every=np.int64(1)).step() is not None
-
-
-EXACT_AGAIN = ("mlp", "left", "rare_words")
-
-
-@pytest.mark.parametrize("name", [*EXACT_AGAIN, "cnn", "channels", "normalised", "rectified", "tied"])
-def test_the_gradient_of_a_penalty_is_differentiated_right_or_refused(of, name):
-    model, x = of(name)
-    parameters, direction = list(model.parameters()), [torch.randn_like(value) for value in model.parameters()]
-
-    def gradient(**options):
-        outputs = model(x).flatten(1)
-        criterion = MGSLoss(lambda outputs, _: (outputs**2).sum(1), penalty=mgs.Penalty("trace", 1.0), output="sum")
-        return torch.autograd.grad(criterion(outputs, None), parameters, **options)
-
-    moved = []
-    for step in (1e-6, -2e-6):
-        torch._foreach_add_([value.data for value in parameters], direction, alpha=step)
-        moved.append(gradient())
-    torch._foreach_add_([value.data for value in parameters], direction, alpha=1e-6)
-    along = torch.autograd.grad
-    if name not in EXACT_AGAIN:
-        with pytest.raises(mgs.ArgumentError, match="`create_graph` must be False for the gradient of a penalty on the kernel"):
-            along(gradient(create_graph=True), parameters, direction)
-        return
-    for found, one, other in zip(along(gradient(create_graph=True), parameters, direction), *moved, strict=True):
-        torch.testing.assert_close(found, (one - other) / 2e-6, rtol=1e-5, atol=1e-6)
-
-
-class Trained(nn.Module):
-    """Hold a model and its criterion, as modules of Lightning do."""
-
-    def __init__(self, criterion_first: bool) -> None:
-        super().__init__()
-        net = nn.Linear(5, 3)
-        for name in ("criterion", "net") if criterion_first else ("net", "criterion"):
-            setattr(self, name, net if name == "net" else MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=net))
-
-    def loss(self):
-        return self.criterion(self.net(torch.ones(2, 5)), torch.tensor([0, 2]))
-
-
-@pytest.mark.parametrize("criterion_first", [True, False])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
-def test_copies_of_the_criterion_go_with_the_copy_of_the_model(criterion_first, duplicate):
-    trained = Trained(criterion_first)
-    trained.loss().backward()
-    twin = duplicate(trained)
-    twin.zero_grad()
-    twin.loss().backward()
-    torch.testing.assert_close(twin.net.weight.grad, trained.net.weight.grad)
-    assert set(twin.criterion.last.__dict__) == set(trained.criterion.last.__dict__)
-
-
-def test_a_copy_of_the_criterion_alone_goes_with_the_model(mlp):
-    model, x, y = mlp
-    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model, parameters=["0.weight"])
-    twin = copy.deepcopy(copy.deepcopy(criterion))
-    torch.testing.assert_close(twin(model(x), y), criterion(model(x), y))
-    with pytest.raises(mgs.ArgumentError, match="Check freezing, and that `model` is the one that made them"):
-        pickle.loads(pickle.dumps(criterion))(model(x), y)
-
-
-@pytest.mark.wrong_types
-def test_the_model_of_a_criterion_is_a_module():
-    with pytest.raises(mgs.ArgumentError, match=r"`model` must be a torch\.nn\.Module; got dict"):
-        MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model={})
-
-
-def test_the_criterion_does_not_keep_the_model_alive():
-    model = nn.Linear(5, 3)
-    criterion, seen = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model), weakref.ref(model)
-    criterion(model(torch.ones(2, 5)), torch.tensor([0, 2])).backward()
-    del model
-    gc.collect()
-    assert seen() is None
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_parameters_of_a_loaded_script_are_those_of_its_model(mlp):
-    model, x, y = mlp
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(model), file)
-    file.seek(0)
-    loaded = torch.jit.load(file)
-    found = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=loaded)(loaded(x), y)
-    torch.testing.assert_close(found, MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)(model(x), y))
