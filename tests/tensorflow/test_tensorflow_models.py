@@ -312,6 +312,13 @@ def test_refusals(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("autograph", [True, False])
+def test_errors_within_a_traced_function_keep_their_class(autograph):
+    for options, error in (({"parameters": "v"}, mgs.ArgumentError), ({}, mgs.UnsupportedModelError)):
+        with pytest.raises(error):
+            tf.function(lambda x, options=options: mgs.kernel(LOOP, x, **options), autograph=autograph)(tf.constant(X))
+
+
 def test_half_precision_within_a_model_in_single():
     """A normalisation in float32 of data that were rounded to bfloat16 is as exact as these."""
     draw = np.random.default_rng(0).normal
