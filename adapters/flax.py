@@ -162,7 +162,7 @@ class _Regularized:
         more: list[bool] = []
 
         def loss(params: Any, batch: Any) -> Any:
-            with _backend.traced("loss_fn", batch):
+            with _backend.noting("loss_fn", batch):
                 value, aux = self._loss(params, batch, rest)
             more.append(aux is not None)
             if value is None or jnp.size(value) != 1:

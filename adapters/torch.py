@@ -347,12 +347,7 @@ class MGSMonitor:
 
         Args:
             model: the module that is trained.
-<<<<<<< HEAD
-            inputs: probe batch: a tensor; a dict for `model(**inputs)`; a list or tuple for `model(*inputs)`:
-                `(batch,)` for a model that takes a dict.
-=======
             inputs: probe batch: a tensor; a dict for `model(**inputs)`; a list or tuple for `model(*inputs)`, as `(a_dict,)`.
->>>>>>> torch
             targets: its targets, if the head needs them.
             labels: integers (n,) for the class-wise summaries.
             every: calls of `step` between measurements, or a `mgs_core.Schedule`; a call may stand for a step or an epoch.

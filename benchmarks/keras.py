@@ -122,7 +122,7 @@ def by_vmap(model: keras.Model, regularizer: MGSRegularizer) -> keras.Model:
     model = regularize(model, regularizer)
     kernel = vmap_kernel(model)
     values: Any = mgs.get_backend(model).values
-    model._mgs._value = lambda x, y, y_pred: regularizer(kernel(values(model.trainable_variables), x, y))
+    model._mgs._value = lambda x, y, *_: model._mgs._of_kernel(kernel(values(model.trainable_variables), x, y))
     model._mgs._one_pass_serves = lambda y_pred: False  # which would pass that kernel by
     model._mgs._checked = True
     return model

@@ -14,14 +14,22 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 
 class MgsError(Exception):
     """Base class of every error that this library raises on purpose."""
 
+    if not TYPE_CHECKING:  # by this TensorFlow's AutoGraph sees that a class takes a message, and raises it within a tf.function
+        __init__ = Exception.__init__
+
 
 class ArgumentError(MgsError, ValueError):
     """Report an argument that has the wrong type, shape, range or content."""
+
+
+class NotFiniteError(ArgumentError):
+    """Report gradients, or what is made of them, that are NaN or infinite, as those of a model that has diverged."""
 
 
 class BackendError(MgsError, ImportError):

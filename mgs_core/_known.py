@@ -14,8 +14,7 @@ from types import MethodType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from mgs_core._errors import SamplesInteractError
-from mgs_core._layout import NotFiniteError
+from mgs_core._errors import NotFiniteError, SamplesInteractError
 
 T = TypeVar("T")
 

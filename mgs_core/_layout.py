@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from mgs_core._errors import ArgumentError, SamplesInteractError
+from mgs_core._errors import NotFiniteError, SamplesInteractError
 from mgs_core._namespace import array_namespace
 from mgs_core._namespace import host as np
 from mgs_core._types import Array
@@ -107,10 +107,6 @@ def find_layout(
     if not fits:
         return None, "mixed"
     return fits[0], "sure" if len(fits) == 1 else "open"
-
-
-class NotFiniteError(ArgumentError):
-    """Report gradients that are NaN or infinite, which say nothing of where the samples are."""
 
 
 def refuse_infinite(finite: bool) -> None:

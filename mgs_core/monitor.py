@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from mgs_core._arguments import integer
-from mgs_core._errors import ArgumentError, BackendError
+from mgs_core._errors import ArgumentError, BackendError, NotFiniteError
+from mgs_core._types import Array
 from mgs_core.kernel import check_options, kernel
-from mgs_core.summary import Summary, summarize
+from mgs_core.summary import Summary, summarize, undefined
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,30 @@ class Sink(Protocol):
         ...
 
 
+class Summarizer:
+    """Summarise kernels of a model that is trained; when it diverges or dies, warn once and let it go on."""
+
+    def __init__(self, labels: Any = None) -> None:
+        """Hold the labels, integers (n,) or None."""
+        self._labels, self._warned = labels, False
+
+    def __call__(self, measure: Callable[[], Array]) -> Summary:
+        """Return the summary of the kernel that `measure` returns; NaN for what is not finite, and where all gradients are 0."""
+        matrix = None
+        try:
+            matrix = measure()
+            return summarize(matrix, self._labels)
+        except NotFiniteError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"The kernel of the probe batch has no summary, NaN is recorded: {error}", RuntimeWarning, 3)
+            return undefined(matrix, labelled=self._labels is not None)
+
+
 class Recorder:
     """Measure the kernel of one probe batch on schedule, keep the history and pass it on.
+
+    A model that diverges does not end the training: its figures are recorded as NaN, with one warning.
 
     Attributes:
         history: the records so far: dicts with "step", "seconds" (what the measurement took) and the summary's fields, prefixed.
@@ -107,7 +131,7 @@ class Recorder:
         """
         self.history: list[dict[str, Any]] = []
         self._batch = (inputs, targets)
-        self._labels = labels
+        self._summarize = Summarizer(labels)
         self._schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
         self._sinks = tuple(sinks)
         self._prefix = prefix
@@ -128,7 +152,7 @@ class Recorder:
         if not self._schedule(step):
             return None
         start = time.perf_counter()
-        summary = summarize(kernel(model, *self._batch, **self._options), self._labels)
+        summary = self._summarize(lambda: kernel(model, *self._batch, **self._options))
         record: dict[str, Any] = {"step": step, "seconds": time.perf_counter() - start, **extra}
         record.update({self._prefix + name: value for name, value in summary.to_dict().items()})
         self.history.append(record)

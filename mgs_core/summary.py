@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, NotFiniteError
 from mgs_core._namespace import host as np
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
@@ -127,11 +127,26 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
     )
 
 
+def undefined(kernel: Array | None, *, labelled: bool) -> Summary:
+    """Return the summary of a kernel that is not finite or 0, for a record: its trace where there is one, else NaN.
+
+    Args:
+        kernel: (n, n); None where it could not be had.
+        labelled: whether the class-wise summaries belong to it.
+    """
+    absent = () if labelled else ("same_class_cosine", "other_class_cosine", "alignment")
+    values: dict[str, Any] = {field.name: None if field.name in absent else float("nan") for field in fields(Summary)}
+    if kernel is not None:
+        values["trace"] = float(np.sum(np.linalg.diagonal(np.asarray(_to_numpy(kernel), dtype=np.float64))))
+        values["mean_trace"] = values["trace"] / kernel.shape[0]
+    return Summary(**values)
+
+
 def _checked(kernel: Array) -> Array:
     """Return a kernel as a float64 matrix on the host, or refuse what is none."""
     matrix = np.asarray(_to_numpy(kernel), dtype=np.float64)
     if not bool(np.all(np.isfinite(matrix))):
-        raise ArgumentError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
+        raise NotFiniteError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
     if float(np.max(np.abs(matrix - matrix.T))) > 1e-3 * float(np.max(np.abs(matrix))):
         raise ArgumentError("`kernel` must be symmetric; got one that is not. Pass the kernel of one batch with itself.")
     diagonal = np.linalg.diagonal(matrix)
@@ -139,7 +154,7 @@ def _checked(kernel: Array) -> Array:
         least = float(np.min(diagonal))
         raise ArgumentError(f"`kernel` must have squared norms on its diagonal; got {least}. Pass one of `mgs_core.kernel`.")
     if float(np.max(diagonal)) == 0:
-        raise ArgumentError("`kernel` must have a positive trace; got 0.0. No chosen parameter moves the head on this batch.")
+        raise NotFiniteError("`kernel` must have a positive trace; got 0.0. No chosen parameter moves the head on this batch.")
     return matrix
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import mgs_core as mgs
 from mgs_core.kernel import check_options
+from mgs_core.monitor import Summarizer
 
 from ._keras import keras
 
@@ -61,7 +62,7 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
         """
         super().__init__()
         self.history: list[dict[str, Any]] = []
-        self._inputs, self._targets, self._labels = inputs, targets, labels
+        self._inputs, self._targets, self._summarize = inputs, targets, Summarizer(labels)
         self._every = _schedule(every)
         self._batches = None if batches is None else _schedule(batches)
         self._sinks, self._prefix, self._options = tuple(sinks), prefix, kernel_options
@@ -120,7 +121,7 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
         model = self.model  # on JAX this brings the variables up to date
         backend: Any = mgs.get_backend(model)
         state = backend.values(model.trainable_variables), backend.values(model.non_trainable_variables)
-        summary = mgs.summarize(self._kernel(*state, *self._probe), self._labels)
+        summary = self._summarize(lambda: self._kernel(*state, *self._probe))
         figures = {self._prefix + name: value for name, value in summary.to_dict().items()}
         self.history.append({unit: number, **figures})
         for sink in self._sinks:

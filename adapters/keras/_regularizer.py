@@ -29,7 +29,7 @@ class MGSRegularizer:
         output: the head: "loss" (the losses the model is compiled with), "trace", "sum", "target" or "random".
         transform: applied to the outputs before the head; "softmax" for a model that returns logits.
         probes: of `output="random"`.
-        seed: of `output="random"`.
+        seed: of `output="random"`, whose probes are drawn anew in each step.
         max_samples: the kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
         every: penalise every so many steps, that many times as strongly.
         weighting: "agreement" to weight the samples' losses by `mgs_core.agreement_weights`; None for equal weights.
@@ -94,12 +94,17 @@ class MGSRegularizer:
         object.__setattr__(self, name, value)
 
     def __call__(self, kernel: Any) -> Any:
-        """Return R(K), without the strength.
+        """Return `strength · R(K)`, as `mgs_core.Penalty` does.
 
         Args:
             kernel: (n, n), of any framework.
+
+        Raises:
+            ArgumentError: when it weights samples alone.
         """
-        return Penalty(self.penalty, 1.0, self.scale)(kernel)  # type: ignore[arg-type]  # checked when it was made
+        if self.penalty is None:
+            raise ArgumentError("`penalty` must be a name for its value to be asked for; got None, of weighting alone.")
+        return Penalty(self.penalty, self.strength, self.scale)(kernel)  # type: ignore[arg-type]  # checked when it was made
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments."""

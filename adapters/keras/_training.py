@@ -36,14 +36,17 @@ class Tracker(keras.metrics.Metric):  # type: ignore[misc]  # keras has no types
     Attributes:
         strength: factor of the penalty.
         step: number of steps taken.
+        seeds: of random probes.
     """
 
-    def __init__(self, strength: float) -> None:
+    def __init__(self, strength: float, seed: int) -> None:
         super().__init__(name=NAME)
         self.total = self.add_variable((), "zeros", name="total")
         self.count = self.add_variable((), "zeros", name="count")
         self.strength = self.add_variable((), keras.initializers.Constant(strength), name="strength")
         self.step = self.add_variable((), "zeros", dtype="int32", name="step")
+        self.seeds = keras.random.SeedGenerator(seed)
+        self.drawn = self.seeds.state  # by which Keras counts it among the variables
 
     def update_state(self, value: Any, sample_weight: Any = 1.0) -> None:
         """Add one step's penalty; weight 0 leaves it out."""
@@ -79,7 +82,7 @@ class Training:
     def __init__(self, model: Any, regularizer: MGSRegularizer) -> None:
         self._model = model
         self.regularizer = regularizer
-        self.tracker = Tracker(regularizer.strength)
+        self.tracker = Tracker(regularizer.strength, regularizer.seed)
         self._in_training = True
         self._checked = self._losses_checked = self._asked = False
         self._function: Any = None
@@ -203,9 +206,10 @@ class Training:
     def _penalty(self, x: Any, y: Any, y_pred: Any, matrix: Any = None) -> Any:
         regularizer, ops = self.regularizer, keras.ops
         strength = self.tracker.strength.value
+        probes = self._probes(y_pred) if matrix is None else None  # here, for what is drawn within a condition is not counted
 
         def value() -> Any:
-            return self._value(x, y, y_pred) if matrix is None else self._of_kernel(matrix)
+            return self._value(x, y, y_pred, probes) if matrix is None else self._of_kernel(matrix)
 
         if regularizer.every == 1:
             penalty = strength * value()
@@ -217,48 +221,71 @@ class Training:
         self.tracker.update_state(penalty, due)
         return regularizer.every * penalty
 
-    def _value(self, x: Any, y: Any, y_pred: Any) -> Any:
+    def _probes(self, y_pred: Any) -> Any:
+        """Return random probes (c, probes) of length 1, new ones in each step; None for other heads."""
+        number = self.regularizer.probes
+        if self.regularizer.output != "random":
+            return None
+        c = sum(prod(leaf.shape[1:]) for leaf in keras.tree.flatten(y_pred))
+        ones = keras.ops.cast(keras.random.randint((c, number), 0, 2, seed=self.tracker.seeds), keras.config.floatx())
+        return (2.0 * ones - 1.0) / number**0.5
+
+    def _head(self, output: str, probes: Any) -> dict[str, Any]:
+        """Return the options of the kernel that say what it is of."""
+        transform: Any = self.regularizer.transform
+        if output != "random":
+            return {"output": output, "transform": transform}
+        change = make_head("trace", transform, None, 1, 0, None).function
+        return {"output": "trace", "transform": lambda outputs: change(outputs, None) @ keras.ops.cast(probes, outputs.dtype)}
+
+    def _value(self, x: Any, y: Any, y_pred: Any, probes: Any) -> Any:
         """Return the penalty without its strength, by a pass of its own."""
         first = slice(0, self.regularizer.max_samples)
         y = masked(y, y_pred) if self.regularizer.output == "loss" else y
         x, y = keras.tree.map_structure(lambda leaf: leaf if leaf is None else keras.ops.convert_to_tensor(leaf[first]), (x, y))
         model = self._functional()
         if keras.backend.backend() == "torch" and self._replays(model):
-            return self._replayed(model, x, y, y_pred)
-        return self._of_kernel(self._kernel(model, x, y, y_pred, self.regularizer.output))
+            return self._replayed(model, x, y, y_pred, probes)
+        return self._of_kernel(self._kernel(model, x, y, y_pred, self.regularizer.output, probes))
 
     def _of_kernel(self, matrix: Any) -> Any:
-        return keras.ops.cast(self.regularizer(matrix), keras.config.floatx())
+        penalty = mgs.Penalty(cast(Any, self.regularizer.penalty), 1.0, self.regularizer.scale)
+        return keras.ops.cast(penalty(matrix), keras.config.floatx())
 
-    def _kernel(self, model: mgs.FunctionalModel, x: Any, y: Any, y_pred: Any, output: Any, differentiable: bool = True) -> Any:
-        regularizer = self.regularizer
+    def _kernel(
+        self,
+        model: mgs.FunctionalModel,
+        x: Any,
+        y: Any,
+        y_pred: Any,
+        output: Any,
+        probes: Any = None,
+        differentiable: bool = True,
+    ) -> Any:
         loss = compiled_loss(self._model, y_pred, weighted=not differentiable) if output == "loss" else None
-        return mgs.kernel(
-            model, x, y, output=output, transform=regularizer.transform, probes=regularizer.probes, seed=regularizer.seed,
-            loss=loss, differentiable=differentiable,
-        )  # fmt: skip
+        return mgs.kernel(model, x, y, **self._head(output, probes), loss=loss, differentiable=differentiable)
 
     def _replays(self, model: mgs.FunctionalModel) -> bool:
         """Say whether to trace: not where it does not pay, nor where the loss is scaled, which must reach every derivative."""
         scaled = isinstance(getattr(self._model, "optimizer", None), keras.optimizers.LossScaleOptimizer)
         return len(model.parameters) <= _TRACED and not scaled
 
-    def _replayed(self, model: mgs.FunctionalModel, x: Any, y: Any, y_pred: Any) -> Any:
+    def _replayed(self, model: mgs.FunctionalModel, x: Any, y: Any, y_pred: Any, probes: Any) -> Any:
         """Return the penalty on PyTorch, from a graph that is traced once for each shape."""
         function, backend = cast(Any, model.function), cast(Any, mgs.get_backend(self._model))
         data, fixed = keras.tree.flatten((x, y)), [variable.value for variable in function.others]
 
         def penalty(parameters: Any, others: Any) -> Any:
-            function.fixed = others[len(data) :]
+            function.fixed = others[len(data) : -1]
             try:
                 inputs, targets = keras.tree.pack_sequence_as((x, y), others[: len(data)])
                 given = mgs.FunctionalModel(function, function.named(parameters))
-                return self._of_kernel(self._kernel(given, inputs, targets, y_pred, self.regularizer.output))
+                return self._of_kernel(self._kernel(given, inputs, targets, y_pred, self.regularizer.output, others[-1]))
             finally:
                 function.fixed = None
 
         self._replay = self._replay or backend.replay()
-        return self._replay(penalty, list(model.parameters.values()), [*data, *fixed], settings(self._model))
+        return self._replay(penalty, list(model.parameters.values()), [*data, *fixed, probes], settings(self._model))
 
     def _functional(self) -> mgs.FunctionalModel:
         """Return the model as a function, the same one in each step, for what the backend finds out about it is kept with it."""
@@ -283,12 +310,13 @@ class Training:
         backend: Any = mgs.get_backend(self._model)
         regularizer = self.regularizer
         loss = compiled_loss(self._model, y_pred) if regularizer.output == "loss" else None
-        head = make_head(regularizer.output, regularizer.transform, loss, regularizer.probes, regularizer.seed, y)
+        options = self._head(regularizer.output, self._probes(y_pred))
+        head = make_head(options["output"], options["transform"], loss, 1, 0, y)
         _, outputs, found = backend.framework.one_pass(
             self._functional(), x, y, head.function, None, differentiable=True, outputs=True
         )
         found = merge(found)
-        return head.factor * contract(found, found), like(y_pred, outputs)
+        return contract(found, found), like(y_pred, outputs)
 
     def _replicas(self) -> int:
         """Return over how many copies of the model Keras will add up the losses."""

@@ -23,7 +23,7 @@ from mgs_core.functional import FunctionalModel
 
 from .fingerprint import fingerprint
 from .interaction import refuse_interaction
-from .models import functional, leaves_of, named, pure, scalars, traced
+from .models import functional, leaves_of, named, noting, pure, scalars
 from .namespace import JaxNamespace, known
 from .program import program_for
 from .squeeze import squeezed
@@ -95,7 +95,7 @@ class JaxBackend:
 
         def batch(leaves: list[Array], samples: list[Array]) -> list[Any]:
             inputs, targets = jax.tree.unflatten(layout, samples)
-            with traced("model", inputs):
+            with noting("model", inputs):
                 found = model.function(jax.tree.unflatten(tree, leaves), inputs)
             return [scalars(found, head, targets, 1 if mean else samples[0].shape[0]), *([found] if outputs else [])]
 
@@ -131,9 +131,9 @@ class JaxBackend:
         """Return the functional model of `function(parameters, inputs)`, whose parameters may be an nnx module."""
         return pure(function, parameters)
 
-    def traced(self, name: str, arrays: Any) -> AbstractContextManager[None]:
+    def noting(self, name: str, arrays: Any) -> AbstractContextManager[None]:
         """Let errors of a user's function go on with a note that names the argument that it came by."""
-        return traced(name, arrays)
+        return noting(name, arrays)
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""

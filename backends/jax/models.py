@@ -112,7 +112,7 @@ def leaves_of(batch: Any) -> list[Array]:
 
 
 @contextmanager
-def traced(name: str, arrays: Any) -> Iterator[None]:
+def noting(name: str, arrays: Any) -> Iterator[None]:
     """Let an error of a user's own function go on as it is, with a note on what the function is traced for.
 
     Args:
@@ -156,7 +156,7 @@ def scalars(outputs: Any, head: HeadFunction, targets: Any, n: int) -> Array:
             "Keep the samples first and flatten the outputs of each."
         )
     try:
-        with traced("output", (outputs, targets)):
+        with noting("output", (outputs, targets)):
             values = head(outputs, targets)
     except (ArgumentError, AttributeError, TypeError) as error:
         if shape is not None or "`targets`" in str(error):

@@ -62,6 +62,8 @@ class Replay:
             with torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in parameters]
                 value = function(leaves, others)
+                if not value.requires_grad:  # the kernel of a linear model's outputs does not depend on its parameters
+                    return value, [torch.zeros_like(leaf) for leaf in leaves]
                 gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
             return value.detach(), list(gradients)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mgs_core._errors import ArgumentError, SamplesInteractError
+from mgs_core._errors import ArgumentError, SamplesInteractError, UnsupportedModelError
 from mgs_core._known import Known
 from mgs_core._layout import Layout, compare_rows, find_layout, interaction, reaches_others, sample_weights
 from mgs_core._types import Array
@@ -172,10 +172,27 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
             break
         except _MISFIT as error:
             if attempt is values:  # of one sample alone it cannot be had
-                raise interaction(slow[0]) from error
+                raise _misfit(scalars, slow[0], values, error) from error
     for name in slow:
         eps = _eps(whole[name]) if half else traced.eps
         compare_rows(name, single[name].numpy(), whole[name].numpy(), weights, eps)
+
+
+def _misfit(scalars: Scalars, name: str, values: Any, error: Exception) -> Exception:
+    """Return what is wrong where the rows of one sample alone cannot be had: the model, or a gradient within it."""
+
+    def alone(parameters: Any, inputs: Any, targets: Any) -> Any:
+        return scalars(parameters, *each(lambda leaf: leaf[:1], (inputs, targets)))
+
+    try:
+        _compiled(alone, values)(values)
+    except _MISFIT:
+        return interaction(name)
+    return UnsupportedModelError(
+        f"`model` must have gradients that TensorFlow takes of one sample alone; got a {type(error).__name__} for parameter "
+        f"{name!r}, as of loops in a model that reads its variables by itself. Pass the parameters in: "
+        "mgs_core.FunctionalModel(function, parameters) with tensors."
+    )
 
 
 def _compared(scalars: Scalars, slow: list[str], weights: Any, values: Any) -> tuple[dict[str, Array], dict[str, Array]]:

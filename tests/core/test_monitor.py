@@ -36,6 +36,26 @@ def test_recorder_measures_on_schedule_and_writes(tmp_path):
     assert lines[0]["loss"] == 0.5
 
 
+def test_a_model_that_diverges_or_dies_is_recorded_and_warned_of_once(tmp_path):
+    def scaled(scale):
+        return mgs.FunctionalModel(lambda p, x: scale * (x @ p["w"]), {"w": np.ones((3, 2))})
+
+    with mgs.JSONLinesSink(tmp_path / "run.jsonl") as sink:
+        recorder = mgs.Recorder(PROBE, labels=np.arange(5) % 2, sinks=[sink])
+        with pytest.warns(RuntimeWarning, match="NaN is recorded: .* must have a positive trace; got 0.0") as warned:
+            summaries = [recorder(scaled(scale), step) for step, scale in enumerate((1.0, 0.0, np.nan, np.inf, 1.0))]
+    assert len(warned) == 1
+    assert [summary.trace for summary in summaries[:2]] == [np.trace(mgs.kernel(MODEL, PROBE)), 0.0]
+    assert summaries[4] == summaries[0]
+    assert all(len(record) == len(recorder.history[0]) for record in recorder.history)
+    for record in recorder.history[1:4]:
+        assert np.isnan([record["mgs_log_determinant"], record["mgs_mean_cosine"], record["mgs_same_class_cosine"]]).all()
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [line["mgs_alignment"] is None for line in lines] == [False, True, True, True, False]
+    with pytest.raises(mgs.ArgumentError, match="at least 2 samples"):  # what the caller gets wrong is refused as before
+        mgs.Recorder(PROBE[:1])(MODEL, 0)
+
+
 def test_numbers_may_be_arrays_of_one_number(tmp_path):
     seen = []
     with mgs.JSONLinesSink(tmp_path / "run.jsonl") as sink:

@@ -278,6 +278,16 @@ def test_monitor_measures_linen_nnx_and_functions(p, batch):
     close(monitor.step().trace, float(2 * jnp.sum(batch["x"] ** 2)), 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The kernel of the probe batch:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_monitor_goes_on_with_a_model_that_diverges(p, batch, value):
+    function = lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T  # noqa: E731  # another function for each value
+    for parameters in ([value, 1.0], [1.0, value, 1.0]):  # nothing is known of the model, or all
+        monitor = MGSMonitor(function, batch["x"], every=1)
+        found = [monitor.step({"w": jnp.full_like(p["w"], entry)}).mean_cosine for entry in parameters]
+        assert [bool(np.isfinite(cosine)) for cosine in found] == [entry == 1.0 for entry in parameters]
+
+
 @pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -63,7 +63,7 @@ def changed(model: keras.Model, before: list[np.ndarray]) -> float:
 REGULARIZERS = {
     "loss": MGSRegularizer("log_determinant", strength=0.7, scale=0.5),
     "trace": MGSRegularizer("trace", strength=0.01, output="trace", transform="log_softmax", max_samples=6),
-    "random": MGSRegularizer("cosine", strength=0.5, output="random", seed=3),
+    "random": MGSRegularizer("cosine", strength=0.5, output="random", probes=2, transform="softmax", seed=3),
 }
 
 
@@ -74,7 +74,11 @@ def test_one_step_descends_the_gradient_of_loss_and_penalty(name, network):
     x, y = X[:8].astype("float64"), Y[:8]
     model = compiled(regularize(network(), regularizer), optimizer=keras.optimizers.SGD(1.0))
     plain = compiled(network())
-    options = {"output": regularizer.output, "transform": regularizer.transform, "seed": regularizer.seed}
+    options = {"output": regularizer.output, "transform": regularizer.transform}
+    if regularizer.output == "random":
+        drawn = numpy(keras.random.randint((3, 2), 0, 2, seed=keras.random.SeedGenerator(3)))
+        signs = keras.ops.convert_to_tensor((2.0 * drawn - 1.0) / 2**0.5)
+        options = {"transform": lambda outputs: keras.ops.softmax(outputs) @ signs}
     if regularizer.output == "loss":
         options["loss"] = sample_loss("sparse_categorical_crossentropy")
 
@@ -83,7 +87,7 @@ def test_one_step_descends_the_gradient_of_loss_and_penalty(name, network):
     def objective(weights):
         plain.set_weights(weights)
         loss = float(np.mean(-np.log(numpy(plain(x)))[np.arange(8), y]))
-        return loss + regularizer.strength * float(numpy(regularizer(keras.ops.convert_to_tensor(measure(x[:m], y[:m])))))
+        return loss + float(numpy(regularizer(keras.ops.convert_to_tensor(measure(x[:m], y[:m])))))
 
     before = model.get_weights()
     history = fit(model, x, y, batch_size=8)
@@ -92,6 +96,41 @@ def test_one_step_descends_the_gradient_of_loss_and_penalty(name, network):
     expected = slope(lambda t: objective([w + t * d for w, d in zip(before, direction, strict=True)]), 1e-3)
     assert sum(np.sum(g * d) for g, d in zip(descent, direction, strict=True)) == pytest.approx(expected, rel=1e-6)
     assert history["loss"][0] == pytest.approx(objective(before), rel=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_random_probes_are_drawn_anew_in_each_step(every):
+    """They differ from step to step, repeat with the seed, and on average give the penalty of all outputs."""
+
+    def penalties(epochs=4, **options):
+        model = regularize(network(), MGSRegularizer("trace", strength=1.0, every=every, **options))
+        return fit(compiled(model, optimizer=keras.optimizers.SGD(0.0)), batch_size=20, epochs=epochs)["mgs_penalty"]
+
+    exact = penalties(output="trace")[0]
+    drawn = penalties(40, output="random", seed=1)[::every]  # of a step each; 0 where all signs are one, for softmax sums to 1
+    assert len(set(np.round(drawn, 5))) > 2
+    assert drawn[:2] == penalties(output="random", seed=1)[::every][:2]
+    assert np.mean(drawn) == pytest.approx(exact, rel=0.5)
+    assert np.ptp(penalties(output="random", probes=500)[::every]) < 0.2 * np.ptp(drawn)
+
+
+def test_a_kernel_that_its_parameters_do_not_change_has_a_penalty_without_gradient():
+    weights = []
+    for regularizer in (None, MGSRegularizer("trace", strength=1.0, output="trace")):
+        model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(3)]))
+        model = compiled(model if regularizer is None else regularize(model, regularizer), loss="mse")
+        history = fit(model, y=keras.ops.one_hot(Y, 3), epochs=3)
+        weights.append(model.get_weights())
+    assert history["mgs_penalty"][2] == pytest.approx(3 * (1 + np.mean(np.sum(X**2, axis=1))), rel=1e-4)
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_regularizer_called_gives_the_whole_penalty():
+    matrix = np.array([[2.0, 0.5], [0.5, 1.0]])
+    assert MGSRegularizer("trace", strength=0.5, scale=2.0)(matrix) == mgs.Penalty("trace", 0.5, 2.0)(matrix) == 0.75
+    with pytest.raises(mgs.ArgumentError, match="`penalty` must be a name for its value"):
+        MGSRegularizer(None, weighting="agreement")(matrix)
 
 
 def test_logs_show_the_penalty_and_validation_does_not():

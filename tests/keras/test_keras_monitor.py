@@ -50,6 +50,21 @@ def test_losses_of_a_model_with_running_statistics():
     assert history["mgs_trace"][1] == pytest.approx(expected.trace, rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_fit_goes_on_where_the_model_diverges(value):
+    class Diverge(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.layers[0].kernel.assign(np.full((5, 4), value, "float32"))
+
+    monitor = MGSMonitor(X[:6], labels=Y[:6], batches=1)
+    with pytest.warns(RuntimeWarning, match="The kernel of the probe batch has no summary, NaN is recorded") as warned:
+        history = fit(network(), [monitor, Diverge()], epochs=2)
+    assert sum("probe batch" in str(warning.message) for warning in warned) == 1
+    assert np.isnan(history["mgs_log_determinant"]).all()
+    assert len(history["mgs_trace"]) == len(history["mgs_alignment"]) == 2
+    assert len(monitor.history) == 6
+
+
 def test_measurement_is_compiled_once(monkeypatch):
     """PyTorch does not compile it: there each measurement evaluates the kernel."""
     calls, kernel_of = [], mgs.kernel

@@ -238,6 +238,8 @@ SQUARE = variable(4, 4)
 GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": tf.ones((4, 3), tf.float64)})
 LOOP = mgs.FunctionalModel(loop_reading(SQUARE), {"w": SQUARE})
 SWISH = mgs.FunctionalModel(lambda _, x: tf.nn.silu(x @ SQUARE), {"w": SQUARE})
+WITHIN = tf.function(lambda x: x @ tf.linalg.expm(0.1 * SQUARE), input_signature=[tf.TensorSpec((None, 4), tf.float64)])
+EXPONENTIAL = mgs.FunctionalModel(lambda _, x: WITHIN(x), {"w": SQUARE})  # in which there are loops
 
 
 def with_labels(labels, output, traced=False):
@@ -299,6 +301,11 @@ def kernel_of_function(function, parameters):
         ),
         (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
         (lambda: mgs.kernel(LOOP, X), mgs.UnsupportedModelError, "must read its variables outside of control flow"),
+        (
+            lambda: mgs.kernel(EXPONENTIAL, X),
+            mgs.UnsupportedModelError,
+            "must have gradients that TensorFlow takes of one",
+        ),
         (lambda: mgs.kernel(SWISH, X), mgs.UnsupportedModelError, "must have no custom gradient where it reads variables"),
         (
             lambda: tf.function(lambda x: mgs.kernel(GOOD, x)).get_concrete_function(tf.TensorSpec((None, 4), tf.float64)),
@@ -310,6 +317,13 @@ def kernel_of_function(function, parameters):
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("autograph", [True, False])
+def test_errors_within_a_traced_function_keep_their_class(autograph):
+    for options, error in (({"parameters": "v"}, mgs.ArgumentError), ({}, mgs.UnsupportedModelError)):
+        with pytest.raises(error):
+            tf.function(lambda x, options=options: mgs.kernel(LOOP, x, **options), autograph=autograph)(tf.constant(X))
 
 
 def test_half_precision_within_a_model_in_single():

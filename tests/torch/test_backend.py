@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -451,6 +453,24 @@ def test_monitor_measures_on_schedule_and_restores_everything():
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(value.grad is None for value in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The kernel of the probe batch:RuntimeWarning")
+@pytest.mark.parametrize("output", ["trace", "loss"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_monitor_goes_on_with_a_model_that_diverges(output, value):
+    model, x, y = Dropping(), torch.randn(8, 4), torch.arange(8) % 3
+    for first in (0, 1):  # nothing is known of the model, or all
+        monitor = MGSMonitor(model, x, y, every=1, output=output)
+        if first:
+            monitor.step()
+        kept = model.layers[0].weight.detach().clone()
+        with torch.no_grad():
+            model.layers[0].weight.fill_(value)
+        assert math.isnan(monitor.step().mean_cosine)
+        with torch.no_grad():
+            model.layers[0].weight.copy_(kept)
+        assert math.isfinite(monitor.step().mean_cosine)
 
 
 def test_monitor_restores_the_mode_after_an_error():
