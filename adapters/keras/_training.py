@@ -36,17 +36,17 @@ class Tracker(keras.metrics.Metric):  # type: ignore[misc]  # keras has no types
     Attributes:
         strength: factor of the penalty.
         step: number of steps taken.
-        seeds: of random probes.
+        seeds: of random probes; None where there are none.
     """
 
-    def __init__(self, strength: float, seed: int) -> None:
+    def __init__(self, strength: float, seed: int | None) -> None:
         super().__init__(name=NAME)
         self.total = self.add_variable((), "zeros", name="total")
         self.count = self.add_variable((), "zeros", name="count")
         self.strength = self.add_variable((), keras.initializers.Constant(strength), name="strength")
         self.step = self.add_variable((), "zeros", dtype="int32", name="step")
-        self.seeds = keras.random.SeedGenerator(seed)
-        self.drawn = self.seeds.state  # by which Keras counts it among the variables
+        self.seeds = None if seed is None else keras.random.SeedGenerator(seed)
+        self.drawn = None if self.seeds is None else self.seeds.state  # by which Keras counts it among the variables
 
     def update_state(self, value: Any, sample_weight: Any = 1.0) -> None:
         """Add one step's penalty; weight 0 leaves it out."""
@@ -82,7 +82,7 @@ class Training:
     def __init__(self, model: Any, regularizer: MGSRegularizer) -> None:
         self._model = model
         self.regularizer = regularizer
-        self.tracker = Tracker(regularizer.strength, regularizer.seed)
+        self.tracker = Tracker(regularizer.strength, regularizer.seed if regularizer.output == "random" else None)
         self._in_training = True
         self._checked = self._losses_checked = self._asked = False
         self._function: Any = None
