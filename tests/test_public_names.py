@@ -53,7 +53,7 @@ def public(path: Path) -> list[str]:
     return [name for name in found if not name.startswith("_")]
 
 
-ADAPTERS = {path.stem: path for path in (ROOT / "adapters").glob("*.py") if path.stem != "__init__"}
+ADAPTERS = {path.stem: path for path in (ROOT / "adapters").glob("[!_]*.py")}
 ADAPTERS["keras"] = ROOT / "adapters" / "keras" / "__init__.py"
 
 

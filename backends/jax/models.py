@@ -124,7 +124,8 @@ def noting(name: str, arrays: Any) -> Iterator[None]:
     except MgsError:  # which names the argument itself
         raise
     except Exception as error:
-        if not hasattr(error, "__notes__"):  # of a function within this one
+        notes = getattr(error, "__notes__", ())
+        if not any(note.startswith("mgs_core") for note in notes):  # of a function within this one
             shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(arrays)]
             linen = " Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables)."
             error.add_note(

@@ -21,7 +21,7 @@ from mgs_core.experiments.settings import Settings
 from mgs_core.experiments.step import PEER, PROBE, make_step
 from mgs_core.functional import FunctionalModel
 from mgs_core.kernel import kernel
-from mgs_core.monitor import Recorder
+from mgs_core.summary import summarize
 
 _PIECE = 2048  # samples that are predicted at a time
 _FINAL = ("memorisation", "mgs_trace", "mgs_log_determinant", "mgs_similarity", "mgs_effective_rank")
@@ -181,7 +181,6 @@ class Trainer:
         probe = slice(self._held, self._held + settings.probe_samples)
         self._probe = self._backend.asarray(data.train_inputs[probe])
         self._probe_labels = data.train_labels[probe]
-        self._recorder = Recorder(self._probe, labels=self._probe_labels)
 
     def epoch(self, number: int) -> dict[str, float]:
         """Pass once over the training samples; return means over the steps."""
@@ -232,7 +231,7 @@ class Trainer:
         """Return what the kernels of the outputs and of the losses at the probe say."""
         model = FunctionalModel(self._model.function, self.kept)
         try:
-            summary = self._recorder(model, epoch)
+            summary = summarize(kernel(model, self._probe), self._probe_labels)
         except MgsError as error:  # the model was accepted before it was trained
             top = max(float(np.max(np.abs(self._backend.to_numpy(value)))) for value in self.kept.values())
             raise ArgumentError(
@@ -242,7 +241,7 @@ class Trainer:
             ) from error
         matrix = kernel(model, self._probe, self._backend.asarray(self._probe_labels), output="loss")
         return {
-            **({f"mgs_{name}": value for name, value in summary.to_dict().items()} if summary else {}),
+            **{f"mgs_{name}": value for name, value in summary.to_dict().items()},
             "gradient_disparity": disparity(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64)),
         }
 
