@@ -124,7 +124,7 @@ def _scalars(model: FunctionalModel, head: HeadFunction, leaves: Mapping[str, Ar
     n = _batch.count(inputs)
 
     def function(leaves: dict[str, Array], inputs: Any) -> Array:
-        return model.function(unflatten(model.parameters, leaves), inputs)
+        return _tensor(model.function(unflatten(model.parameters, leaves), inputs), "model")
 
     outputs = call(function, leaves, flatten(model.parameters), inputs)
     if outputs.shape.rank != 2 or outputs.shape[0] != n:
@@ -132,7 +132,18 @@ def _scalars(model: FunctionalModel, head: HeadFunction, leaves: Mapping[str, Ar
             f"`model` must return outputs of shape (n, c) with n = {n}; got {tuple(outputs.shape)}. "
             "Keep the samples first and flatten the outputs of each."
         )
-    return head(outputs, targets)
+    return _tensor(head(outputs, targets), "output")
+
+
+def _tensor(value: Any, name: str) -> Array:
+    """Return what a function of the user's returned, refused unless it is one tensor that can have gradients."""
+    if not tf.is_tensor(value) or not value.dtype.is_floating:
+        got = f"a tensor of {value.dtype.name}" if tf.is_tensor(value) else type(value).__name__
+        raise ArgumentError(
+            f"`{name}` must return one tensor of real floating-point numbers, computed by TensorFlow; got {got}. "
+            "Of several outputs return the one that the kernel is of."
+        )
+    return value
 
 
 def _refuse_infinite(inputs: Any) -> None:

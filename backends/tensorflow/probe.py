@@ -55,7 +55,7 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
     """Return the layouts, and whether they may hold for other values too."""
     layouts: list[Layout | None] = [None] * len(traced.uses)
     open_uses, decided, drawn = set(range(len(layouts))), False, None
-    evaluate = None
+    evaluate = tried = None
     for attempt, (values, own) in enumerate(_values(given)):
         if attempt > 1 and not open_uses:
             break
@@ -77,6 +77,8 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
     for place in open_uses:
         layouts[place] = None
     slow = sorted({use.term.parameter for use, layout in zip(traced.uses, layouts, strict=True) if layout is None})
+    if tried is None and open_uses:  # labels that are none each time, as where the loss holds them
+        return layouts, False
     if slow:
         _refuse_interaction(scalars, slow, tried, traced)
         try:

@@ -271,6 +271,28 @@ def kernel_of_function(function, parameters):
         (kernel_of_function(lambda p, x: x, {"w": tf.range(3)}), mgs.ArgumentError, "`parameters` must be floating"),
         (kernel_of_function(lambda p, x: x[0] * p["w"], {"w": SQUARE}), mgs.ArgumentError, "outputs of shape"),
         *(
+            (
+                kernel_of_function(function, {"w": tf.Variable(SQUARE)}),
+                mgs.ArgumentError,
+                f"`model` must .* one tensor.*got {got}",
+            )
+            for function, got in (
+                (lambda p, x: (x @ p["w"], x), "tuple"),
+                (lambda p, x: np.ones((6, 2)), "ndarray"),
+                (lambda p, x: None, "NoneType"),
+                (lambda p, x: tf.cast(x @ p["w"], tf.int32), "a tensor of int32"),
+                (lambda p, x: tf.complex(x @ p["w"], x), "a tensor of complex"),
+            )
+        ),
+        (lambda: mgs.kernel(GOOD, X, output=lambda o, _: np.ones(len(X))), mgs.ArgumentError, "`output` must .*got ndarray"),
+        (
+            lambda: mgs.kernel(
+                GOOD, X, output=lambda o, _: tf.nn.sparse_softmax_cross_entropy_with_logits(tf.fill([o.shape[0]], 9), o)
+            ),
+            tf.errors.InvalidArgumentError,
+            "label",
+        ),
+        *(
             (with_labels(np.array(labels), output), mgs.ArgumentError, message)
             for output in ("loss", "target")
             for labels, message in (
