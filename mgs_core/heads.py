@@ -139,10 +139,12 @@ def _column(scalars: Array) -> Array:
 
 
 def _unreduced(losses: Array, outputs: Array) -> Array:
-    if losses.ndim != 1 or losses.shape[0] != outputs.shape[0]:
+    shape = getattr(losses, "shape", None)
+    if shape is None or len(shape) != 1 or shape[0] != outputs.shape[0]:
+        got = type(losses).__name__ if shape is None else f"shape {tuple(shape)}"
         raise ArgumentError(
             f"`loss` must return one value for each of {outputs.shape[0]} samples, shape ({outputs.shape[0]},); "
-            f"got shape {tuple(losses.shape)}. Use the loss without reduction."
+            f"got {got}. Use the loss without reduction."
         )
     return losses
 

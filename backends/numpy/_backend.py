@@ -130,6 +130,8 @@ class _Scalars:
             raise ArgumentError(f"`model` {_AUTOGRAD}") from error
         if getattr(plain(outputs), "dtype", None) == np.dtype(object):  # NumPy's own, of traced numbers: nothing follows them
             raise ArgumentError(f"`model` {_AUTOGRAD}")
+        if not hasattr(outputs, "shape"):
+            raise ArgumentError(f"`model` must return an array (n, c); got {type(outputs).__name__}. Return the outputs alone.")
         if anp.ndim(outputs) != 2 or outputs.shape[0] != n:
             raise ArgumentError(
                 f"`model` must return outputs of shape (n, c) with n = {n}; got {anp.shape(outputs)}. "

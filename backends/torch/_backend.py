@@ -236,9 +236,9 @@ def _tensors(targets: Any, outputs: torch.Tensor) -> Any:
 
 def _heads(heads: Any, n: int) -> torch.Tensor:
     if not isinstance(heads, torch.Tensor) or heads.ndim != 2 or heads.shape[0] != n:
-        shape = tuple(getattr(heads, "shape", ()))
+        got = f"{tuple(heads.shape)} heads" if isinstance(heads, torch.Tensor) else type(heads).__name__
         raise ArgumentError(
-            f"`model` must return outputs of shape (n, c) with n = {n}, or `output` reduce them so; got {shape} heads. "
+            f"`model` must return outputs of shape (n, c) with n = {n}, or `output` reduce them so; got {got}. "
             "Keep the samples first and flatten the outputs of each."
         )
     if heads.is_complex():

@@ -334,6 +334,8 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": draw(3, 2)})
             "`parameters` must hold arrays; got the number",
         ),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x[:, 0] * p["w"], {"w": draw(1)}), INPUTS), "outputs of shape"),
+        (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: (x, x[0]), {"w": draw(1)}), INPUTS), "`model` must .*got tuple"),
+        (lambda: mgs.kernel(GOOD, INPUTS, output=lambda o, t: (o, t)), "`loss` must return one value .*got tuple"),
         (lambda: mgs.FunctionalModel(3, {}), "`function` must be callable"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.dot(x, p["w"]), GOOD.parameters), INPUTS), FOREIGN),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.dot(x, p["w"]) @ p["w"].T, GOOD.parameters), INPUTS), FOREIGN),

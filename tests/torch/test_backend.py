@@ -379,6 +379,11 @@ class Refusing:
             "must return a tensor, or an object",
         ),
         (lambda: mgs.kernel(nn.Linear(3, 2), Refusing.x[None], output="sum"), mgs.ArgumentError, r"outputs of shape \(n, c\)"),
+        (
+            lambda: mgs.kernel(nn.Linear(3, 2), Refusing.x, output=lambda o, _: np.ones(len(o))),
+            mgs.ArgumentError,
+            "or `output` reduce them so; got ndarray",
+        ),
         (lambda: mgs.kernel(Refusing.infinite, Refusing.x), mgs.ArgumentError, "`model` must have finite gradients"),
         (
             lambda: mgs.kernel(nn.Linear(3, 2).requires_grad_(False), Refusing.x),
