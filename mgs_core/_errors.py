@@ -29,7 +29,7 @@ class ArgumentError(MgsError, ValueError):
 
 
 class NotFiniteError(ArgumentError):
-    """Report gradients, or what is made of them, that are NaN or infinite, as those of a model that has diverged."""
+    """Report gradients, or a kernel of them, that are NaN, infinite or all 0, as those of a model that has diverged or died."""
 
 
 class BackendError(MgsError, ImportError):

@@ -8,18 +8,20 @@ which needs a derivative any more.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mgs_core._errors import ArgumentError
+from mgs_core._registry import get_backend
 
 Tensors: TypeAlias = list[torch.Tensor]
 Others: TypeAlias = list[torch.Tensor | None]
 #: `(parameters, others) → scalar`
 Function: TypeAlias = Callable[[Tensors, Others], torch.Tensor]
+
+_differentiated_once: Callable[[Callable[..., Any]], Callable[..., Any]] = cast(Any, get_backend("torch")).differentiated_once
 
 #: Shapes of batches that are traced: the whole one, the last of an epoch, and some more, but not all lengths of sequences.
 _SHAPES = 4
@@ -125,23 +127,6 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @_differentiated_once
     def backward(ctx: Any, factor: torch.Tensor) -> Any:
-        scaled = [factor * gradient for gradient in ctx.gradients]
-        if torch.is_grad_enabled():
-            scaled = [_Last.apply(part, *ctx.saved_tensors) for part in scaled]  # type: ignore[no-untyped-call]  # of torch
-        return None, None, *scaled
-
-
-class _Last(torch.autograd.Function):
-    """A gradient whose derivative is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> Any:
-        raise ArgumentError(
-            "`create_graph` must be False for the gradient of a penalty on the kernel; got one that is differentiated again. "
-            "Differentiate the loss of a model that is not regularised twice."
-        )
+        return None, None, *(factor * gradient for gradient in ctx.gradients)

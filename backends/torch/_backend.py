@@ -33,6 +33,7 @@ from .fused import twice_differentiable as _twice_differentiable
 from .graph import Graph, read_graph
 from .namespace import namespace
 from .plan import Plan, make_plan
+from .products import differentiated_once
 from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
 from .run import Configured, as_tensor, unwrap
@@ -55,6 +56,7 @@ class TorchBackend:
     Models = Models
     Plans = Known  # by the structure of the graph
     twice_differentiable = staticmethod(_twice_differentiable)
+    differentiated_once = staticmethod(differentiated_once)
 
     def asarray(self, value: Any) -> Array:
         """Return the value as a tensor; a tensor keeps its graph."""

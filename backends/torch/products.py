@@ -104,5 +104,5 @@ class _Last(torch.autograd.Function):
     def backward(ctx: Any, *_: torch.Tensor) -> Any:
         raise ArgumentError(
             "`create_graph` must be False for the gradient of a penalty on the kernel; got one that is differentiated again. "
-            "Differentiate the criterion alone twice."
+            "Differentiate the loss without the penalty twice."
         )
