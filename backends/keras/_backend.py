@@ -186,6 +186,12 @@ def _names(model: Any) -> dict[str, Any]:
     """Return the trainable variables by path; a path that comes twice gets a number."""
     if not model.built:
         raise ArgumentError(f"`model` must be built; got {model.name!r}, which has not seen a batch. Call it on one first.")
+    stateful = [layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    if stateful:
+        raise UnsupportedModelError(
+            f"`model` must treat each sample by itself; got stateful layer {', '.join(stateful)}, which continues from what had a "
+            "sample's place in the batch before. Make it with stateful=False, or let the model take `initial_state` as an input."
+        )
     names: dict[str, Any] = {}
     for variable in model.trainable_variables:
         if getattr(variable, "overwrite_with_gradient", False):
