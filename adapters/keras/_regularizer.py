@@ -75,8 +75,8 @@ class MGSRegularizer:
                 raise ArgumentError(f"`{name}` must be one of {', '.join(map(str, choices))}; got {value!r}.")
         if output == "loss" and transform != "identity":
             raise ArgumentError(
-                f'`transform` must be "identity" for output="loss"; got {transform!r}. The losses that the model is compiled with '
-                "have their own, as from_logits=True; or choose another output."
+                f'`transform` must be "identity" for output="loss"; got {transform!r}. The losses that the model is compiled '
+                "with have their own, as from_logits=True; or choose another output."
             )
         probes, every, seed = integer("probes", probes, 1), integer("every", every, 1), integer("seed", seed, 0)
         max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
