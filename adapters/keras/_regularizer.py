@@ -27,7 +27,7 @@ class MGSRegularizer:
             during `fit`.
         scale: of the penalty.
         output: the head: "loss" (the losses the model is compiled with), "trace", "sum", "target" or "random".
-        transform: applied to the outputs before the head; "softmax" for a model that returns logits.
+        transform: applied to the outputs before the head; "softmax" for a model that returns logits. Not to those of the losses.
         probes: of `output="random"`.
         seed: of `output="random"`, whose probes are drawn anew in each step.
         max_samples: the kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
@@ -73,6 +73,11 @@ class MGSRegularizer:
         ):
             if value not in choices:
                 raise ArgumentError(f"`{name}` must be one of {', '.join(map(str, choices))}; got {value!r}.")
+        if output == "loss" and transform != "identity":
+            raise ArgumentError(
+                f'`transform` must be "identity" for output="loss"; got {transform!r}. The losses that the model is compiled '
+                "with have their own, as from_logits=True; or choose another output."
+            )
         probes, every, seed = integer("probes", probes, 1), integer("every", every, 1), integer("seed", seed, 0)
         max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
         if weighting is not None and max_samples is not None:

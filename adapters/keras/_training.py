@@ -232,6 +232,8 @@ class Training:
 
     def _head(self, output: str, probes: Any) -> dict[str, Any]:
         """Return the options of the kernel that say what it is of."""
+        if output == "loss":  # also that of weights, whatever the penalty's head
+            return {"output": output, "transform": "identity"}
         transform: Any = self.regularizer.transform
         if output != "random":
             return {"output": output, "transform": transform}

@@ -46,8 +46,8 @@ class Function:
         Raises:
             UnsupportedModelError: when a layer draws random numbers, as none should at inference.
         """
-        # read only here, in the graph that needs them
-        held = [variable.value for variable in self.others] if self.fixed is None else self.fixed
+        # read only here, in the graph that needs them; constants, though on JAX a step has gradients in the statistics it moves
+        held = [keras.ops.stop_gradient(variable.value) for variable in self.others] if self.fixed is None else self.fixed
         state = [(variable, parameters[name]) for name, variable in self.variables.items()]
         scope = keras.StatelessScope(state_mapping=[*state, *zip(self.others, held, strict=True)])
         with _kept_losses(self._model), scope, _differentiable_twice(), _no_random_numbers(self._model, scope):
@@ -186,6 +186,12 @@ def _names(model: Any) -> dict[str, Any]:
     """Return the trainable variables by path; a path that comes twice gets a number."""
     if not model.built:
         raise ArgumentError(f"`model` must be built; got {model.name!r}, which has not seen a batch. Call it on one first.")
+    stateful = [layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    if stateful:
+        raise UnsupportedModelError(
+            f"`model` must treat each sample by itself; got stateful layer {', '.join(stateful)}, which goes on from what had a "
+            "sample's place in the batch before. Make it with stateful=False, or let the model take `initial_state` as an input."
+        )
     names: dict[str, Any] = {}
     for variable in model.trainable_variables:
         if getattr(variable, "overwrite_with_gradient", False):

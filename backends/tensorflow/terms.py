@@ -58,6 +58,8 @@ def follow(op: Any, terms: dict[str, list[Term]]) -> list[list[Term]] | None:
     if op.type == "StopGradient":
         return [[]]
     if op.type in ("Reshape", "ExpandDims", "Squeeze") and op.inputs[0].name in terms:
+        if _spread(terms[op.inputs[0].name]):
+            return None
         shape = tuple(shape)
         return [[_moved(term, lambda array: np.reshape(array, shape), True) for term in terms[op.inputs[0].name]]]
     if op.type in _REARRANGING:
@@ -70,6 +72,11 @@ def follow(op: Any, terms: dict[str, list[Term]]) -> list[list[Term]] | None:
 
 
 _REARRANGING = ("Transpose", "StridedSlice", "Slice", "Split", "SplitV", "Unpack", "ReverseV2")
+
+
+def _spread(found: list[Term]) -> bool:
+    """Say whether a term has a factor with axes, which would have to move with it."""
+    return any(term.factor is not None and term.factor.shape.rank for term in found)
 
 
 def _moved(term: Term, step: Callable[[Any], Any], flat: bool) -> Term:
@@ -88,7 +95,7 @@ def _rearranged(op: Any, terms: dict[str, list[Term]]) -> list[list[Term]] | Non
         if constants[name] is None:
             return None
     found = terms[op.inputs[names.index(moved)].name] if moved else []
-    if moved is None or any(term.factor is not None and term.factor.shape.rank for term in found):
+    if moved is None or _spread(found):
         return None
     types = {argument.type_attr for argument in (*op.op_def.input_arg, *op.op_def.output_arg)}
     options = {a.name: op.get_attr(a.name) for a in op.op_def.attr if a.name not in types and a.type != "type"}

@@ -165,9 +165,12 @@ class TorchBackend:
             try:
                 with torch.inference_mode(False), torch.enable_grad():
                     value = function(unflatten(parameters, leaves), *arguments)
-                    gradients = torch.autograd.grad(
-                        value, list(leaves.values()), create_graph=nested, allow_unused=True, materialize_grads=True
-                    )
+                    if value.requires_grad:
+                        gradients = torch.autograd.grad(
+                            value, list(leaves.values()), create_graph=nested, allow_unused=True, materialize_grads=True
+                        )
+                    else:  # a constant, as a penalty on the outputs of a linear model is
+                        gradients = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
             finally:
                 _nested.reset(token)
             return value if nested else value.detach(), unflatten(parameters, dict(zip(leaves, gradients, strict=True)))

@@ -191,15 +191,22 @@ def test_every_other_step_counts_twice():
     assert added == pytest.approx(usual["mgs_penalty"][0], rel=1e-4)  # twice, in one of two steps
 
 
-def test_agreement_weights_the_losses():
-    model = compiled(regularize(network(), MGSRegularizer(None, weighting="agreement")), optimizer=keras.optimizers.SGD(0.0))
+@pytest.mark.parametrize(
+    "penalty",
+    [{"penalty": None}, {"strength": 0.0, "output": "trace", "transform": "softmax"}],
+    ids=["alone", "beside a penalty"],
+)
+def test_agreement_weights_the_losses(penalty):
+    """They are those of the losses as they are, whatever the penalty's head."""
+    regularizer = MGSRegularizer(**penalty, weighting="agreement")
+    model = compiled(regularize(network(), regularizer), optimizer=keras.optimizers.SGD(0.0))
     given = np.linspace(0.5, 1.5, 20)
     history = fit(model, batch_size=20, sample_weight=given)
     plain = network()
     weights = mgs.agreement_weights(kernel(plain, X, Y, output="loss", loss=sample_loss("sparse_categorical_crossentropy")))
     losses = -np.log(numpy(plain(X)))[np.arange(20), Y]
     assert history["loss"][0] == pytest.approx(np.mean(given * weights * losses), rel=1e-4)
-    assert "mgs_penalty" not in history
+    assert ("mgs_penalty" in history) == (regularizer.penalty is not None)
 
 
 def several() -> keras.Model:
@@ -495,6 +502,7 @@ def test_clones_have_no_regularizer():
         (lambda: MGSRegularizer(None), "`penalty` must be the name of a penalty unless"),
         (lambda: MGSRegularizer(output="full"), "`output` must be one of loss"),
         (lambda: MGSRegularizer(transform="exp"), "`transform` must be one of identity"),
+        (lambda: MGSRegularizer(transform="softmax"), '`transform` must be "identity" for output="loss"; got \'softmax\''),
         (lambda: MGSRegularizer(weighting="some"), "`weighting` must be one of None, agreement"),
         (lambda: MGSRegularizer(every=0), "`every` must be an integer of at least 1"),
         (lambda: MGSRegularizer(max_samples=True), "`max_samples` must be an integer"),

@@ -188,3 +188,11 @@ def test_layers_in_float8_are_refused():
     model.layers[0].quantize("float8")
     with pytest.raises(mgs.UnsupportedModelError, match=r"`model` must have gradients in its variables; got .*float8"):
         mgs.kernel(model, draw(3, 4))
+
+
+def test_stateful_layers_are_refused():
+    model = keras.Sequential([keras.Input((5, 2), batch_size=4), layers.LSTM(3, stateful=True, name="memory"), layers.Dense(2)])
+    with pytest.raises(
+        mgs.UnsupportedModelError, match=r"must treat each sample by itself; got stateful layer memory, .*stateful=False"
+    ):
+        mgs.kernel(model, draw(4, 5, 2))

@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from keras_oracle import BACKEND, close, draw_weights, kernel, numpy
+from keras_oracle import BACKEND, close, draw_weights, kernel, kernel_function, numpy
 from mgs_core.adapters.keras import MGSMonitor, MGSRegularizer, regularize, sample_loss
+from mgs_oracles import slope
 
 import mgs_core as mgs
 
@@ -61,6 +62,32 @@ def test_kernel_is_that_of_inference(between):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64")
+def test_running_statistics_are_constants_of_the_penalty():
+    """Those that the step has moved: its gradient does not go through how they moved."""
+
+    def normalized() -> keras.Model:
+        parts = [layers.Dense(4), layers.BatchNormalization(momentum=0.3), layers.Dense(3, activation="tanh")]
+        return draw_weights(keras.Sequential([keras.Input((5,)), *parts]))
+
+    x, y, regularizer = X.astype("float64"), X[:, :3].astype("float64"), MGSRegularizer("log_trace", 2.0, output="trace")
+    plain, penalised = normalized(), regularize(normalized(), regularizer)
+    before = [numpy(variable) for variable in plain.trainable_variables]
+    for model in (plain, penalised):
+        model.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=False)
+        model.fit(x, y, batch_size=20, verbose=0)
+    pairs = zip(plain.trainable_variables, penalised.trainable_variables, strict=True)
+    descent = [numpy(one) - numpy(other) for one, other in pairs]
+    measure, direction = kernel_function(plain), [np.random.default_rng(3).normal(size=w.shape) for w in before]
+
+    def penalty(t: float) -> float:
+        for variable, w, d in zip(plain.trainable_variables, before, direction, strict=True):
+            variable.assign(w + t * d)
+        return float(numpy(regularizer(keras.ops.convert_to_tensor(measure(x)))))
+
+    assert sum(np.sum(g * d) for g, d in zip(descent, direction, strict=True)) == pytest.approx(slope(penalty, 1e-4), rel=1e-6)
+
+
 def test_masked_positions_are_not_in_the_kernel():
     """Nor in the weights; what the model says there changes nothing."""
     ids, labels = RANDOM.integers(1, 9, (8, 5)), RANDOM.integers(0, 3, (8, 5))
@@ -149,6 +176,20 @@ def test_two_devices():
     plain = history(network(), batch_size=20)["loss"][0]
     assert found["mgs_penalty"][0] == pytest.approx(expected, rel=1e-4)
     assert found["loss"][0] == pytest.approx(plain + expected, rel=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only it has replicas")
+def test_replicas_share_random_probes():
+    import tensorflow as tf
+
+    drawn = numpy(keras.random.randint((3, 2), 0, 2, seed=keras.random.SeedGenerator(5)))
+    signs = tf.constant((2.0 * drawn - 1.0) / 2**0.5, tf.float32)
+    kernels = [kernel(network(), half, transform=lambda outputs: outputs @ signs) for half in (X[:10], X[10:])]
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        regularizer = MGSRegularizer("trace", 1.0, output="random", probes=2, seed=5)
+        found = history(regularize(network(), regularizer), batch_size=20, epochs=2)["mgs_penalty"]
+    assert found[0] == pytest.approx(np.mean([np.trace(one) / 10 for one in kernels]), rel=1e-4)
+    assert found[1] != found[0]  # drawn anew
 
 
 NNX = """

@@ -151,6 +151,21 @@ def test_variables_are_read_at_indices():
     close(found, expected(model, [table, out], pairs))
 
 
+@pytest.mark.parametrize("n", [6, 1])
+def test_a_factor_moves_with_its_parameter(n):
+    """Into another shape, to which it would align otherwise; group normalisation of one sample has such a factor of its data."""
+    w, gain = variable(4, 4), variable(4)
+    factor = tf.constant([[1.0], [2.0], [3.0], [4.0]], tf.float64)
+
+    def model(x):
+        size = tf.reshape(tf.norm(tf.reshape(x, (-1, 2, 2)), axis=-1, keepdims=True), (-1, 2, 1))
+        h = tf.reshape(size * tf.reshape(gain, (1, 2, 2)), (-1, 4)) + x
+        return tf.reshape(tf.tanh(tf.expand_dims(w * factor, -1) + h[:, None, :, None]), (-1, 16))
+
+    found = mgs.kernel(mgs.FunctionalModel(lambda _, x: model(x), {"w": w, "gain": gain}), X[:n])
+    close(found, expected(model, [w, gain], X[:n]))
+
+
 def test_a_model_may_hold_tensors_of_the_graph_that_is_traced():
     w, scale = variable(4, 3), tf.constant(RANDOM.normal(size=3))
 

@@ -316,6 +316,19 @@ def test_nested_gradients_are_differentiated_again():
     assert value > 0
 
 
+def test_a_value_that_the_parameters_do_not_change_has_gradient_zero():
+    """As on the other backends; the penalty on a linear model's outputs is one."""
+    x, w = torch.randn(4, 3), torch.randn(3, 2)
+
+    def penalty(parameters):
+        model = mgs.FunctionalModel(lambda p, x: x @ p["w"], parameters)
+        return mgs.Penalty("trace", 1.0)(mgs.kernel(model, x, differentiable=True))
+
+    value, gradient = BACKEND.value_and_gradient(penalty)({"w": w})
+    torch.testing.assert_close(value, 2 * (x**2).sum() / 4)
+    assert torch.equal(gradient["w"], torch.zeros(3, 2))
+
+
 @pytest.mark.parametrize("name", ["sequence_first_attention", "lstm"])
 def test_parts_of_packed_weights_stay_apart(of, name):
     model, x = of(name)
