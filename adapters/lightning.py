@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import lightning
 
+import mgs_core as mgs
+
 from .torch import MGSMonitor
 
 
@@ -32,7 +34,12 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
             targets: its targets, if the head needs them.
             unit: what the schedule counts: optimizer steps or epochs.
             **options: passed to `MGSMonitor`: `every`, `labels`, `sinks`, `select`, `output`, …
+
+        Raises:
+            ArgumentError: when the unit is neither.
         """
+        if unit not in ("step", "epoch"):
+            raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
         self.monitor: MGSMonitor | None = None
         self._batch, self._unit, self._options = (inputs, targets), unit, options
         self._last = -1

@@ -69,3 +69,9 @@ def test_probe_has_the_precision_of_the_trainer(tmp_path, precision):
     )
     trainer.fit(module, loader)
     assert len(callback.monitor.history) == 2
+
+
+@pytest.mark.wrong_types
+def test_an_unknown_unit_is_refused():
+    with pytest.raises(mgs.ArgumentError, match='`unit` must be "step" or "epoch"; got \'steps\''):
+        MGSCallback(torch.ones(2, 4), unit="steps")
