@@ -85,7 +85,7 @@ def evaluated(
     if not isinstance(outputs, torch.Tensor) or outputs.grad_fn is None:
         raise ArgumentError(
             "`outputs` must be a tensor that the model made with gradients enabled; got one without a graph. "
-            "Pass the model's outputs themselves, not detached."
+            "Pass the outputs themselves, not detached, of a model that is not wholly frozen."
         )
     found = [outputs, *(leaf for leaf in flatten(others).values() if isinstance(leaf, torch.Tensor) and leaf.requires_grad)]
     nodes = _nodes(*found)
