@@ -7,6 +7,7 @@ trainer.add_callback(MGSCallback(trainer, probe, every=100))
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -49,7 +50,12 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
             targets: its targets, if the head needs them.
             unit: what the schedule counts: optimizer steps or epochs.
             **options: passed to `MGSMonitor`: `every`, `labels`, `sinks`, `select`, `output`, …
+
+        Raises:
+            ArgumentError: when the unit is neither.
         """
+        if unit not in ("step", "epoch"):
+            raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
         device = trainer.args.device
         inputs, targets = (_to_device(part, device) for part in (inputs, targets))
         self.monitor = MGSMonitor(trainer.model, inputs, targets, **options)
@@ -92,7 +98,7 @@ class MGSTrainerMixin:
             **keywords: passed to the trainer.
 
         Raises:
-            ArgumentError: when the trainer is told of a loss of its own.
+            ArgumentError: when the trainer is told of a loss of its own, or `mgs_loss` is none.
         """
         super().__init__(*arguments, **keywords)
         trainer: Any = self
@@ -101,6 +107,8 @@ class MGSTrainerMixin:
                 "`label_smoothing_factor` and `compute_loss_func` must be left out, for `mgs_loss` takes their place; got one of "
                 "them. Put them into its criterion: CrossEntropyLoss(label_smoothing=…)."
             )
+        if not isinstance(mgs_loss, MGSLoss):
+            raise mgs.ArgumentError(f"`mgs_loss` must be an MGSLoss; got {mgs_loss!r}. Wrap it: MGSLoss(…, penalty=…).")
         self.mgs_loss = mgs_loss
         self.model_accepts_loss_kwargs = False  # so that the trainer divides by the steps that it accumulates
 
@@ -142,6 +150,6 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):  # such as a tokenizer's BatchEncoding
         return {name: _to_device(value, device) for name, value in batch.items()}
     return batch.to(device) if isinstance(batch, torch.Tensor) else batch

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import lightning
 
+import mgs_core as mgs
+
 from .torch import MGSMonitor
 
 
@@ -32,15 +34,24 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
             targets: its targets, if the head needs them.
             unit: what the schedule counts: optimizer steps or epochs.
             **options: passed to `MGSMonitor`: `every`, `labels`, `sinks`, `select`, `output`, …
+
+        Raises:
+            ArgumentError: when the unit is neither.
         """
+        if unit not in ("step", "epoch"):
+            raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
         self.monitor: MGSMonitor | None = None
         self._batch, self._unit, self._options = (inputs, targets), unit, options
-        self._last = -1
+        self._last = 0
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Move the probe batch to the module's device and precision."""
         inputs, targets = (pl_module.transfer_batch_to_device(part, pl_module.device, 0) for part in self._batch)
         self.monitor = MGSMonitor(pl_module, trainer.precision_plugin.convert_input(inputs), targets, **self._options)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep the number of optimizer steps that have been taken, by a resumed run as well."""
+        self._last = trainer.global_step
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
         """Measure if an optimizer step has been taken and it is due."""

@@ -7,18 +7,18 @@ loss.backward()
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import torch
 
 import mgs_core as mgs
+
+from ._torch_criterion import sample_losses
 
 _backend: Any = mgs.get_backend("torch")
 Configured = _backend.Configured
@@ -53,7 +53,8 @@ class MGSLoss(torch.nn.Module):
     """Add a penalty on the kernel to a criterion, or weight its samples by their agreement, or both.
 
     The value is `criterion + strength · R(K)`, with the kernel K of the batch's per-sample gradients in the parameters that the
-    outputs depend on. With `weighting="agreement"` the criterion is `mean(w · loss)` with `w = agreement_weights(K_loss)`.
+    outputs, and the criterion's other arguments, depend on. With `weighting="agreement"` the criterion is `mean(w · loss)` with
+    `w = agreement_weights(K_loss)`.
     In evaluation mode, and where gradients are off, it is the criterion alone.
 
     Attributes:
@@ -130,12 +131,16 @@ class MGSLoss(torch.nn.Module):
             raise mgs.ArgumentError(
                 f'`transform` must be "identity" for output="loss"; got {transform!r}. The criterion has its own.'
             )
-        if not callable(criterion):
-            raise mgs.ArgumentError(
-                f"`criterion` must be callable as criterion(outputs, targets); got {type(criterion).__name__}."
-            )
+        if not callable(criterion) or isinstance(criterion, type):
+            raise mgs.ArgumentError(f"`criterion` must be callable as criterion(outputs, targets); got {criterion!r}.")
         if not isinstance(model, torch.nn.Module | None):
             raise mgs.ArgumentError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+        if not (penalty is None or callable(penalty)):
+            raise mgs.ArgumentError(
+                f'`penalty` must be a mgs_core.Penalty; got {penalty!r}. Make one: mgs_core.Penalty("trace", strength=3e-3).'
+            )
+        if not (select is None or callable(select)):
+            raise mgs.ArgumentError(f"`select` must be a function of what the model returns; got {select!r}.")
         self.criterion = criterion
         self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
         self.last: LossRecord | None = None
@@ -163,20 +168,25 @@ class MGSLoss(torch.nn.Module):
             ArgumentError: when the criterion gives no loss for each sample, or the outputs have no graph.
         """
         outputs = self._take(outputs)
-        losses, reduce = self._losses(outputs, arguments, keywords)
+        losses, reduce = sample_losses(self.criterion, outputs, arguments, keywords)
         if sample_weight is not None:
+            shape = tuple(getattr(sample_weight, "shape", ()))
+            if shape != losses.shape:
+                got = f"shape {shape}" if shape else type(sample_weight).__name__
+                raise mgs.ArgumentError(f"`sample_weight` must be a tensor of shape ({len(losses)},); got {got}.")
             losses = losses * sample_weight
         penalty = kernel = weights = attach = None
+        graph = {**self._graph, "others": (arguments, keywords)}
         if self.training and torch.is_grad_enabled() and (self.penalty is not None or self.weighting is not None):
             if self.penalty is not None and self._calls % self.every == 0:
-                kernel = self._kernel(outputs, losses, arguments)
+                kernel = self._kernel(outputs, losses, arguments, graph)
                 penalty = self.every * _penalty(self.penalty, kernel)
             if self.weighting is not None:
                 shared = self._head["output"] == "loss" and self.max_samples is None
                 if kernel is not None and shared:
                     agreeing = kernel.detach()
                 else:
-                    agreeing, attach = self._agreement(outputs, losses, reuse=self._reuse and kernel is None)
+                    agreeing, attach = self._agreement(outputs, losses, graph, reuse=self._reuse and kernel is None)
                 weights = mgs.agreement_weights(agreeing).to(losses.dtype)
                 kernel = agreeing if kernel is None else kernel
             self._calls += 1
@@ -188,62 +198,43 @@ class MGSLoss(torch.nn.Module):
         self.last = LossRecord(total.detach(), value.detach(), *kept)
         return total
 
-    def _losses(
-        self, outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value."""
-        n = outputs.shape[0]
-        if n == 0:
-            raise mgs.ArgumentError("`outputs` must hold at least one sample; got 0. Leave empty batches out.")
-        unreduced, reduction = _without_reduction(self.criterion)
-        elements = unreduced(outputs, *arguments, **keywords)
-        if not isinstance(elements, torch.Tensor) or elements.ndim == 0 or elements.shape[0] != n:
-            shape = tuple(getattr(elements, "shape", ()))
-            raise mgs.ArgumentError(
-                f"`criterion` must be able to give a loss for each of {n} samples; got shape {shape}. "
-                "Give it an argument or attribute `reduction`, or return losses of shape (n,)."
-            )
-        losses = elements.reshape(n, -1).sum(1)
-        if reduction == "sum":
-            return losses, torch.sum
-        if reduction == "none":
-            return losses * (n / elements.numel()), torch.mean
-        # what a mean divides by (weights of classes, ignored targets) only the criterion knows; it does not depend on the outputs
-        with torch.no_grad():
-            total, size = elements.sum(), elements.abs().sum()
-            mean = self.criterion(outputs, *arguments, **keywords)
-            divisor = torch.where(total.abs() > 1e-3 * size, total / mean, float(elements.numel()))
-        return losses * (n / divisor), torch.mean
-
-    def _kernel(self, outputs: torch.Tensor, losses: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
+    def _kernel(
+        self, outputs: torch.Tensor, losses: torch.Tensor, arguments: tuple[Any, ...], graph: dict[str, Any]
+    ) -> torch.Tensor:
         """Return the kernel to penalise."""
         if self._head["output"] == "loss":
-            return self._loss_kernel(outputs, losses, differentiable=True, samples=self.max_samples)
+            return self._loss_kernel(outputs, losses, graph, differentiable=True, samples=self.max_samples)
         wants_targets = self._head["output"] == "target" or callable(self._head["output"])
         targets = arguments[0] if arguments and wants_targets else None
-        model = _backend.evaluated(outputs, self._models, samples=self.max_samples, **self._graph)
+        model = _backend.evaluated(outputs, self._models, samples=self.max_samples, **graph)
         kernel: torch.Tensor = mgs.kernel(
             model, outputs.detach(), targets, seed=self._calls, parameters=self._chosen, differentiable=True, **self._head
         )
         return kernel
 
     def _loss_kernel(
-        self, outputs: torch.Tensor, losses: torch.Tensor, *, differentiable: bool = False, samples: int | None = None
+        self,
+        outputs: torch.Tensor,
+        losses: torch.Tensor,
+        graph: dict[str, Any],
+        *,
+        differentiable: bool = False,
+        samples: int | None = None,
     ) -> torch.Tensor:
-        model = _backend.evaluated(outputs, self._models, samples=samples, **self._graph)
+        model = _backend.evaluated(outputs, self._models, samples=samples, **graph)
         kernel: torch.Tensor = mgs.kernel(
             model, outputs.detach(), output=lambda *_: losses, parameters=self._chosen, differentiable=differentiable
         )
         return kernel
 
     def _agreement(
-        self, outputs: torch.Tensor, losses: torch.Tensor, *, reuse: bool
+        self, outputs: torch.Tensor, losses: torch.Tensor, graph: dict[str, Any], *, reuse: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
         """Return the kernel to weight by, and, where the same statistics give the gradient, what attaches it to the value."""
-        model = _backend.evaluated(outputs, self._models, **self._graph)
+        model = _backend.evaluated(outputs, self._models, **graph)
         found = _backend.kernel_and_gradient(model, losses, self._chosen) if reuse else None
         if found is None:
-            return self._loss_kernel(outputs, losses), None
+            return self._loss_kernel(outputs, losses, graph), None
         kernel, gradient = found
 
         def attach(value: torch.Tensor) -> torch.Tensor:
@@ -295,21 +286,6 @@ class _Attach(torch.autograd.Function):
         if above[0].device.type != "cpu" or float(above[0]) != 1.0:
             torch._foreach_mul_(gradients, above[0])
         return (None, None, None, *gradients)
-
-
-def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any], str]:
-    """Return the criterion without reduction, and its reduction: "mean" (of some kind), "sum" or "none"."""
-    if hasattr(criterion, "reduction"):
-        unreduced: Any = copy.copy(criterion)
-        unreduced.reduction = "none"
-        return unreduced, str(criterion.reduction)
-    try:
-        argument = inspect.signature(criterion).parameters.get("reduction")
-    except ValueError:  # a function that does not say what it takes
-        argument = None
-    if argument is None:
-        return criterion, "none"
-    return partial(criterion, reduction="none"), str(argument.default)
 
 
 class MGSMonitor:

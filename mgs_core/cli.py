@@ -107,6 +107,11 @@ def measure(
     parts = names if len(names) > 1 else ["x"]
     labelled = "y" in arrays and "y" not in parts
     require(arrays, [*parts, "y"] if labelled else parts, data)
+    if labelled and len(arrays["y"]) != len(arrays[parts[0]]):
+        raise ArgumentError(
+            f"`y` must hold a label for each of the {len(arrays[parts[0]])} samples of `{parts[0]}`; got {len(arrays['y'])}. "
+            "Slice them alike."
+        )
     labels = arrays["y"][:samples] if labelled else None
     # other heads take labels of any kind, which only the summary reads
     heads = labels is not None and output in ("target", "loss")

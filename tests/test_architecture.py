@@ -25,6 +25,7 @@ ALLOWED_IN = {
     "backends/jax": {"jax", "numpy"},
     "backends/numpy": {"autograd", "numpy"},
     "backends/torch": {"torch"},
+    "adapters/_torch_criterion.py": {"torch"},
     "adapters/torch.py": {"torch"},
     "adapters/lightning.py": {"lightning"},
     "adapters/huggingface.py": {"torch", "transformers"},

@@ -36,7 +36,7 @@ from .plan import Plan, make_plan
 from .products import differentiated_once
 from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
-from .run import Configured, as_tensor, unwrap
+from .run import Configured, as_tensor, is_sharded, refuse_sharded, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
 
@@ -75,6 +75,8 @@ class TorchBackend:
             leaves = flatten(model.parameters)
         elif isinstance(model, torch.nn.Module | Configured):
             model = unwrap(model.model if isinstance(model, Configured) else model)
+            if any(map(is_sharded, model.modules())):
+                refuse_sharded()
             leaves = {name: value for name, value in model.named_parameters() if value.requires_grad}
         else:
             raise ArgumentError(
@@ -244,7 +246,7 @@ def _heads(heads: Any, n: int) -> torch.Tensor:
         got = f"{tuple(heads.shape)} heads" if isinstance(heads, torch.Tensor) else type(heads).__name__
         raise ArgumentError(
             f"`model` must return outputs of shape (n, c) with n = {n}, or `output` reduce them so; got {got}. "
-            "Keep the samples first and flatten the outputs of each."
+            "Keep the samples first and flatten the outputs of each, as `transform=lambda f: f.reshape(len(f), -1)`."
         )
     if heads.is_complex():
         raise ArgumentError(

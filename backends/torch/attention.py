@@ -12,6 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointError
+
+from mgs_core._errors import UnsupportedModelError
 
 from .products import differentiated_once, full_precision
 
@@ -34,7 +37,13 @@ def replace_attention(node: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ..
     """
     if outputs[0] is None:
         return inputs
-    arguments = (node._saved_query, node._saved_key, node._saved_value)
+    try:
+        arguments = (node._saved_query, node._saved_key, node._saved_value)
+    except CheckpointError as error:
+        raise UnsupportedModelError(
+            "`model` must be twice differentiable for a penalty; got fused attention that is checkpointed, which is not. Choose "
+            'another attention in the model, as `attn_implementation="eager"` of transformers, or do not checkpoint it.'
+        ) from error
     values = [x if value is None else value.detach() for x, value in zip(arguments, inputs, strict=True)]
     function: Any = _Attended.apply
     found = function(outputs[0], *arguments, node, *values)

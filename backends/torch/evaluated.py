@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._known import Known
+from mgs_core._tree import flatten
 
 from .graph import operation
 from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
-from .run import BatchNorm, unwrap
+from .run import BatchNorm, is_sharded, refuse_sharded, unwrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +64,15 @@ class Models:
         return Models, tuple(self)
 
 
-def evaluated(outputs: torch.Tensor, models: Iterable[torch.nn.Module] | None = None, **options: Any) -> Evaluated:
+def evaluated(
+    outputs: torch.Tensor, models: Iterable[torch.nn.Module] | None = None, others: Any = (), **options: Any
+) -> Evaluated:
     """Return outputs in place of the model that made them.
 
     Args:
         outputs: with their graph.
         models: give names to the parameters, and leave out those that are not their own; without them they are numbered.
+        others: a tree of what else the losses are made of; tensors in it may be outputs of the model too.
         **options: `batch_norm`, `samples` and `plans` of `Evaluated`.
 
     Returns:
@@ -80,19 +85,25 @@ def evaluated(outputs: torch.Tensor, models: Iterable[torch.nn.Module] | None = 
     if not isinstance(outputs, torch.Tensor) or outputs.grad_fn is None:
         raise ArgumentError(
             "`outputs` must be a tensor that the model made with gradients enabled; got one without a graph. "
-            "Pass the model's outputs themselves, not detached."
+            "Pass the outputs themselves, not detached, of a model that is not wholly frozen."
         )
-    parallel = (node.ddp_weakref() for node in _nodes(outputs) if hasattr(node, "ddp_weakref"))
+    found = [outputs, *(leaf for leaf in flatten(others).values() if isinstance(leaf, torch.Tensor) and leaf.requires_grad)]
+    nodes = _nodes(*found)
+    leaves = [node.variable for node in reversed(nodes) if hasattr(node, "variable")]
+    owners = [getattr(hook, "__self__", None) for tensor in found for hook in (tensor._backward_hooks or {}).values()]
+    owners.extend(module for model in models or () for module in model.modules())
+    if any(map(is_sharded, owners)) or any(hasattr(leaf, "_is_flat_param") for leaf in leaves):
+        refuse_sharded()
+    parallel = (node.ddp_weakref() for node in nodes if hasattr(node, "ddp_weakref"))
     if any(module is not None and module.static_graph for module in parallel):
         raise UnsupportedModelError(  # it would average the gradients in that pass, and never those of the loss
             "`static_graph` must be False in DistributedDataParallel, which takes the kernel's backward pass for that of the "
             "loss; got True. Leave it out."
         )
-    leaves = [node.variable for node in reversed(_nodes(outputs)) if hasattr(node, "variable")]
     parameters: dict[str, torch.Tensor]
     if models is None:
-        found = (leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter))  # others are data
-        parameters = {f"parameter {number}": value for number, value in enumerate(found)}
+        own = (leaf for leaf in leaves if isinstance(leaf, torch.nn.Parameter))  # others are data
+        parameters = {f"parameter {number}": value for number, value in enumerate(own)}
     else:
         names = {id(value): name for model in models for name, value in unwrap(model).named_parameters()}
         parameters = {names[id(value)]: value for value in leaves if id(value) in names}
@@ -125,8 +136,8 @@ def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     return True
 
 
-def _nodes(outputs: torch.Tensor) -> list[Any]:
-    nodes: list[Any] = [outputs.grad_fn]
+def _nodes(*outputs: torch.Tensor) -> list[Any]:
+    nodes: list[Any] = list(dict.fromkeys(get_gradient_edge(tensor).node for tensor in outputs))
     seen = set(nodes)
     for node in nodes:
         for child, _ in node.next_functions:

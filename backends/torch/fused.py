@@ -14,6 +14,7 @@ from mgs_core._errors import UnsupportedModelError
 from .attention import FUSED_ATTENTION
 from .graph import Graph
 
+_HEAD = 'Penalise another head than the losses, or use `weighting="agreement"`.'
 _CONTEXT = "Run the model within `mgs_core.adapters.torch.twice_differentiable()`."
 # beginning of an operation's name → (what it is, remedy)
 _ONCE = {
@@ -23,8 +24,18 @@ _ONCE = {
     "MkldnnRnnLayer": ("a fused recurrent layer", _CONTEXT),
     "CudnnRnn": ("a fused recurrent layer", _CONTEXT),
     "MiopenRnn": ("a fused recurrent layer", _CONTEXT),
-    "Python CompiledFunction": ("a model compiled by torch.compile", "Use the model as it was before, `model._orig_mod`."),
+    "Python CompiledFunction": (
+        "a model compiled by torch.compile",
+        "Use the model as it was before, `model._orig_mod`, and compile no step around it.",
+    ),
     "EmbeddingBag": ("an embedding bag that takes the maximum", 'Use `mode="sum"` or "mean".'),
+    "Cdist": ("torch.cdist", 'Pass `compute_mode="use_mm_for_euclid_dist"`, or take norms of differences.'),
+    "Pdist": ("torch.pdist", "Take norms of differences."),
+    "SegmentReduce": ("torch.segment_reduce", "Use `scatter_reduce`."),
+    "CtcLoss": ("the CTC loss", _HEAD),
+    "CudnnCtcLoss": ("the CTC loss", _HEAD),
+    "MultiMarginLoss": ("the multi-margin loss", _HEAD),
+    "MultilabelMarginLoss": ("the multi-label margin loss", _HEAD),
 }
 
 

@@ -24,6 +24,7 @@ Edge: TypeAlias = tuple[int, int]
 # they run parameters that the graph does not show
 _OPAQUE = {
     "Python CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`",
+    "Python RegisterPostBackwardFunction": "parameters that fully_shard shards; use DistributedDataParallel",
     "DifferentiableGraph": "operations fused by torch.jit.script; use the module that was scripted, or trace it",
 }
 

@@ -253,9 +253,14 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     names = [name for edge in slots.values() for name in sources(graph, edge)]
     mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
     gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
-    where = "batch normalisation in training mode" if mixing else "statistics over the batch, or outputs flat over positions"
-    where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
+    if mixing:
+        where, remedy = "batch normalisation in training mode", ""
+        where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
+    else:
+        where = "statistics over the batch, outputs flat over positions, or a loss that compares samples"
+        remedy = 'Penalise another head than such a loss, as `output="trace"`. Else use '
     return SamplesInteractError(
         f"`model` must treat each sample by itself; got samples that interact after parameter {names[0]!r} ({where}). "
-        'Use `model.eval()`, `batch_norm="frozen"` or another normalisation, or leave these parameters out by `parameters=`.'
+        f'{remedy or "Use "}`model.eval()`, `batch_norm="frozen"` or another normalisation, or leave these parameters out by '
+        "`parameters=`."
     )

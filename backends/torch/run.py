@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._tree import flatten, unflatten
 
 from .namespace import namespace
@@ -95,6 +95,19 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
         if not isinstance(below, torch.nn.Module):
             return module
         module = below
+
+
+def is_sharded(owner: object) -> bool:
+    """Return whether this is a module, or what its hooks belong to, of either form of FSDP; told without its import."""
+    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(owner).__mro__)
+
+
+def refuse_sharded() -> NoReturn:
+    """Refuse parameters that are not there between two layers."""
+    raise UnsupportedModelError(
+        "`model` must hold its parameters whole; got one whose parameters FSDP shards, and frees during a backward pass. "
+        "Use DistributedDataParallel."
+    )
 
 
 def as_tensor(outputs: Any) -> torch.Tensor:

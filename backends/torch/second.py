@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointError
 
 from .attention import FUSED_ATTENTION, replace_attention
 from .graph import operation
@@ -56,7 +57,10 @@ def _replace(node: Any, replacement: _Replacement, inputs: tuple[Any, ...], outp
     with_statistics = any(gradient is not None for gradient in outputs[1:])
     if inputs[0] is None or outputs[0] is None or not outputs[0].numel() or with_statistics or outputs[0].is_complex():
         return inputs
-    return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
+    try:
+        return (replacement(node, outputs[0], inputs[0].detach()), *inputs[1:])
+    except CheckpointError:  # which gives what the node keeps once in a backward pass, and gave it to the node
+        return inputs
 
 
 class _Linear(torch.autograd.Function):
@@ -167,6 +171,9 @@ def _of_convolution(node: Any, above: torch.Tensor, value: torch.Tensor) -> torc
 
 
 _REPLACEMENTS: dict[str, _Replacement] = {
+    "Hardsigmoid": lambda node, above, value: _apply(  # PyTorch has none
+        _Linear, above, node._saved_self, value, torch.ops.aten.hardsigmoid_backward
+    ),
     "Relu": lambda node, above, value: _apply(_Linear, above, node._saved_result, value, _masked),
     "MaxPool2DWithIndices": lambda node, above, value: _apply(_Linear, above, node._saved_result1, value, _pooled),
     "Convolution": _of_convolution,

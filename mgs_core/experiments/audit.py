@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,7 +166,7 @@ def _start(model: Any, backend: str, x: Array, classes: int, seed: int, number: 
     """Return the network of this number before its training."""
     if isinstance(model, FunctionalModel):
         return model
-    if model in MODELS:
+    if model in MODELS or (isinstance(model, str) and not Path(model).suffix and not Path(model).exists()):
         model = build(model, x.shape[1:], classes, seed=[seed, number] if number else seed).plain
     return onnx.load(model, backend=backend)
 
@@ -242,7 +243,10 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
     x, y = np.asarray(inputs), np.asarray(labels)
     real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
     if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
-        raise ArgumentError(f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}.")
+        remedy = "Convert them to numbers" if not real else "Give each sample an axis: x[:, None]" if x.ndim == 1 else "Pass more"
+        raise ArgumentError(
+            f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}. {remedy}."
+        )
     if not np.all(np.isfinite(x)):
         raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
@@ -251,6 +255,8 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
             f"{', ' + str(np.unique(y)[:5].tolist()) if y.size else ''}. "
             f"{_remedy(x, y)}"
         )
+    if np.all(x == x[:1]):
+        raise ArgumentError(f"`inputs` must differ between samples; got {len(x)} equal ones, which say nothing about labels.")
     classes = count_classes(y, "labels")
     scaled, _, _ = scale(x)
     return scaled, y.astype(np.int64), classes

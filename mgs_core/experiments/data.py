@@ -203,7 +203,10 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim < 2 or not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or np.iscomplexobj(x):
-            raise ArgumentError(f"`x_{part}` must be real numbers of shape (n, …); got dtype {x.dtype}, shape {x.shape}.")
+            raise ArgumentError(
+                f"`x_{part}` must be real numbers of shape (n, …); got dtype {x.dtype}, shape {x.shape}. "
+                f"{f'Give each sample an axis: x_{part}[:, None]' if x.ndim == 1 else 'Convert them to numbers'}."
+            )
         if not np.all(np.isfinite(x)):
             raise ArgumentError(f"`x_{part}` must be finite; got NaN or infinity. Clean the data first.")
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):

@@ -50,7 +50,10 @@ def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[
     if model not in _WIRED:
         raise ArgumentError(f"`model` must be one of {', '.join(MODELS)}, or the path of an .onnx file; got {model!r}.")
     if model == "cnn" and (len(shape) not in (2, 3) or min(shape[-2:]) < 4):
-        raise ArgumentError(f"`model` must be mlp for samples that are no images of at least 4×4; got cnn for {shape}.")
+        raise ArgumentError(
+            f"`model` must be mlp for samples that are no images of at least 4×4; got cnn for {shape}. "
+            "Images are (height, width) or (channels, height, width): numpy.moveaxis(x, -1, 1) puts the channels there."
+        )
     plain, masked = (_Graph(np.random.default_rng(seed), with_masks) for with_masks in (False, True))  # of the same weights
     for graph in (plain, masked):
         _WIRED[model](graph, shape, classes)

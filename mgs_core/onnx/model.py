@@ -133,7 +133,13 @@ def load(
         chosen = trained(graph, nodes)
     else:
         floats = [name for name, value in graph.initializers.items() if _is_float(value.dtype)]
-        chosen = [name for name in select(floats, parameters) if name in used]
+        picked = select(floats, parameters)
+        chosen = [name for name in picked if name in used]
+        if chosen != picked and not callable(parameters):
+            raise ArgumentError(
+                f"`parameters` must name initialisers on which the output depends; got {sorted({*picked} - {*chosen})}, "
+                "on which it does not. Leave them out, or choose another `output`."
+            )
     if not chosen:
         raise ArgumentError(
             "`model` must have trained parameters: floating-point initialisers on which the output depends; got none. "

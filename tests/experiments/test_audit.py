@@ -144,16 +144,21 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
     np.testing.assert_allclose(moved.scores, plain.scores, atol=0.01)
 
 
-def test_equal_samples_are_all_as_suspicious():
-    found = mgs.audit(np.ones((20, 3)), np.arange(20) % 2, epochs=1)
-    np.testing.assert_allclose(found.weights, 1.0)
-
-
 @pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mgs.audit(np.zeros(5), np.arange(5)), "`inputs` must be real numbers of shape"),
+        (
+            lambda: mgs.audit(np.zeros(5), np.arange(5)),
+            r"`inputs` must be real numbers of shape.*Give each sample an axis: x\[:, None",
+        ),
+        (lambda: mgs.audit(np.ones((5, 2), "<U1"), np.arange(5)), "got dtype <U1.*Convert them to numbers"),
+        (lambda: mgs.audit(np.ones((9, 1)) * [1, 2], np.arange(9) % 2), "`inputs` must differ between samples; got 9 equal ones"),
+        (
+            lambda: mgs.audit(IMAGES, LABELS, model="resnet"),
+            r"`model` must be one of mlp, cnn, or the path of an .onnx file; got 'res",
+        ),
+        (lambda: mgs.audit(np.arange(96.0).reshape(2, 4, 4, 3), [0, 1], model="cnn"), r"numpy.moveaxis\(x, -1, 1\) puts"),
         (lambda: mgs.audit(np.full((5, 2), np.nan), np.arange(5)), "`inputs` must be finite"),
         (lambda: mgs.audit(np.zeros((5, 2)), np.arange(4)), r"`labels` must be integers from 0.*shape \(5,\)"),
         (lambda: mgs.audit(np.zeros((5, 2)), np.zeros(5, int)), "of at least 2 classes"),

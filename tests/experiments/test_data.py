@@ -123,8 +123,8 @@ def test_mnist_is_fetched_or_its_absence_explained(monkeypatch):
     [
         ({"x_test": None}, "`source` must hold x_train, y_train, x_test, y_test; .* lacks x_test"),
         ({"y_train": np.array([{}] * 12)}, "Pickled objects are refused"),
-        ({"x_train": np.array(["a"] * 12).reshape(12, 1)}, "`x_train` must be real numbers"),
-        ({"x_train": np.zeros(12)}, "`x_train` must be real numbers of shape"),
+        ({"x_train": np.array(["a"] * 12).reshape(12, 1)}, "`x_train` must be real numbers.*Convert them to numbers"),
+        ({"x_train": np.zeros(12)}, r"`x_train` must be real numbers of shape.*Give each sample an axis: x_train\[:, None\]"),
         ({"x_train": np.full((12, 2, 2), np.nan)}, "`x_train` must be finite"),
         ({"x_train": np.zeros((12, 3))}, r"samples of one shape; got \(3,\) and \(2, 2\)"),
         ({"y_train": np.zeros(12)}, "`y_train` must be integers"),

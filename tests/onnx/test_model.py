@@ -93,6 +93,15 @@ def test_a_parameter_is_found_through_views_and_not_where_constants_stand():
     np.testing.assert_allclose(mgs.kernel(loaded, x), gradients @ gradients.T, rtol=1e-6)
 
 
+def test_named_parameters_that_move_nothing_are_refused():
+    proto = model([node("MatMul", ["x", "w"], ["y"]), node("MatMul", ["x", "v"], ["z"])], {"w": draw(4, 2), "v": draw(4, 2)})
+    with pytest.raises(
+        mgs.ArgumentError, match=r"must name initialisers on which the output depends; got \['v'\], on which it does"
+    ):
+        mgs.onnx.load(proto, parameters=["w", "v"])
+    assert list(mgs.onnx.load(proto, parameters=lambda name: True).parameters) == ["w"]
+
+
 def tied() -> onnx.ModelProto:
     table = draw(5, 3)
     return model(

@@ -72,5 +72,30 @@ def test_a_static_graph_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("form", ["module", "layer", "first", "flat"])
+def test_sharded_parameters_are_refused(tmp_path, form):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        (x, y), model, change = batch(), build(), lambda outputs: outputs
+        if form == "first":
+            with pytest.warns(UserWarning, match="FSDP is switching to use `NO_SHARD`"):  # of one process
+                model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        else:
+            mesh = init_device_mesh("cpu", (1,))
+            fully_shard(model[2] if form == "layer" else model, mesh=mesh)
+            if form == "flat":  # the outputs bear no hook
+                change = torch.clone
+        loss = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement", model=model if form == "flat" else None)
+        with pytest.raises(mgs.UnsupportedModelError, match=r"FSDP shards.*Use DistributedDataParallel|fully_shard shards"):
+            loss(change(model(x)), y)
+        with pytest.raises(mgs.UnsupportedModelError, match="`model` must hold its parameters whole"):
+            mgs.kernel(model, x)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -130,12 +130,17 @@ def test_trainer_takes_a_language_model_and_accumulates(tmp_path):
     torch.testing.assert_close(moved["accumulated"], moved["whole"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.wrong_types
 def test_losses_of_the_trainers_own_and_missing_labels_are_refused(tmp_path):
     criterion = MGSLoss(torch.nn.CrossEntropyLoss())
     for options, keywords in (({"label_smoothing_factor": 0.1}, {}), ({}, {"compute_loss_func": classify})):
         with pytest.raises(mgs.ArgumentError, match="`label_smoothing_factor` and `compute_loss_func` must be left out"):
             PenalisedTrainer(bert(), arguments(tmp_path, **options), mgs_loss=criterion, **keywords)
+    with pytest.raises(mgs.ArgumentError, match="`mgs_loss` must be an MGSLoss; got CrossEntropyLoss"):
+        PenalisedTrainer(bert(), arguments(tmp_path), mgs_loss=torch.nn.CrossEntropyLoss())
     trainer = PenalisedTrainer(bert(), arguments(tmp_path), mgs_loss=criterion)
+    with pytest.raises(mgs.ArgumentError, match='`unit` must be "step" or "epoch"; got \'steps\''):
+        MGSCallback(trainer, words(), unit="steps")
     with pytest.raises(mgs.ArgumentError, match=r"`inputs` must have labels for `mgs_loss`; got \['input_ids'\]"):
         trainer.compute_loss(bert(), {"input_ids": words()["input_ids"]})
 

@@ -69,3 +69,19 @@ def test_probe_has_the_precision_of_the_trainer(tmp_path, precision):
     )
     trainer.fit(module, loader)
     assert len(callback.monitor.history) == 2
+
+
+def test_micro_batches_before_the_first_step_are_not_measured(tmp_path):
+    x, y = torch.randn(16, 5), torch.arange(16) % 3
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    callback = MGSCallback(x, every=1, output="sum")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"max_epochs": 1, "accelerator": "cpu", "accumulate_grad_batches": 2, "default_root_dir": tmp_path}
+    lightning.Trainer(callbacks=[callback], **options, **quiet).fit(Module(), loader)
+    assert [record["step"] for record in callback.monitor.history] == [1, 2]
+
+
+@pytest.mark.wrong_types
+def test_an_unknown_unit_is_refused():
+    with pytest.raises(mgs.ArgumentError, match='`unit` must be "step" or "epoch"; got \'steps\''):
+        MGSCallback(torch.ones(2, 4), unit="steps")
