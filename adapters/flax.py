@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -144,16 +145,26 @@ class _Regularized:
         key, rest = key_of(rest) if self.output == "random" and "seed" not in self.options else (None, rest)
         if step is None:
             return self._penalised(params, batch, rest, key)
-        value, parts = jax.lax.cond(
-            jnp.asarray(step) % self.every == 0,
-            lambda: self._penalised(params, batch, rest, key),
-            lambda: self._skipped(params, batch, rest),
-        )
+
+        def penalised() -> tuple[Any, Parts]:
+            value, parts = self._penalised(params, batch, rest, key)
+            return value, parts._replace(kernel=parts.kernel.astype(_wide(value)))  # both branches must give one type
+
+        value, parts = jax.lax.cond(jnp.asarray(step) % self.every == 0, penalised, lambda: self._skipped(params, batch, rest))
         return value, parts
 
     def _loss(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Any]:
-        result = self.loss_fn(params, batch, *rest)
-        return result if isinstance(result, tuple) else (result, None)
+        with _backend.noting("loss_fn", batch):
+            result = self.loss_fn(params, batch, *rest)
+        value, *aux = result if isinstance(result, tuple) and result else (result, None)
+        shape = getattr(value, "shape", () if isinstance(value, float) else None)
+        if len(aux) != 1 or shape is None or prod(shape) != 1:
+            got = type(value).__name__ if shape is None else f"shape {shape}"
+            raise ArgumentError(
+                "`loss_fn` must return a scalar, the mean over the samples, or (scalar, aux); "
+                f"got {got if len(aux) == 1 else f'{len(result)} values'}. Take the mean, and put all else into aux."
+            )
+        return jnp.reshape(value, ()), aux[0]
 
     def _one_pass(
         self, params: Any, batch: Any, rest: tuple[Any, ...], parameters: Any, *, differentiable: bool
@@ -162,12 +173,8 @@ class _Regularized:
         more: list[bool] = []
 
         def loss(params: Any, batch: Any) -> Any:
-            with _backend.noting("loss_fn", batch):
-                value, aux = self._loss(params, batch, rest)
+            value, aux = self._loss(params, batch, rest)
             more.append(aux is not None)
-            if value is None or jnp.size(value) != 1:
-                got = "None" if value is None else f"shape {jnp.shape(value)}"
-                raise ArgumentError(f"`loss_fn` must return a scalar, the mean over the samples; got {got}. Take the mean.")
             return jnp.reshape(value, (1, 1))
 
         head = make_head("sum", "identity", None, 1, 0, None).function
@@ -221,7 +228,7 @@ class _Regularized:
     def _skipped(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
         value, aux = self._loss(params, batch, rest)
         m = min(_count(batch), self.samples or _count(batch))
-        matrix = jnp.zeros((m, m), jnp.promote_types(value.dtype, jnp.float32))
+        matrix = jnp.zeros((m, m), _wide(value))
         return value, Parts(value, jnp.zeros_like(value), matrix, None, aux)
 
 
@@ -280,6 +287,11 @@ class MGSMonitor:
         """
         self._step += 1
         if isinstance(self._model, nnx.Module):
+            if variables is not None:
+                raise ArgumentError(
+                    f"`variables` must be None for an nnx module, which holds its own; got {type(variables).__name__}. Update "
+                    "the module by nnx.update, or give MGSMonitor the function `lambda module, inputs: module(inputs)`."
+                )
             model = self._model
         elif isinstance(self._model, linen.Module):
             model = linen_model(self._model, variables)
@@ -331,6 +343,10 @@ def _probed(transform: Any, probes: int, key: Any) -> Callable[[Any], Any]:
     return probed
 
 
+def _wide(value: Any) -> Any:
+    return jnp.promote_types(value.dtype, jnp.float32)
+
+
 def _count(batch: Any) -> int:
     return len(jax.tree.leaves(batch)[0])
 
@@ -340,7 +356,7 @@ def _weights(matrix: Any, losses: Any) -> Any:
 
 
 def _attach(value: Any, parameters: dict[str, Any], gradient: dict[str, Any]) -> Any:
-    """Return the value, with the given gradient in the parameters."""
+    """Return the value, with the given gradient in the parameters; that in all else is the value's own."""
     names = [name for name in parameters if name in gradient]
     known = [jnp.reshape(gradient[name], parameters[name].shape).astype(parameters[name].dtype) for name in names]
     return _value_with_gradient(value, [parameters[name] for name in names], known)
@@ -353,9 +369,9 @@ def _value_with_gradient(value: Any, parameters: list[Any], gradient: list[Any])
 
 @_value_with_gradient.defjvp  # type: ignore[untyped-decorator]  # jax is not followed
 def _value_with_gradient_tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    (value, parameters, gradient), (_, moves, _) = primals, tangents
+    (value, parameters, gradient), (change, moves, _) = primals, tangents
     gradient = _once(gradient, parameters)
-    return value, sum((jnp.vdot(g, move) for g, move in zip(gradient, moves, strict=True)), jnp.zeros_like(value))
+    return value, sum((jnp.vdot(g, move).astype(change.dtype) for g, move in zip(gradient, moves, strict=True)), change)
 
 
 @jax.custom_jvp  # type: ignore[untyped-decorator]  # jax is not followed

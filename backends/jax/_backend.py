@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._layout import refuse_infinite
@@ -108,14 +109,16 @@ class JaxBackend:
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
         slices = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in samples]
         traced, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
+        _refuse_mapped(traced, samples)
         jaxpr = squeezed(traced)
         key = fingerprint(jaxpr.jaxpr)
         program = program_for(key, jaxpr, list(leaves), chosen, differentiable)
         if n > 1:
             refuse_interaction(key, batch, jaxpr, list(leaves.values()), samples)
-        given = (leaves, samples, jaxpr.consts)
+        if not differentiable:  # the heads still move with the samples and with what the function closes over
+            leaves = jax.tree.map(jax.lax.stop_gradient, leaves)
         try:
-            values, found = program.run(*(given if differentiable else jax.tree.map(jax.lax.stop_gradient, given)))
+            values, found = program.run(leaves, samples, jaxpr.consts)
         except ValueError as error:
             if "Reverse-mode differentiation" not in str(error):
                 raise
@@ -123,6 +126,8 @@ class JaxBackend:
                 "`model` must be differentiable in reverse mode; got a while loop between a parameter and the outputs. "
                 "Use jax.lax.scan, or jax.lax.fori_loop with a fixed number of steps."
             ) from error
+        if not differentiable:
+            found = jax.tree.map(jax.lax.stop_gradient, found)
         heads, *rest = jax.tree.unflatten(jax.tree.structure(returned), values)
         statistics = program.statistics(found) or [Rows(chosen[0], jnp.zeros((*heads.shape, 1), leaves[chosen[0]].dtype))]
         return heads, rest[0] if outputs else None, statistics
@@ -144,6 +149,24 @@ class JaxBackend:
         """Return the function compiled."""
         compiled: Callable[..., Any] = jax.jit(function)
         return compiled
+
+
+def _refuse_mapped(traced: ClosedJaxpr, samples: list[Array]) -> None:
+    """Refuse what ties a sample to the devices, or copies, of a map around the call."""
+    axes = sorted({str(effect.name) for effect in traced.effects if type(effect).__name__ == "NamedAxisEffect"})
+    if axes:
+        raise UnsupportedModelError(
+            "`model`, or `loss_fn`, must not use the axis of a map around it, which ties samples to those of other devices; got "
+            f"`pmean`, `axis_index` or the like over {', '.join(axes)}. Take `pmean` of the loss and the gradient that come out."
+        )
+    for kind in map(jax.typeof, samples):
+        kind = getattr(kind, "manual_axis_type", kind)  # which JAX 0.10 made of what was an attribute
+        varying = ", ".join(sorted(map(str, getattr(kind, "varying", getattr(kind, "vma", ())))))
+        if varying:
+            raise UnsupportedModelError(
+                "`jax.shard_map` must be called with check_vma=False around kernels and penalties; got a check of axis "
+                f"{varying}. Or leave it out, for `jax.jit` takes sharded batches."
+            )
 
 
 backend = JaxBackend()

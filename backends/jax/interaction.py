@@ -10,6 +10,7 @@ values decide, and samples are compared at each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -162,6 +163,10 @@ def _made_up(like: Array | jax.ShapeDtypeStruct, draw: np.random.Generator, *, s
             width = 1 if sample else np.prod(shape[:-1])
             return _array(draw.normal(size=shape) / np.sqrt(max(width, 1)), dtype)
         return _array(draw.uniform(0.5, 1.5, size=shape), dtype)  # gains, variances
+    if sample and (length := prod(shape[1:])):  # perhaps a mask: samples must not have alike numbers of ones by chance
+        few = shape[0]
+        ones = np.arange(few) % 2 if length == 1 else 1 + (length - 1) * np.arange(few) // max(few - 1, 1)
+        return _array(np.reshape(draw.permuted(np.arange(length) < ones[:, None], axis=1), shape), dtype)
     return _array(draw.integers(0, 2, size=shape), dtype)
 
 

@@ -19,7 +19,7 @@ from mgs_core.functional import FunctionalModel
 
 
 def functional(model: Any) -> FunctionalModel:
-    """Return a functional model as it is, and an `flax.nnx` module as the function that applies it.
+    """Return a functional model, of an nnx module too, and an `flax.nnx` module as the function that applies it.
 
     Args:
         model: a FunctionalModel or an nnx.Module.
@@ -31,7 +31,7 @@ def functional(model: Any) -> FunctionalModel:
         ArgumentError: when it is neither.
     """
     if isinstance(model, FunctionalModel):
-        return model
+        return pure(model.function, model.parameters)
     if not _is_module(model):
         raise ArgumentError(
             f"`model` must be a FunctionalModel or a flax.nnx.Module for the JAX backend; got {type(model).__name__}. "

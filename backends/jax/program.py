@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mgs_core._known import Recent
 from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array
 
+from .equations import loses_rules
 from .execute import Parameterised, execute
 from .plan import DATA, Plan, Site, make_plan, undifferentiated
 from .views import View
@@ -92,7 +93,7 @@ def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str], d
     origins = [View(name) if name in chosen else None for name in names]
     plan = make_plan(whole, [*[None] * len(jaxpr.constvars), *origins, *[DATA] * (len(jaxpr.invars) - len(names))])
     plan = plan if differentiable else undifferentiated(plan)
-    heads = jaxpr.outvars[0].aval
+    heads, by_itself = jaxpr.outvars[0].aval, jaxpr_as_fun(ClosedJaxpr(whole, ())) if loses_rules(whole) else None
 
     def one(parameters: dict[str, Array], sample: list[Array], constants: list[Array]) -> Any:
         def head(taps: list[Array], epsilon: dict[str, Array]) -> tuple[Array, Any]:
@@ -104,6 +105,8 @@ def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str], d
         taps = [jnp.zeros((*(length for length, _ in site.loops), *site.tap.shape), site.tap.dtype) for site in plan.sites]
         epsilon = {name: jnp.zeros_like(parameters[name]) for name in names if name in plan.rooted}
         outputs, pull, (others, records) = jax.vjp(head, taps, epsilon, has_aux=True)
+        if by_itself is not None:
+            outputs, *others = by_itself(*constants, *(parameters[n] for n in names), *sample)
         if heads.shape[0] == 1:
             gradients, rows = jax.tree.map(lambda leaf: leaf[None], pull(jnp.ones_like(outputs)))
         else:

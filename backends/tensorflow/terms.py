@@ -53,7 +53,7 @@ def follow(op: Any, terms: dict[str, list[Term]]) -> list[list[Term]] | None:
     shape = op.outputs[0].shape if op.outputs else None
     if shape is None or not shape.is_fully_defined():
         return None
-    if op.type in ("Identity", "Cast"):
+    if op.type == "Identity" or (op.type == "Cast" and op.outputs[0].dtype.is_floating):  # of complex numbers there are rows
         return [terms[op.inputs[0].name]]
     if op.type == "StopGradient":
         return [[]]

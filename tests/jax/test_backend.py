@@ -89,6 +89,28 @@ def test_a_convolution_without_space_is_a_dense_layer():
     close(mgs.kernel(model, x), 4.0 * x @ x.T)
 
 
+def test_real_parameters_within_complex_numbers():
+    draw = np.random.default_rng(0).normal
+    p, x = {name: jnp.asarray(draw(size=(4, 4))) for name in "wv"}, jnp.asarray(draw(size=(3, 4)))
+
+    def function(p, x):
+        h = jnp.imag(1j * (x @ p["w"])) + jnp.imag(jax.lax.complex(x, jnp.sin(x)) @ p["w"])  # gradients of nothing but i
+        return jnp.abs(jnp.fft.fft(h * jnp.exp(1j * x @ p["v"])) @ (p["v"] + 1j * p["w"]))
+
+    def rows(p):
+        jacobian = jax.vmap(lambda x: jax.jacrev(lambda p: function(p, x[None])[0])(p))(x)
+        return jnp.concatenate([jnp.reshape(jacobian[name], (3, 4, -1)) for name in "wv"], -1)
+
+    def penalty(p):
+        return jnp.sum(jnp.sin(mgs.kernel(mgs.FunctionalModel(function, p), x, differentiable=True)))
+
+    close(mgs.kernel(mgs.FunctionalModel(function, p), x), jnp.einsum("akp,bkp->ab", rows(p), rows(p)))
+    expected = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(jnp.einsum("akp,bkp->ab", rows(p), rows(p))))))(p)
+    actual = jax.jit(jax.grad(penalty))(p)
+    for name in p:
+        np.testing.assert_allclose(actual[name], expected[name], atol=1e-9 * float(jnp.max(jnp.abs(expected[name]))))
+
+
 def test_outputs_come_from_the_same_pass(build):
     function, parameters, x = build("mlp")
     model, backend = mgs.FunctionalModel(function, parameters), mgs.get_backend("jax")

@@ -87,6 +87,61 @@ def test_agreement_weights_have_no_second_derivative_and_say_so(p, batch):
         jax.hessian(lambda p: weighted(p, batch)[0])(p)
 
 
+def test_agreement_weighted_loss_has_its_gradient_in_batch_and_rest_too(p, batch):
+    def loss(p, batch, factor):
+        return jnp.mean(factor * losses(p, batch))
+
+    weights = mgs.agreement_weights(kernel(p, batch))
+    weighted = regularized(loss, weighting="agreement")
+    actual = jax.jit(jax.grad(lambda *given: weighted(*given)[0], argnums=(0, 1, 2)))(p, batch, 1.0)
+    close(actual, jax.grad(lambda p, b, factor: jnp.mean(factor * weights * losses(p, b)), argnums=(0, 1, 2))(p, batch, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_losses_may_be_narrower_than_parameters(p, batch, dtype):
+    def loss(p, batch):
+        return jnp.mean(losses(p, batch).astype(dtype))
+
+    expected, tolerance = jax.grad(lambda p: loss_fn(p, batch)[0])(p), 4.0 * float(jnp.finfo(dtype).eps)
+    value, parts, gradient = evaluate(regularized(loss, weighting="agreement", parameters=["idle"]), {**p, "idle": p["b"]}, batch)
+    assert value.dtype == dtype
+    close({name: gradient[name] for name in p}, expected, tolerance)
+    for step in range(2):  # both branches give one type
+        _, parts, gradient = evaluate(regularized(loss, mgs.Penalty("trace", 0.0), every=2), p, batch, step)
+        assert parts.kernel.dtype == jnp.float32
+        close(gradient, expected, tolerance)
+
+
+@jax.custom_vjp
+def rounded(x):
+    return jnp.round(x)
+
+
+rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, gradient: (gradient,))
+
+
+@jax.custom_jvp
+def also_rounded(x):
+    return jnp.round(x)
+
+
+also_rounded.defjvp(lambda primals, tangents: (jnp.round(*primals), *tangents))
+
+
+@pytest.mark.parametrize("rounding", [rounded, also_rounded, lambda x: jax.lax.map(rounded, x)])
+def test_gradient_of_the_loss_minds_rules_of_their_own(p, batch, rounding):
+    def losses(p, batch):
+        return jnp.sum((rounding(outputs(p, batch)) - batch["y"]) ** 2, axis=1)
+
+    def loss(p, batch):
+        return jnp.mean(losses(p, batch))
+
+    nothing = mgs.Penalty("trace", 0.0)
+    close(evaluate(regularized(loss, nothing), p, batch)[2], jax.grad(loss)(p, batch))
+    _, parts, gradient = evaluate(regularized(loss, nothing, weighting="agreement"), p, batch)
+    close(gradient, jax.grad(lambda p: jnp.mean(parts.weights * losses(p, batch)))(p))
+
+
 def test_chosen_parameters_that_do_not_move_the_loss_leave_the_weights_alone(p, batch):
     value, parts, gradient = evaluate(
         regularized(loss_fn, weighting="agreement", parameters=["idle"]), {**p, "idle": jnp.ones(2)}, batch
@@ -189,9 +244,25 @@ def test_loss_that_is_no_mean_or_mixes_samples_is_refused(p, batch):
             jax.jit(regularized(function, PENALTY))(p, batch)
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 2)])
+@pytest.mark.parametrize("others", range(5))
+def test_means_over_what_a_mask_leaves_are_refused_whatever_is_made_up(p, batch, shape, others):
+    def masked(p, batch):
+        kept = jnp.reshape(batch["mask"], (len(batch["mask"]), -1))
+        return jnp.sum((batch["x"] @ p["w"])[:, :2] * kept) / jnp.maximum(jnp.sum(kept), 1)
+
+    p = {"w": p["w"], **{f"other {place}": jnp.ones(3) for place in range(others)}}  # which shift what is drawn
+    with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+        jax.jit(regularized(masked, PENALTY))(p, {**batch, "mask": jnp.ones(shape, bool)})
+
+
 def test_losses_and_batches_of_other_shapes_are_named(p, batch):
-    with pytest.raises(mgs.ArgumentError, match=r"`loss_fn` must return a scalar, the mean over the samples; got shape"):
+    with pytest.raises(mgs.ArgumentError, match=r"`loss_fn` must return a scalar, .*; got shape"):
         regularized(losses, PENALTY)(p, batch)
+    for wrong, got in (((1.0, 2, 3), "3 values"), ([1.0, 2], "list"), (None, "NoneType")):
+        for options in ({}, {"output": "sum", "outputs": outputs}):
+            with pytest.raises(mgs.ArgumentError, match=rf"`loss_fn` must return a scalar, .*, or \(scalar, aux\); got {got}"):
+                regularized(lambda p, b, wrong=wrong: wrong, PENALTY, **options)(p, batch)
     empty = jax.tree.map(lambda leaf: leaf[:0], batch)
     for bad in ({**batch, "temperature": jnp.ones(())}, {**batch, "x": batch["x"][:2]}, empty):
         with pytest.raises(mgs.ArgumentError, match="`batch` must hold arrays of one number of samples, at least 1"):
@@ -276,6 +347,46 @@ def test_monitor_measures_linen_nnx_and_functions(p, batch):
     assert monitor.history[0]["loss"] == 1.0
     monitor = MGSMonitor(nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0)), batch["x"].astype(jnp.float32))
     close(monitor.step().trace, float(2 * jnp.sum(batch["x"] ** 2)), 1e-6)
+
+
+class Frozen(nnx.Module):
+    def __init__(self):
+        self.dense = nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=float)
+        self.norm = nnx.BatchNorm(2, use_running_average=True, rngs=nnx.Rngs(0), param_dtype=float)
+
+    def __call__(self, x):
+        return self.norm(self.dense(x))
+
+
+def test_functions_of_nnx_modules_have_the_parameters_of_the_module_alone(batch):
+    module = Frozen()
+    expected = mgs.kernel(module, batch["x"])
+    close(mgs.kernel(mgs.FunctionalModel(lambda module, x: module(x), module), batch["x"]), expected)
+    monitor = MGSMonitor(lambda module, x: module(x), batch["x"])
+    close(monitor.step(module).trace, float(jnp.trace(expected)))
+    with pytest.raises(mgs.ArgumentError, match=r"`variables` must be None for an nnx module.*got Frozen. Update the module"):
+        MGSMonitor(module, batch["x"]).step(Frozen())
+
+
+def test_maps_over_devices_that_reach_into_the_loss_or_check_it_are_refused(p, batch):
+    def mapped(loss, check):
+        spec, mesh = jax.sharding.PartitionSpec, jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")
+
+        def step(p, batch):
+            return jax.lax.pmean(regularized(loss, PENALTY)(p, batch)[0], "devices")
+
+        return jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("devices")), out_specs=spec(), check_vma=check)
+
+    def reduced(p, batch):
+        return jax.lax.pmean(loss_fn(p, batch)[0], "devices")
+
+    for check in (False, True):
+        with pytest.raises(
+            mgs.UnsupportedModelError, match=r"must not use the axis of a map around it.*over devices. Take `pmean`"
+        ):
+            mapped(reduced, check)(p, batch)
+    with pytest.raises(mgs.UnsupportedModelError, match=r"check_vma=False.*got a check of axis devices. Or leave it out"):
+        mapped(loss_fn, True)(p, batch)
 
 
 @pytest.mark.filterwarnings("ignore:The kernel of the probe batch:RuntimeWarning")
