@@ -38,7 +38,9 @@ def _cells() -> dict[str, dict[str, Any]]:
     cells["mnist-pair-45"] = {**mnist, "noise": 0.45, "noise_kind": "pair"}
     for samples, epochs, batch in ((300, 40, 32), (100, 60, 16), (3000, 15, 64)):
         cells[f"mnist-clean-{samples}"] = {"noise": 0.0, "samples": samples, "epochs": epochs, "batch_size": batch}
-    cells["mnist-cnn-symmetric-60"] = {"model": "cnn", "backend": "torch", "samples": 500, "epochs": 20, "noise": 0.6}
+    cnn = {"model": "cnn", "backend": "torch", "samples": 500, "epochs": 20}
+    cells["mnist-cnn-symmetric-60"] = {**cnn, "noise": 0.6}
+    cells["mnist-cnn-pair-45"] = {**cnn, "noise": 0.45, "noise_kind": "pair"}
     cells["segment-symmetric-60"] = {"samples": 600, "epochs": 30, "noise": 0.6}
     cells["leaf-symmetric-40"] = {"epochs": 30, "noise": 0.4}
     cells["segment-pair-40"] = {"samples": 600, "epochs": 30, "noise": 0.4, "noise_kind": "pair"}
