@@ -62,7 +62,6 @@ def test_kernel_is_that_of_inference(between):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.usefixtures("float64")
 def test_running_statistics_are_constants_of_the_penalty():
     """Those that the step has moved: its gradient does not go through how they moved."""
 
@@ -88,6 +87,7 @@ def test_running_statistics_are_constants_of_the_penalty():
     assert sum(np.sum(g * d) for g, d in zip(descent, direction, strict=True)) == pytest.approx(slope(penalty, 1e-4), rel=1e-6)
 
 
+@pytest.mark.usefixtures("float64")
 def test_masked_positions_are_not_in_the_kernel():
     """Nor in the weights; what the model says there changes nothing."""
     ids, labels = RANDOM.integers(1, 9, (8, 5)), RANDOM.integers(0, 3, (8, 5))
