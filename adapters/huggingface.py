@@ -16,6 +16,7 @@ import transformers
 
 import mgs_core as mgs
 
+from ._callbacks import check_unit, figures
 from .torch import MGSLoss, MGSMonitor, twice_differentiable
 
 
@@ -54,8 +55,7 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
         Raises:
             ArgumentError: when the unit is neither.
         """
-        if unit not in ("step", "epoch"):
-            raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
+        check_unit(unit)
         device = trainer.args.device
         inputs, targets = (_to_device(part, device) for part in (inputs, targets))
         self.monitor = MGSMonitor(trainer.model, inputs, targets, **options)
@@ -73,8 +73,7 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
 
     def _measure(self, number: int) -> None:
         if self.monitor.step(number) is not None:
-            record = self.monitor.history[-1]
-            self._trainer.log({name: value for name, value in record.items() if name not in ("step", "seconds")})
+            self._trainer.log(figures(self.monitor.history[-1]))
 
 
 class MGSTrainerMixin:

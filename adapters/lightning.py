@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import lightning
 
-import mgs_core as mgs
-
+from ._callbacks import check_unit, figures
 from .torch import MGSMonitor
 
 
@@ -38,8 +37,7 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
         Raises:
             ArgumentError: when the unit is neither.
         """
-        if unit not in ("step", "epoch"):
-            raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
+        check_unit(unit)
         self.monitor: MGSMonitor | None = None
         self._batch, self._unit, self._options = (inputs, targets), unit, options
         self._last = 0
@@ -66,5 +64,4 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
 
     def _measure(self, module: lightning.LightningModule, number: int) -> None:
         if self.monitor is not None and self.monitor.step(number) is not None:
-            record = self.monitor.history[-1]
-            module.log_dict({name: value for name, value in record.items() if name not in ("step", "seconds")})
+            module.log_dict(figures(self.monitor.history[-1]))
