@@ -20,6 +20,7 @@ from mgs_core._tree import check_parameters, flatten, select, unflatten
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
+from .apart import apart
 from .inline import call
 from .namespace import namespace
 from .probe import find_layouts
@@ -63,15 +64,13 @@ class TensorFlowBackend:
         _refuse_infinite(inputs)
         found: list[LayerStatistics] = []
 
-        # a function of its own also within another: its gradient is right whatever the tape outside has seen
         def traced(given: dict[str, Array], batch: Any) -> list[dict[str, Array]]:
             # targets are captured, so that labels can be looked at
             found[:] = _statistics(scalars, chosen, (leaves, inputs, targets), n, given, batch, targets)
             return [_arrays(use) for use in found]
 
-        arguments = ({name: tf.convert_to_tensor(value) for name, value in values.items()}, inputs)
-        concrete = tf.function(traced, autograph=False).get_concrete_function(*arguments)  # a plain call would warn of retracing
-        return [replace(use, **values) for use, values in zip(found, concrete(*arguments), strict=True)]
+        arrays = apart(traced, {name: tf.convert_to_tensor(value) for name, value in values.items()}, inputs)
+        return [replace(use, **values) for use, values in zip(found, arrays, strict=True)]
 
     def value_and_gradient(self, function: Callable[..., Array]) -> Callable[..., tuple[Array, Tree]]:
         """Return a function that gives the value and the gradient in the first argument."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -129,6 +130,55 @@ def test_penalty_of_a_module_on_a_tape(mode):
 
     along = sum(np.sum(tf.convert_to_tensor(g) * d) for g, d in zip(found, directions, strict=True))
     assert along == pytest.approx(slope(at), rel=1e-6)
+
+
+def scanned(p, x):
+    """Scan over positions, for which rows are formed."""
+    steps = tf.scan(
+        lambda h, row: tf.tanh(h @ p["u"] + row @ p["v"]), tf.transpose(x, (1, 0, 2)), tf.zeros((x.shape[0], 3), x.dtype)
+    )
+    return steps[-1] @ p["w"]
+
+
+def attention(p, x):
+    h = x @ p["v"]
+    return tf.reduce_mean(tf.nn.softmax(h @ tf.transpose(h, (0, 2, 1))) @ h, axis=1) @ p["w"]
+
+
+@pytest.mark.parametrize("function", [scanned, attention])
+def test_xla_compiles_a_penalised_step_once_for_all_batches(function):
+    """What must be known to compile would be no parameter of the program. The gradient is that of the step without XLA."""
+    shapes = {"u": (3, 3), "v": (4, 3), "w": (3, 2)} if function is scanned else {"v": (4, 3), "w": (3, 2)}
+    parameters = {name: tf.constant(RANDOM.normal(size=shape)) for name, shape in shapes.items()}
+
+    def step(parameters, x):
+        return mgs.get_backend("tensorflow").value_and_gradient(
+            lambda p: mgs.Penalty("log_determinant")(mgs.kernel(mgs.FunctionalModel(function, p), x, differentiable=True))
+        )(parameters)
+
+    x = tf.constant(RANDOM.normal(size=(5, 2, 4)))
+    compiled = tf.function(step, jit_compile=True)
+    text = compiled.experimental_get_compiler_ir(parameters, x)(stage="hlo")
+    entry = text[text.index("ENTRY") :]
+    for array in (*parameters.values(), x):
+        assert re.search(rf"= f64\[{','.join(map(str, array.shape))}\]\S* parameter\(", entry)
+    for found, expected in zip(compiled(parameters, x)[1].values(), step(parameters, x)[1].values(), strict=True):
+        close(found, expected)
+
+
+def test_a_penalty_of_random_outputs_is_differentiated_as_it_was_drawn():
+    weights = {"v": tf.constant(RANDOM.normal(size=(4, 8))), "w": tf.constant(RANDOM.normal(size=(8, 2)))}
+
+    @tf.function
+    def step(weights):
+        def trace(p):
+            model = mgs.FunctionalModel(lambda p, x: tf.nn.dropout(x @ p["v"], 0.5) @ p["w"], p)
+            return tf.linalg.trace(mgs.kernel(model, tf.constant(X), differentiable=True))
+
+        return mgs.get_backend("tensorflow").value_and_gradient(trace)(weights)
+
+    value, gradient = step(weights)  # a sum of squares of v and w, each times what was drawn
+    assert float(sum(tf.reduce_sum(gradient[name] * weights[name]) for name in weights)) == pytest.approx(2.0 * float(value))
 
 
 def test_a_traced_function_that_has_been_trained():
