@@ -6,11 +6,14 @@ iterator is advanced outside of the trace.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
 import tensorflow as tf
+
+import mgs_core as mgs
 
 from ._keras import keras
 
@@ -45,6 +48,15 @@ def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[I
                 model(keras.utils.unpack_x_y_sample_weight(one)[0])
         begun = True
         check(one)
-        return function(chain([first], iterator))
+        try:
+            return function(chain([first], iterator))
+        except tf.errors.InvalidArgumentError as error:
+            lacking = re.search(r"unsupported operations when trying to compile .* on XLA_\w+: (\w+)", str(error), re.DOTALL)
+            if lacking is None:
+                raise
+            raise mgs.UnsupportedModelError(
+                f"`jit_compile` must be off where XLA lacks an operation that the penalty needs; got True and a {lacking[1]} of "
+                "numbers for which XLA has none. Compile the model with jit_compile=False."
+            ) from error
 
     return train

@@ -21,11 +21,12 @@ from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
 from .apart import apart
+from .gradients import gradients
 from .inline import call
 from .namespace import namespace
 from .probe import find_layouts
 from .terms import Term
-from .walk import Use, each, gradients, record, rows
+from .walk import Use, each, record, rows
 
 register_namespace(lambda array: isinstance(array, (tf.Tensor, tf.Variable)), namespace)
 

@@ -18,8 +18,9 @@ from mgs_core._known import Known
 from mgs_core._layout import Layout, compare_rows, find_layout, interaction, reaches_others, sample_weights
 from mgs_core._types import Array
 
+from .gradients import gradients
 from .namespace import namespace
-from .walk import Record, Scalars, each, gradients, record, rows
+from .walk import Record, Scalars, each, record, rows
 
 _known: Known[list[Layout | None]] = Known()
 _DRAWS = 3

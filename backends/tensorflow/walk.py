@@ -13,6 +13,7 @@ import tensorflow as tf
 from mgs_core._errors import UnsupportedModelError
 from mgs_core._types import Array
 
+from .gradients import gradients
 from .namespace import namespace
 from .sites import Site, find_site
 from .terms import Term, follow
@@ -137,12 +138,6 @@ def _key(ops: list[Any], known: list[str], chosen: list[str]) -> bytes:
 def each(function: Callable[[Array], Array], tree: Any) -> Any:
     """Apply a function to every tensor of a tree; None stays."""
     return tf.nest.map_structure(lambda leaf: None if leaf is None else function(leaf), tree)
-
-
-def gradients(scalars: Array, seed: Array, tensors: list[Array]) -> list[Array]:
-    """Return the gradients of `Σ seed · scalars` at the tensors, None where nothing depends on one."""
-    found = tf.gradients(scalars, tensors, grad_ys=seed) if tensors else []
-    return [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in found]
 
 
 def rows(scalars: Scalars, parameters: Mapping[str, Array], chosen: list[str], inputs: Any, targets: Any) -> dict[str, Array]:

@@ -270,6 +270,16 @@ def test_the_compiler_of_torch_is_refused():
         fit(model)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA has it for TensorFlow's max pooling of float32 alone")
+def test_what_xla_lacks_is_named_with_the_remedy():
+    layers = [keras.Input((4, 4, 1)), keras.layers.MaxPooling2D(dtype="bfloat16"), keras.layers.Flatten(), keras.layers.Dense(3)]
+    layers.insert(1, keras.layers.Conv2D(2, 3, padding="same"))
+    model = regularize(keras.Sequential(layers), REGULARIZERS["loss"])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
+    with pytest.raises(mgs.UnsupportedModelError, match=r"`jit_compile` must be off where XLA lacks .* MaxPoolGradGrad"):
+        model.fit(np.ones((4, 4, 4, 1), "float32"), np.zeros(4, int), verbose=0)
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision(policy):
     before = keras.config.dtype_policy()

@@ -145,10 +145,16 @@ def attention(p, x):
     return tf.reduce_mean(tf.nn.softmax(h @ tf.transpose(h, (0, 2, 1))) @ h, axis=1) @ p["w"]
 
 
-@pytest.mark.parametrize("function", [scanned, attention])
+def low_rank(p, x):
+    """Compute a weight, for which rows are formed, and broadcast it."""
+    h = tf.tanh(x @ (p["v"] @ p["u"]))
+    return tf.reduce_mean(tf.transpose(h, (0, 2, 1)) @ x @ p["v"], axis=1) @ p["w"]
+
+
+@pytest.mark.parametrize("function", [scanned, attention, low_rank])
 def test_xla_compiles_a_penalised_step_once_for_all_batches(function):
     """What must be known to compile would be no parameter of the program. The gradient is that of the step without XLA."""
-    shapes = {"u": (3, 3), "v": (4, 3), "w": (3, 2)} if function is scanned else {"v": (4, 3), "w": (3, 2)}
+    shapes = {"v": (4, 3), "w": (3, 2)} | ({} if function is attention else {"u": (3, 3)})
     parameters = {name: tf.constant(RANDOM.normal(size=shape)) for name, shape in shapes.items()}
 
     def step(parameters, x):
