@@ -26,7 +26,7 @@ from .inline import call
 from .namespace import namespace
 from .probe import find_layouts
 from .terms import Term
-from .walk import Use, each, record, rows
+from .walk import Record, Use, each, record, rows
 
 register_namespace(lambda array: isinstance(array, (tf.Tensor, tf.Variable)), namespace)
 
@@ -64,10 +64,16 @@ class TensorFlowBackend:
         n = _batch.count(inputs, targets)
         _refuse_infinite(inputs)
         found: list[LayerStatistics] = []
+        layouts: dict[bytes, list[Layout | None]] = {}
+
+        def layouts_of(traced: Record) -> list[Layout | None]:
+            if traced.key not in layouts:  # a second trace of the same needs none of its own
+                layouts[traced.key] = find_layouts(traced, scalars, leaves, chosen, inputs, targets)  # eager where they are
+            return layouts[traced.key]
 
         def traced(given: dict[str, Array], batch: Any) -> list[dict[str, Array]]:
             # targets are captured, so that labels can be looked at
-            found[:] = _statistics(scalars, chosen, (leaves, inputs, targets), n, given, batch, targets)
+            found[:] = _statistics(scalars, chosen, layouts_of, n, given, batch, targets)
             return [_arrays(use) for use in found]
 
         arrays = apart(traced, {name: tf.convert_to_tensor(value) for name, value in values.items()}, inputs)
@@ -154,13 +160,18 @@ def _refuse_infinite(inputs: Any) -> None:
 
 
 def _statistics(
-    scalars: Any, chosen: list[str], known: tuple[Any, Any, Any], n: int, leaves: dict[str, Array], inputs: Any, targets: Any
+    scalars: Any,
+    chosen: list[str],
+    layouts_of: Callable[[Record], list[Layout | None]],
+    n: int,
+    leaves: dict[str, Array],
+    inputs: Any,
+    targets: Any,
 ) -> list[LayerStatistics]:
-    """Build the statistics in the current graph; `known` holds the same values, eager where the caller has them."""
+    """Build the statistics in the current graph."""
     traced = record(scalars, leaves, chosen, inputs, targets)
     k = traced.scalars.shape[1]
-    layouts = find_layouts(traced, scalars, known[0], chosen, known[1], known[2])
-    pairs = list(zip(traced.uses, layouts, strict=True))
+    pairs = list(zip(traced.uses, layouts_of(traced), strict=True))
     slow = {use.term.parameter for use, layout in pairs if layout is None or not _absorbs(use)}
     fast = [(use, layout) for use, layout in pairs if layout is not None and use.term.parameter not in slow]
     seeds = [tf.one_hot([head] * n, k, dtype=traced.scalars.dtype) for head in range(k)]

@@ -111,8 +111,11 @@ def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: boo
     shape, floating = tuple(leaf.shape), leaf.dtype.is_floating
     if leaf.dtype == tf.string:
         return tf.zeros(shape, leaf.dtype)  # empty texts
-    if target or not floating:  # floating targets too may be labels; as probabilities, zeros would leave no loss
+    if target:  # floating ones too may be labels; as probabilities, zeros would leave no loss
         return tf.ones(shape, leaf.dtype) if (attempt + floating) % 2 else tf.zeros(shape, leaf.dtype)
+    if not floating:  # tokens that are all alike would leave attention without a gradient
+        bits = random.integers(0, 2, shape) if attempt % 2 == 0 else np.full(shape, attempt < _DRAWS)
+        return tf.cast(tf.constant(bits), leaf.dtype)
     fan_in = max(1, int(np.prod(shape[:-1])))
     scale = 1.0 if len(shape) < 2 else fan_in**-0.5
     return tf.constant(0.5 * (len(shape) < 2) + scale * random.normal(size=shape), dtype=leaf.dtype)

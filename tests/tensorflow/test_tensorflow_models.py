@@ -172,6 +172,25 @@ def test_xla_compiles_a_penalised_step_once_for_all_batches(function):
         close(found, expected)
 
 
+def test_attention_over_tokens_needs_no_rows_where_there_are_no_values():
+    shapes = {"table": (5, 4), "q": (4, 4), "k": (4, 4), "w": (4, 2)}
+    parameters = {name: tf.constant(RANDOM.normal(size=shape)) for name, shape in shapes.items()}
+
+    def model(p, x):
+        h = tf.gather(p["table"], x)
+        return tf.reduce_mean(tf.nn.softmax((h @ p["q"]) @ tf.transpose(h @ p["k"], (0, 2, 1))) @ h, axis=1) @ p["w"]
+
+    @tf.function
+    def kernel(p, x):
+        return mgs.kernel(mgs.FunctionalModel(model, p), x)
+
+    traced = kernel.get_concrete_function(parameters, tf.constant(IDS)).graph.as_graph_def()
+    operations = {node.op for nodes in (traced.node, *(f.node_def for f in traced.library.function)) for node in nodes}
+    assert "BatchMatMulV2" in operations
+    assert not {"While", "StatelessWhile"} & operations
+    close(kernel(parameters, tf.constant(IDS)), mgs.kernel(mgs.FunctionalModel(model, parameters), tf.constant(IDS)))
+
+
 def test_a_penalty_of_random_outputs_is_differentiated_as_it_was_drawn():
     weights = {"v": tf.constant(RANDOM.normal(size=(4, 8))), "w": tf.constant(RANDOM.normal(size=(8, 2)))}
 
