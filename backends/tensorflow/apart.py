@@ -15,6 +15,8 @@ import tensorflow as tf
 
 from mgs_core._types import Array
 
+from .operations import functions_of
+
 #: Operations with a state, or an effect, whose values are the same each time.
 _SAME = {"Assert", "ReadVariableOp", "ResourceGather", "ResourceGatherNd"}
 
@@ -62,8 +64,7 @@ def _draws(graph: Any) -> bool:
     """Return whether a second evaluation may give other values, as that of random numbers does."""
     for op in graph.get_operations():
         if op.op_def.is_stateful and op.type not in _SAME:
-            attributes = [op.node_def.attr[name] for name in op.node_def.attr]
-            bodies = [body.name for value in attributes for body in (value.func, *value.list.func) if body.name]
-            if not bodies or any(_draws(graph._get_function(name).graph) for name in bodies):
+            bodies = [graph._get_function(name).graph for name in functions_of(op)]
+            if not bodies or any(map(_draws, bodies)):
                 return True
     return False

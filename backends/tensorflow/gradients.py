@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from mgs_core._types import Array
 
+from .operations import input_names, replay
+
 #: Operations of gradients from shapes or axes to axes.
 _OF_SHAPES = {"BroadcastGradientArgs", "InvertPermutation"}
 
@@ -38,13 +40,11 @@ def _settle(ops: list[Any]) -> None:
 def _evaluated(op: Any) -> list[Any] | None:
     """Return the values of an operation's outputs where they follow from shapes."""
     given = {}
-    for argument, tensor in zip(op.op_def.input_arg, op.inputs, strict=True):
+    for name, tensor in zip(input_names(op), op.inputs, strict=True):
         value = tf.get_static_value(tensor)
         if value is None and tensor.op.type == "StridedSlice":
             (value,) = _evaluated(tensor.op) or (None,)
         if value is None:
             return None
-        given[argument.name] = value
-    options = {attribute.name: op.get_attr(attribute.name) for attribute in op.op_def.attr if attribute.type != "type"}
-    with tf.init_scope():
-        return [found.numpy() for found in tf.nest.flatten(getattr(tf.raw_ops, op.type)(**given, **options))]
+        given[name] = value
+    return replay(op, given)

@@ -14,6 +14,8 @@ import tensorflow as tf
 from mgs_core._errors import UnsupportedModelError
 from mgs_core._types import Array
 
+from .operations import functions_of
+
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 #: Operations that read a variable, and what each is for the value.
 _READS: dict[str, Callable[..., Array]] = {
@@ -100,10 +102,8 @@ def _repeat(graph: Any, values: dict[str, Array], held: Mapping[str, Array | Non
                     f"`model` must have no custom gradient where it reads variables by itself; got one at {op.name!r}. "
                     "Pass the parameters in: mgs_core.FunctionalModel(function, parameters) with tensors."
                 )
-            for value in attributes.values():
-                for name in [value.func.name, *(function.name for function in value.list.func)]:
-                    if name:  # the branches of a condition, the body of a loop
-                        here._add_function_recursive(graph._get_function(name))
+            for name in functions_of(op):
+                here._add_function_recursive(graph._get_function(name))
             dtypes = [tensor.dtype for tensor in op.outputs]
             found = here.create_op(
                 op.type, inputs, dtypes, attrs=attributes, op_def=op.op_def, name=op.name.split("/")[-1]

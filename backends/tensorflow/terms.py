@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from mgs_core._types import Array
 
+from .operations import input_names, replay
+
 
 @dataclass(frozen=True, eq=False)
 class Term:
@@ -85,7 +87,7 @@ def _moved(term: Term, step: Callable[[Any], Any], flat: bool) -> Term:
 
 def _rearranged(op: Any, terms: dict[str, list[Term]]) -> list[list[Term]] | None:
     """Replay the operation on NumPy arrays; its other inputs must be constants."""
-    names = ["axis" if argument.name == "split_dim" else argument.name for argument in op.op_def.input_arg]
+    names = input_names(op)
     constants, moved = {}, None
     for name, tensor in zip(names, op.inputs, strict=True):
         if tensor.name in terms:
@@ -97,17 +99,9 @@ def _rearranged(op: Any, terms: dict[str, list[Term]]) -> list[list[Term]] | Non
     found = terms[op.inputs[names.index(moved)].name] if moved else []
     if moved is None or _spread(found):
         return None
-    types = {argument.type_attr for argument in (*op.op_def.input_arg, *op.op_def.output_arg)}
-    options = {a.name: op.get_attr(a.name) for a in op.op_def.attr if a.name not in types and a.type != "type"}
-    replayed = getattr(tf.raw_ops, op.type)
 
     def step(number: int) -> Callable[[Any], Any]:
-        def rearrange(array: Any) -> Any:
-            with tf.init_scope():
-                result = replayed(**{moved: tf.constant(array)}, **constants, **options)
-            return (result[number] if isinstance(result, (list, tuple)) else result).numpy()
-
-        return rearrange
+        return lambda array: replay(op, {moved: array, **constants})[number]
 
     return [[_moved(term, step(number), False) for term in found] for number in range(len(op.outputs))]
 

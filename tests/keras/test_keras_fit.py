@@ -272,9 +272,8 @@ def test_the_compiler_of_torch_is_refused():
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA has it for TensorFlow's max pooling of float32 alone")
 def test_what_xla_lacks_is_named_with_the_remedy():
-    layers = [keras.Input((4, 4, 1)), keras.layers.MaxPooling2D(dtype="bfloat16"), keras.layers.Flatten(), keras.layers.Dense(3)]
-    layers.insert(1, keras.layers.Conv2D(2, 3, padding="same"))
-    model = regularize(keras.Sequential(layers), REGULARIZERS["loss"])
+    pooled = [keras.layers.Conv2D(2, 3, padding="same"), keras.layers.MaxPooling2D(dtype="bfloat16"), keras.layers.Flatten()]
+    model = regularize(keras.Sequential([keras.Input((4, 4, 1)), *pooled, keras.layers.Dense(3)]), REGULARIZERS["loss"])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
     with pytest.raises(mgs.UnsupportedModelError, match=r"`jit_compile` must be off where XLA lacks .* MaxPoolGradGrad"):
         model.fit(np.ones((4, 4, 4, 1), "float32"), np.zeros(4, int), verbose=0)

@@ -172,6 +172,31 @@ def test_xla_compiles_a_penalised_step_once_for_all_batches(function):
         close(found, expected)
 
 
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_a_traced_penalty_moves_with_all_that_it_holds(place):
+    """Parameters, inputs, soft targets, a tensor and a variable that the model holds; as eagerly, wherever the tape is."""
+    w, targets, held = (tf.constant(RANDOM.normal(size=shape)) for shape in ((4, 3), (6, 3), (4,)))
+    free, x = variable(3), tf.constant(X)
+
+    def penalty(w, x, targets, held):
+        model = mgs.FunctionalModel(lambda p, x: tf.tanh((x * held) @ p["w"]) * free, {"w": w})
+        kernel = mgs.kernel(
+            model, x, targets, output="loss", loss=lambda f, y: tf.reduce_sum((f - y) ** 2, -1), differentiable=True
+        )
+        return mgs.Penalty("log_determinant")(kernel)
+
+    def gradients(function):
+        given = (w, x, targets, held)
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            value = function(*given)
+        return tape.gradient(value, [*given, free])
+
+    found = tf.function(lambda: gradients(penalty))() if place == "inside" else gradients(tf.function(penalty))
+    for a, b in zip(found, gradients(penalty), strict=True):
+        close(a, b)
+
+
 def test_attention_over_tokens_needs_no_rows_where_there_are_no_values():
     shapes = {"table": (5, 4), "q": (4, 4), "k": (4, 4), "w": (4, 2)}
     parameters = {name: tf.constant(RANDOM.normal(size=shape)) for name, shape in shapes.items()}
