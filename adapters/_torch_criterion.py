@@ -16,7 +16,7 @@ import mgs_core as mgs
 def sample_losses(
     criterion: Callable[..., Any], outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value."""
+    """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value; 0 if nothing counts."""
     n = outputs.shape[0]
     if n == 0:
         raise mgs.ArgumentError("`outputs` must hold at least one sample; got 0. Leave empty batches out.")
@@ -26,7 +26,8 @@ def sample_losses(
         shape = tuple(getattr(elements, "shape", ()))
         raise mgs.ArgumentError(
             f"`criterion` must be able to give a loss for each of {n} samples; got shape {shape}. "
-            "Give it an argument or attribute `reduction`, or return losses of shape (n,); outputs have the samples first."
+            "Give it an argument or attribute `reduction`, or return losses of shape (n,); outputs have the samples first. "
+            'A loss that compares samples has none: penalise another head, as output="trace".'
         )
     losses = elements.reshape(n, -1).sum(1)
     if reduction == "sum":
@@ -48,7 +49,8 @@ def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any
         unreduced.reduction = "none"
         return unreduced, str(criterion.reduction)
     try:
-        argument = inspect.signature(criterion).parameters.get("reduction")
+        called = criterion.forward if isinstance(criterion, torch.nn.Module) else criterion
+        argument = inspect.signature(called).parameters.get("reduction")
     except ValueError:  # a function that does not say what it takes
         argument = None
     if argument is None:

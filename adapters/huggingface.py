@@ -123,6 +123,8 @@ class MGSTrainerMixin:
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         self.mgs_loss.train(model.training)
         loss = self.mgs_loss(outputs, labels)
+        if not isinstance(outputs, Mapping):  # the trainer takes the first of what it returns for the loss
+            outputs = (loss, *(outputs if isinstance(outputs, tuple) else (outputs,)))
         return (loss, outputs) if return_outputs else loss
 
 

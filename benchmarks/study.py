@@ -39,7 +39,8 @@ def _cells() -> dict[str, dict[str, Any]]:
     for samples, epochs, batch in ((300, 40, 32), (100, 60, 16), (500, 30, 32), (3000, 15, 64), (5000, 15, 64)):
         cells[f"mnist-clean-{samples}"] = {"noise": 0.0, "samples": samples, "epochs": epochs, "batch_size": batch}
     cnn = {"model": "cnn", "backend": "torch", "samples": 500, "epochs": 20}
-    cells["mnist-cnn-symmetric-60"] = {**cnn, "noise": 0.6}
+    for rate in (60, 40, 80, 20, 0):
+        cells[f"mnist-cnn-symmetric-{rate}"] = {**cnn, "noise": rate / 100}
     cells["mnist-cnn-pair-45"] = {**cnn, "noise": 0.45, "noise_kind": "pair"}
     cells["segment-symmetric-60"] = {"samples": 600, "epochs": 30, "noise": 0.6}
     cells["leaf-symmetric-40"] = {"epochs": 30, "noise": 0.4}

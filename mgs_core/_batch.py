@@ -38,6 +38,8 @@ def count(inputs: Any, targets: Any = None) -> int:
                 f"`{name}` must have a known number of samples; got None. Fix it, for instance by drop_remainder=True."
             )
         sizes[name] = int(leaf.shape[0])
+    if not sizes:
+        raise ArgumentError(f"`inputs` must hold at least one array; got {inputs!r}. Pass the batch.")
     if len(set(sizes.values())) != 1:
         raise ArgumentError(f"`inputs` and `targets` must have the same number of samples; got {sizes}. Slice them alike.")
     n = next(iter(sizes.values()))

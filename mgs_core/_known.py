@@ -18,15 +18,18 @@ from mgs_core._errors import NotFiniteError, SamplesInteractError
 
 T = TypeVar("T")
 
-#: Structures that are kept, each for one shape of batch.
+#: Values that are kept, each for one shape of batch: of what is large, as compiled programs.
 KEPT = 64
+#: Findings, which are small, and of which sequences padded batch by batch ask for hundreds in turn.
+KEPT_FINDINGS = 512
 
 
 class Recent(Generic[T]):
     """Hold the values that were used last, by key."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = KEPT) -> None:
         self._values: OrderedDict[Hashable, T] = OrderedDict()
+        self._kept = kept
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -39,7 +42,7 @@ class Recent(Generic[T]):
     def put(self, key: Hashable, value: T) -> T:
         """Keep a value as the last used one, and forget the first beyond those that are kept; return the value."""
         self._values[key] = value
-        while len(self._values) > KEPT:
+        while len(self._values) > self._kept:
             try:
                 self._values.popitem(last=False)
             except KeyError:  # another thread did
@@ -60,7 +63,7 @@ class Known(Generic[T]):
     """Hold findings by structure, and verify them."""
 
     def __init__(self) -> None:
-        self._recent: Recent[_Entry] = Recent()
+        self._recent: Recent[_Entry] = Recent(KEPT_FINDINGS)
 
     def __len__(self) -> int:
         """Return how many structures are kept."""

@@ -46,17 +46,23 @@ def array_namespace(*arrays: Array) -> Namespace:
     found = [a for a in arrays if a is not None and not isinstance(a, (int, float, complex, bool))]
     for array in found:
         _load_backend_of(type(array).__module__)
-    for matches, namespace in _registered:
-        for array in filter(matches, found):
-            beside = getattr(namespace, "mgs_beside", None)
-            return namespace if beside is None else beside(array)
+    for number, (matches, namespace) in enumerate(_registered):
+        own = [array for array in found if matches(array)]
+        if not own:
+            continue
+        if len(own) < len(found) and any(other(array) for array in found for other, _ in _registered[number + 1 :]):
+            raise _of_several(found)
+        beside = getattr(namespace, "mgs_beside", None)
+        return namespace if beside is None else beside(own[0])
     try:
         return cast(Namespace, array_api_compat.array_namespace(*found))
     except TypeError as error:
-        kinds = sorted({f"{type(a).__module__}.{type(a).__name__}" for a in found})
-        raise ArgumentError(
-            f"`arrays` must be arrays of one framework; got {', '.join(kinds) or 'none'}. Convert them first."
-        ) from error
+        raise _of_several(found) from error
+
+
+def _of_several(found: list[Array]) -> ArgumentError:
+    kinds = sorted({f"{type(a).__module__}.{type(a).__name__}" for a in found})
+    return ArgumentError(f"`arrays` must be arrays of one framework; got {', '.join(kinds) or 'none'}. Convert them first.")
 
 
 @cache

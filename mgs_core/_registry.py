@@ -71,16 +71,33 @@ def get_backend(source: Any) -> Backend:
 
 def _name_of(source: Any) -> str:
     if isinstance(source, FunctionalModel):
-        jax = sys.modules.get("jax")  # it knows more trees than this library, for users register theirs with it
-        leaves = list(flatten(source.parameters).values()) if jax is None else jax.tree_util.tree_leaves(source.parameters)
-        if not leaves:
-            raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
-        source = leaves[0]
+        source = _leaf(source.parameters)
         # NumPy's own scalars pass: an update of a parameter without axes makes one
         if isinstance(source, (bool, int, float)) and not hasattr(source, "dtype"):
             raise ArgumentError(
                 f"`parameters` must hold arrays; got the number {source!r}. Convert it to an array of your framework."
             )
+    name = _known_by(source)
+    if name is None:
+        raise ArgumentError(
+            f"`model` must be a FunctionalModel or a model or array of {', '.join(_BACKENDS)}; got {type(source).__name__}. "
+            "Wrap a plain function: mgs_core.FunctionalModel(function, parameters)."
+        )
+    return name
+
+
+def _leaf(parameters: Any) -> Any:
+    """Return the first array of a tree, of those that JAX knows too, for users register theirs with it."""
+    leaves = list(flatten(parameters).values())
+    if "jax" in sys.modules and (not leaves or _known_by(leaves[0]) is None):
+        leaves = sys.modules["jax"].tree_util.tree_leaves(parameters)
+    if not leaves:
+        raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
+    return leaves[0]
+
+
+def _known_by(source: Any) -> str | None:
+    """Return the name of the backend that the type of an array or a model belongs to."""
     modules = [kind.__module__ for kind in type(source).__mro__]
     if any(module.partition(".")[0] == "keras" for module in modules):
         return "keras"  # a Keras model is also a model of its framework
@@ -88,7 +105,4 @@ def _name_of(source: Any) -> str:
         for name, (_, roots) in _BACKENDS.items():
             if module.partition(".")[0] in roots or module.startswith(f"mgs_core.backends.{name}."):
                 return name
-    raise ArgumentError(
-        f"`model` must be a FunctionalModel or a model or array of {', '.join(_BACKENDS)}; got {type(source).__name__}. "
-        "Wrap a plain function: mgs_core.FunctionalModel(function, parameters)."
-    )
+    return None

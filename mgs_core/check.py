@@ -50,7 +50,7 @@ def check(model: Any, inputs: Any) -> Report:
 
     Args:
         model: as for `kernel`.
-        inputs: a batch of at least 2 samples, as for `kernel`.
+        inputs: a batch as for `kernel`; whether samples interact cannot be seen of one sample.
 
     Returns:
         The report.
@@ -59,7 +59,8 @@ def check(model: Any, inputs: Any) -> Report:
         UnsupportedModelError: when no kernel can be had, whatever parameters are chosen.
 
     Cost:
-        One kernel's statistics of the batch for one scalar a sample, twice; a few samples are enough.
+        One kernel's statistics of the batch for one scalar a sample, twice, and once more for each parameter where some are
+        refused; a few samples are enough.
 
     Example:
         >>> import numpy as np
@@ -116,7 +117,10 @@ def check(model: Any, inputs: Any) -> Report:
 
 def _uneven(outputs: Array, _: Any) -> Array:
     """Return a sum of the outputs with unequal weights, for that of a softmax's outputs is always 1."""
-    xp, c = array_namespace(outputs), outputs.shape[-1]
+    xp = array_namespace(outputs)
     if xp.isdtype(outputs.dtype, "complex floating"):
         raise ArgumentError(f"`model` must return real outputs; got {outputs.dtype}. Return real and imaginary parts.")
+    if outputs.ndim != 2:  # images, or one number for each sample
+        outputs = xp.reshape(outputs, (outputs.shape[0], -1))
+    c = outputs.shape[-1]
     return xp.sum(outputs * (xp.arange(1, c + 1, dtype=outputs.dtype) / c), axis=-1)

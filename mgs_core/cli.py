@@ -25,6 +25,7 @@ from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
 from mgs_core.experiments.recipes import DEFAULT, RECIPES, choose
 from mgs_core.experiments.settings import Settings
+from mgs_core.experiments.surgery import before_softmax
 from mgs_core.heads import Output
 
 app = typer.Typer(
@@ -103,6 +104,9 @@ def measure(
     arrays = read_arrays(data, ())
     asarray = mgs.get_backend(backend).asarray
     loaded = mgs.onnx.load(model, backend=backend)
+    if output == "loss":  # which takes scores, not their softmax
+        proto, scores = before_softmax(loaded)
+        loaded = mgs.onnx.load(proto, backend=backend, output=scores)
     names = [value.name for value in loaded.function.inputs]
     parts = names if len(names) > 1 else ["x"]
     labelled = "y" in arrays and "y" not in parts

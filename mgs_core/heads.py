@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 from array_api_compat import is_numpy_array
 
 from mgs_core._arguments import integer
@@ -70,6 +71,16 @@ def cross_entropy(outputs: Array, targets: Array) -> Array:
     return -_pick(log_softmax(outputs), targets)
 
 
+def _cross_entropy_of_logits(outputs: Array, targets: Array) -> Array:
+    values = _on_host(outputs)
+    if values is not None and values.ndim == 2 and values.shape[1] > 1 and _are_probabilities(values):
+        raise ArgumentError(
+            '`model` must return logits for the cross-entropy of output="loss"; got probabilities, of which each row sums to 1. '
+            "Leave its softmax out, or pass the `loss` that it is trained with, (outputs, targets) → (n,)."
+        )
+    return cross_entropy(outputs, targets)
+
+
 def make_head(output: Output, transform: Transform, loss: LossFunction | None, probes: int, seed: int, targets: Any) -> Head:
     """Build the head that the arguments of `kernel` describe.
 
@@ -104,7 +115,7 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
     if output == "random":
         return Head(lambda outputs, _: _probe(change(outputs), probes, seed), factor=1.0 / probes)
     if output == "loss" or callable(output):
-        function = output if callable(output) else loss or cross_entropy
+        function = output if callable(output) else loss or _cross_entropy_of_logits
 
         def losses(outputs: Array, labels: Array) -> Array:
             changed = change(outputs)
@@ -144,7 +155,7 @@ def _unreduced(losses: Array, outputs: Array) -> Array:
         got = type(losses).__name__ if shape is None else f"shape {tuple(shape)}"
         raise ArgumentError(
             f"`loss` must return one value for each of {outputs.shape[0]} samples, shape ({outputs.shape[0]},); "
-            f"got {got}. Use the loss without reduction."
+            f"got {got}. Use the loss without reduction over samples, and take its mean over the other axes."
         )
     return losses
 
@@ -152,6 +163,16 @@ def _unreduced(losses: Array, outputs: Array) -> Array:
 def _pick(outputs: Array, targets: Array) -> Array:
     """Return `Σ_c t_c f_c` for probabilities t, or the labelled output."""
     xp = array_namespace(outputs)
+    if not hasattr(targets, "ndim"):
+        raise ArgumentError(
+            f"`targets` must be one array, of labels or probabilities; got {type(targets).__name__}. Of several outputs pass the "
+            'one that the labels are for, or use another head, as output="trace" or "random".'
+        )
+    if outputs.shape[-1] == 1:
+        raise ArgumentError(
+            f"`targets` must name one of 2 outputs or more; the model has one, of shape {tuple(outputs.shape)}. "
+            'Use output="trace", which is the kernel of that output.'
+        )
     if targets.ndim == 1 and outputs.shape[:-1] == targets.shape:
         _check_labels(targets, outputs.shape[-1])
         native = getattr(xp, "mgs_picked", None)  # which may mark labels that name no output and cannot be refused
@@ -166,10 +187,31 @@ def _pick(outputs: Array, targets: Array) -> Array:
         *lead, c = outputs.shape
         raise ArgumentError(
             f"`targets` must have shape {(*lead[:1],)} for labels or {(*lead, c)} for probabilities; got {tuple(targets.shape)}. "
-            "Pass a `loss` of (outputs, targets) → (n,) for labels of each position."
+            'For labels of each position use output="loss" with a `loss` of (outputs, targets) → (n,), or output="random".'
+        )
+    shares = _on_host(targets)
+    if shares is not None and not _are_probabilities(shares):
+        raise ArgumentError(
+            "`targets` of the outputs' shape must be probabilities, which sum to 1 in each row; got others. For several labels "
+            'of a sample, and for regression, use output="trace", or "loss" with a `loss` of (outputs, targets) → (n,).'
         )
     # an output of -inf, as masks make them, has no part in the sum where its target is 0
     return xp.sum(xp.where(targets == 0, xp.zeros_like(outputs), outputs) * targets, axis=-1)
+
+
+def _on_host(array: Array) -> Any:
+    """Return the values as an array of NumPy; None where there are none yet, or they would have to be waited for."""
+    if is_numpy_array(array):
+        return array
+    native = getattr(array_namespace(array), "mgs_values", None)
+    return None if native is None else native(array)
+
+
+def _are_probabilities(values: Any) -> bool:
+    """Return whether all are at least 0 and sum to 1 along the last axis, but for rounding of the least precise."""
+    if values.size == 0 or values.flat[0] < 0:  # as is soon seen
+        return bool(values.size == 0)
+    return bool(np.min(values) >= 0 and np.max(np.abs(np.sum(values, -1, dtype=np.float64) - 1.0)) < 0.01)
 
 
 def _check_labels(labels: Array, c: int) -> None:
@@ -194,7 +236,8 @@ def _check_labels(labels: Array, c: int) -> None:
 
 def _probe(outputs: Array, probes: int, seed: int) -> Array:
     """Multiply the outputs by seeded Rademacher vectors that the whole batch shares; the same in every framework."""
-    xp = array_namespace(outputs)
-    draw = random.Random(seed)
-    signs = [[draw.choice((-1.0, 1.0)) for _ in range(probes)] for _ in range(outputs.shape[-1])]
+    xp, c = array_namespace(outputs), outputs.shape[-1]
+    size = -(-c * probes // 8)  # drawn as bits at once, for a vocabulary has tens of thousands
+    bits = np.frombuffer(random.Random(seed).randbytes(size), np.uint8)
+    signs = 2.0 * np.unpackbits(bits, count=c * probes).reshape(c, probes) - 1.0
     return xp.matmul(outputs, xp.asarray(signs, dtype=outputs.dtype))

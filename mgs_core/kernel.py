@@ -128,7 +128,7 @@ def kernel_blocks(
         column.
 
     Raises:
-        ArgumentError: when an argument does not fit.
+        ArgumentError: when an argument does not fit; raised when the first block is asked for.
 
     Cost:
         The statistics of two chunks are held at a time; B chunks take (B + 1)/2 passes over the data.
@@ -149,6 +149,9 @@ def kernel_blocks(
         parameters = list(parameters)  # which an iterator gives only once
     backend = get_backend(model)
     head = make_head(output, transform, loss, probes, seed, targets)
+    refuse = getattr(backend, "refuse_probabilities", None)
+    if refuse is not None and output == "loss" and loss is None:
+        refuse(model)
     chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
 
     def statistics(samples: slice) -> list[LayerStatistics]:
@@ -166,7 +169,10 @@ def kernel_blocks(
         left = statistics(rows)
         for columns in chunks[number:]:
             right = left if columns is rows else statistics(columns)
-            yield rows, columns, scaled(contract(left, right, full=head.full))
+            block = scaled(contract(left, right, full=head.full))
+            del right  # before those of the next chunk are made
+            yield rows, columns, block
+        del left
 
 
 def check_options(options: Mapping[str, Any], targets: Any) -> None:

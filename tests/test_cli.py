@@ -98,6 +98,20 @@ def test_measure_is_the_kernel_of_the_model(mgs_command, linear, tmp_path):
     assert "effective_rank" in mgs_command("measure", linear, tmp_path / "data.npz", "--output", "sum", "--samples", "4")
 
 
+def test_measure_takes_the_scores_of_a_classifier_for_its_loss(mgs_command, linear, tmp_path):
+    """Of probabilities the cross-entropy would be another."""
+    ending = onnx.load(linear)
+    ending.graph.node[0].output[0] = "scores"
+    ending.graph.node.append(onnx.helper.make_node("Softmax", ["scores"], ["y"]))
+    onnx.save(ending, tmp_path / "softmax.onnx")
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(1).normal(size=(6, 3)), y=np.arange(6) % 2)
+    plain, soft = (
+        json.loads(mgs_command("measure", path, tmp_path / "data.npz", "--output", "loss", "--json"))
+        for path in (linear, tmp_path / "softmax.onnx")
+    )
+    assert soft == pytest.approx(plain)
+
+
 def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp_path):
     values = [onnx.numpy_helper.from_array(np.ones((size, 2), np.float32), f"weight {size}") for size in (3, 4)]
     inputs = [onnx.helper.make_tensor_value_info(name, 1, ["n", size]) for name, size in (("left", 3), ("y", 4))]

@@ -13,8 +13,8 @@ except ImportError as error:
         raise  # Keras says itself what its own backend lacks
     found = "keras-core, which became Keras 3" if importlib.util.find_spec("keras_core") is not None else "none"
     raise BackendError(
-        f'`keras` must be Keras 3.8 or later; got {found}. Run: pip install "keras>=3.8", and import keras instead of keras_core.'
+        f'`keras` must be Keras 3.13 or later; got {found}. Run: pip install "keras>=3.13", and import keras, not keras_core.'
     ) from error
 
-if tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 8):
-    raise BackendError(f'`keras` must be Keras 3.8 or later; got {keras.__version__}. Run: pip install "keras>=3.8".')
+if tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 13):
+    raise BackendError(f'`keras` must be Keras 3.13 or later; got {keras.__version__}. Run: pip install "keras>=3.13".')

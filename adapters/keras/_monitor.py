@@ -51,7 +51,8 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
             inputs: probe batch, as the model takes it; 64 to 256 samples are usual.
             targets: its targets, if the head needs them.
             labels: integers (n,) for the class-wise summaries.
-            every: epochs between measurements, or a `Schedule`.
+            every: epochs between measurements, or a `Schedule`; the first epoch is measured whatever it says, so that the logs
+                have all columns from the start.
             batches: also measure every so many batches, into `history` and the sinks; None for epochs only.
             sinks: where records go besides `history`, see `mgs_core.Recorder`.
             prefix: put before the names of the figures.

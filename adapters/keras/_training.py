@@ -48,11 +48,22 @@ class Tracker(keras.metrics.Metric):  # type: ignore[misc]  # keras has no types
         self.seeds = None if seed is None else keras.random.SeedGenerator(seed)
         self.drawn = None if self.seeds is None else self.seeds.state  # by which Keras counts it among the variables
 
-    def update_state(self, value: Any, sample_weight: Any = 1.0) -> None:
-        """Add one step's penalty; weight 0 leaves it out."""
-        weight = keras.ops.cast(sample_weight, self.total.dtype)
+    def update_state(self, *targets_and_outputs: Any, **keywords: Any) -> None:
+        """Do nothing: a `train_step` of the user's gives all metrics targets and outputs, of which this one is none."""
+
+    def track(self, value: Any, due: Any = 1.0) -> None:
+        """Add one step's penalty; 0 for `due` leaves it out."""
+        weight = keras.ops.cast(due, self.total.dtype)
         self.total.assign_add(weight * keras.ops.cast(value, self.total.dtype))
         self.count.assign_add(weight)
+
+    @property
+    def at_hand(self) -> bool:
+        """Return whether the variables have values; on JAX those of a trained model have some within a scope only."""
+        try:
+            return self.strength.value is not None
+        except TypeError:  # of the initialiser, which is gone
+            return False
 
     def result(self) -> Any:
         """Return the mean."""
@@ -121,6 +132,12 @@ class Training:
                 "Call compute_loss(x, y, y_pred, sample_weight) in `train_step`."
             )
         self._asked = True
+        if not self.tracker.at_hand:
+            raise mgs.ArgumentError(
+                "`train_step` must give `compute_loss` the metrics' variables too, for the penalty has its strength and its mean "
+                "there; it gave none. Differentiate Keras' own `self.compute_loss_and_updates(trainable_variables, "
+                "non_trainable_variables, metrics_variables, x, y, sample_weight, training=True)`."
+            )
         given, x = x, keras.tree.map_structure(_dense, x)
         if keras.backend.backend() == "torch":
             self._check(x, y)
@@ -196,8 +213,9 @@ class Training:
             result = step(*arguments)
             if not self._asked:
                 raise mgs.UnsupportedModelError(
-                    "`train_step` must take its loss from `self.compute_loss(x, y, y_pred, …)`, where penalty and weights "
-                    f"enter; that of {type(self._model).__name__} does not. Call it there, or end this: regularize(model, None)."
+                    "`train_step` must take its loss from `self.compute_loss(x, y, y_pred, …)`, and a `compute_loss` of your own "
+                    "from `super().compute_loss(x, y, y_pred, sample_weight, training)`, where penalty and weights enter; those "
+                    f"of {type(self._model).__name__} do not. Call it there, or end this: regularize(model, None)."
                 )
             return result
 
@@ -213,12 +231,12 @@ class Training:
 
         if regularizer.every == 1:
             penalty = strength * value()
-            self.tracker.update_state(penalty)
+            self.tracker.track(penalty)
             return penalty
         due = ops.equal(self.tracker.step.value % regularizer.every, 0)
         penalty = strength * ops.cond(due, value, lambda: ops.zeros((), keras.config.floatx()))
         self.tracker.step.assign_add(1)
-        self.tracker.update_state(penalty, due)
+        self.tracker.track(penalty, due)
         return regularizer.every * penalty
 
     def _probes(self, y_pred: Any) -> Any:

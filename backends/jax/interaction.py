@@ -25,6 +25,8 @@ from mgs_core._types import Array
 from .fingerprint import fingerprint
 
 _MOVE = 0.05
+#: Roundings of the largest scalar that two programs of the same may differ by (seen: 12).
+_ROUNDINGS = 100
 #: Samples that are compared.
 _FEW = 4
 #: The comparison runs seldom, so that optimising its machine code would take longer than it saves; the older emitter of XLA for
@@ -70,8 +72,9 @@ def refuse_interaction(
         if _interact(key, batch, single, parameters, samples):
             raise SamplesInteractError(
                 "`model` must treat each sample by itself; got outputs that change with the rest of the batch (batch statistics, "
-                "attention across the batch, or a loss that divides by a statistic of it; or dropout). Use inference mode: "
-                "`use_running_average=True`, `deterministic=True`; and a loss without reduction."
+                "attention across the batch, one dropout key for all, a mean over a mask or another loss that divides by a "
+                "statistic of the batch). Use inference mode, by `use_running_average=True` and `deterministic=True`, or a key "
+                "for each sample; and for a mask weights in the batch."
             )
         return False, not _interact(key, batch, single, parameters, samples, made_up=True)
 
@@ -104,12 +107,22 @@ def _interact(
         ]
     given = (theta, data, constants)
     alone, together = (np.asarray(value, np.float64) for value in _compare(key, batch, single, *given)(*given))
-    eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
-    defined = np.isfinite(alone) | np.isfinite(together)
+    return not _agree(alone, together, float(jnp.finfo(single.out_avals[0].dtype).eps))
+
+
+def _agree(alone: Any, together: Any, eps: float) -> bool:
+    """Return whether the scalars (m, k) of each of m samples alone are those of all together, or (1, k) their means.
+
+    They may differ by a share of how much a scalar varies from sample to sample, for an offset that all have hides nothing then;
+    but by a few roundings of the largest in any case.
+    """
     size = float(np.max(np.abs(together), initial=0.0, where=np.isfinite(together)))
-    difference = np.abs(alone[defined] - together[defined])
+    spread = np.max(np.abs(alone - np.mean(alone, 0)), 0, where=np.isfinite(alone), initial=0.0)
+    allowed = np.minimum(np.maximum(max(eps**0.5, 1e-6) * spread, _ROUNDINGS * eps * size), max(eps**0.5, 1e-6) * size)
+    alone = alone if len(together) == len(alone) else np.mean(alone, 0, keepdims=True)
+    defined = np.isfinite(alone) | np.isfinite(together)
     # written so that NaN on one side, which a batch of one can give, is refused too
-    return not np.all(difference <= max(eps**0.5, 1e-6) * size)
+    return bool(np.all((np.abs(alone - together) <= allowed)[defined]))
 
 
 def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, *given: Any) -> Comparison:
@@ -119,7 +132,7 @@ def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, *given: Any
         one = jaxpr_as_fun(ClosedJaxpr(_open(single), ()))
         alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)
         together, *_ = jaxpr_as_fun(ClosedJaxpr(_open(batch), ()))(*constants[1], *theta, *data)
-        return alone if len(together) == len(data[0]) else jnp.mean(alone, 0, keepdims=True), together
+        return alone, together
 
     # a compiled program takes values even where a call would become part of the function that is being traced
     return _comparisons.put(key, _comparisons.take(key) or _compiled(jax.jit(compare).lower(*given)))

@@ -94,6 +94,13 @@ class JaxNamespace:
         return whole if np.all(whole == values) else values
 
     @staticmethod
+    def mgs_values(array: Array) -> Any:
+        """Return the values as an array of NumPy; None where there are none yet, or that would wait for a device."""
+        if isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices()):
+            return None
+        return np.asarray(array)
+
+    @staticmethod
     def mgs_picked(outputs: Array, labels: Array) -> Array:
         """Return the labelled outputs (n,); NaN, with a gradient of NaN, for a label that names none."""
         c = outputs.shape[-1]

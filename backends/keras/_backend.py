@@ -142,6 +142,22 @@ class KerasBackend:
         targets = None if targets is None else keras.tree.map_structure(self.asarray, targets)
         return functional, inputs, targets, head, chosen
 
+    def refuse_probabilities(self, model: Any) -> None:
+        """Refuse a model that ends in a softmax or sigmoid, whose outputs are no logits.
+
+        Raises:
+            ArgumentError: when it does.
+        """
+        last = model
+        while getattr(last, "layers", None):
+            last = last.layers[-1]
+        name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__.lower())
+        if name in ("softmax", "sigmoid"):
+            raise ArgumentError(
+                f'`model` must return logits for the cross-entropy of output="loss"; got layer {last.name!r} with {name}. '
+                "Pass the loss that it is trained with: loss=mgs_core.adapters.keras.sample_loss(model), after a batch."
+            )
+
     def replay(self) -> Any:
         """Return what evaluates a function with its gradient on PyTorch, traced once for each shape."""
         from .replay import Replay

@@ -7,6 +7,7 @@ from typing import Any
 
 import autograd.numpy as anp
 import numpy as np
+from autograd.tracer import getval, isbox
 
 from mgs_core._types import Array
 
@@ -51,6 +52,13 @@ class TracedNamespace:
         function = getattr(anp, name)
         setattr(self, name, function)
         return function
+
+    @staticmethod
+    def mgs_values(array: Any) -> Any:
+        """Return the values behind what is traced, however deep."""
+        while isbox(array):
+            array = getval(array)
+        return array
 
     @staticmethod
     def isdtype(dtype: Any, kind: Any) -> bool:

@@ -35,6 +35,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     if tf.executing_eagerly() or _draws(concrete.graph):
         return concrete(*arguments)
     held = [external for external, _ in concrete.graph.captures if external.dtype.is_floating]
+    outside: Any = tf.compat.v1.get_default_graph()
 
     def call(*connected: Array) -> Any:
         def gradient(*upstream: Array, variables: Any = ()) -> Any:
@@ -47,7 +48,9 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
                 return [tf.zeros_like(x) if g is None else tf.convert_to_tensor(g) for x, g in zip(xs, found, strict=True)]
 
             given = (arguments, [*map(tf.convert_to_tensor, upstream)])
-            found = tf.function(pulled, autograph=False).get_concrete_function(*given)(*given)
+            again = tf.function(pulled, autograph=False).get_concrete_function(*given)
+            again.set_external_captures(_within(outside, again.captured_inputs))
+            found = again(*given)
             return (found[: len(connected)], found[len(connected) :]) if variables else found
 
         return tf.nest.flatten(concrete(*arguments)), gradient
@@ -58,6 +61,24 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _floating(tree: Any) -> list[Array]:
     return [leaf for leaf in tf.nest.flatten(tree) if leaf is not None and leaf.dtype.is_floating]
+
+
+def _within(graph: Any, external: list[Array]) -> list[Array]:
+    """Return a branch's or a loop's own tensors for those outside that it holds.
+
+    TensorFlow differentiates a branch only where its gradient holds no others that are in no graph.
+    """
+    if not any(kind.__name__ == "ControlFlowFuncGraph" for kind in type(graph).__mro__):
+        return external
+    own = _held(graph)
+    return [own.get(id(tensor), tensor) for tensor in external]
+
+
+def _held(graph: Any) -> dict[int, Array]:
+    """Return a graph's own tensors for those of all graphs around it, and of none, by the identity of these."""
+    own = {id(external): internal for external, internal in getattr(graph, "captures", ())}
+    around = _held(graph.outer_graph) if own else {}
+    return {**{key: own[id(tensor)] for key, tensor in around.items() if id(tensor) in own}, **own}
 
 
 def _draws(graph: Any) -> bool:

@@ -192,6 +192,10 @@ class TensorFlowNamespace:
             tf.debugging.Assert(valid, [f"`targets` must be labels in 0..{c - 1}; got least and most", *range_])
         return known
 
+    def mgs_values(self, array: Array) -> Any:
+        """Return the values as an array of NumPy; None where they are not known yet."""
+        return tf.get_static_value(array)
+
     def mgs_lookup(self, table: Array, indices: Array) -> Array:
         """Return `table[indices]`."""
         return tf.gather(table, indices)

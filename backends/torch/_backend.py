@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from .plan import Plan, make_plan
 from .products import differentiated_once
 from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
-from .run import Configured, as_tensor, is_sharded, refuse_sharded, unwrap
+from .run import Configured, as_tensor, is_sharded, recordable, refuse_sharded, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
 
@@ -86,6 +86,11 @@ class TorchBackend:
         for name, value in leaves.items():
             if value.is_meta:
                 raise ArgumentError(f"`model` must have values; got the parameter {name!r} on the device meta. Load them first.")
+            if isinstance(model, torch.nn.Module) and not torch.nn.parameter.is_lazy(value) and value.is_inference():
+                raise ArgumentError(
+                    f"`model` must be made outside of torch.inference_mode(), else no gradient is recorded; got {name!r} made "
+                    "within. Use torch.no_grad() there."
+                )
         return leaves
 
     def statistics(
@@ -118,17 +123,19 @@ class TorchBackend:
                 if model.outputs.shape[0] != _batch.count(inputs):
                     raise ArgumentError("`chunk_size` must be None for outputs that are there already. Leave it out.")
             elif isinstance(model, FunctionalModel):
-                leaves = {name: _source(value, differentiable) if name in chosen else value for name, value in leaves.items()}
+                leaves = {n: _source(value, differentiable) if n in chosen else recordable(value) for n, value in leaves.items()}
+                inputs = unflatten(inputs, {name: recordable(leaf) for name, leaf in flatten(inputs).items()})
                 outputs = model.function(unflatten(model.parameters, leaves), inputs)
                 evaluated = Evaluated(outputs, leaves, plans=_plans.of(model.function))
             else:
                 settings = model if isinstance(model, Configured) else Configured(model)
                 evaluated = Evaluated(settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_plans.of(settings.model))
-            heads = _heads(head(evaluated.outputs, _tensors(targets, evaluated.outputs)), _batch.count(inputs))
+            heads = _heads(head(evaluated.outputs, _tensors(targets, evaluated.outputs)), evaluated.outputs, _batch.count(inputs))
             wanted = {name: leaves[name] for name in chosen}
             graph = read_graph(heads, wanted)
             with frozen_batch_norm(graph.nodes) if evaluated.batch_norm == "frozen" else nullcontext():
-                plan = _plan(graph, evaluated.plans) if graph.nodes else None
+                data = {} if isinstance(model, Evaluated) else flatten(inputs)
+                plan = _plan(graph, evaluated.plans, data.values()) if graph.nodes else None
                 if plan and differentiable:
                     refuse_fused(graph, {use.site for use in plan.uses if site_of(Place(graph, use.site, use.slot)) is None})
                 yield _Reading(graph, plan, wanted, evaluated.samples, differentiable)
@@ -217,33 +224,37 @@ class _Reading:
         return [Rows(name, torch.zeros((samples, len(heads), 1), dtype=some.dtype, device=some.device))]
 
 
-def _plan(graph: Graph, plans: Known[Plan]) -> Plan:
+def _plan(graph: Graph, plans: Known[Plan], data: Iterable[Any]) -> Plan:
     if get_proxy_mode() is not None and (known := plans.kept(graph.key)) is not None:
         return known
 
     def find() -> tuple[Plan, bool]:
-        plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights))
+        places = {leaf.untyped_storage().data_ptr() for leaf in data if isinstance(leaf, torch.Tensor)}
+        plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights), places)
         return plan, plan.sure
 
     return plans.of(graph.key, find)
 
 
 def _source(value: torch.Tensor, connected: bool) -> torch.Tensor:
-    """Return a tensor to differentiate in: the value itself where it must stay connected, else a leaf of its own."""
-    return value if connected and value.requires_grad else value.detach().requires_grad_()
+    """Return a tensor to differentiate in: one that leads to the value where it must stay connected, else a leaf of its own."""
+    if connected and value.requires_grad:
+        return value.view_as(value)  # not itself, which may bear another name too
+    leaf: torch.Tensor = recordable(value).detach().requires_grad_()
+    return leaf
 
 
 def _tensors(targets: Any, outputs: torch.Tensor) -> Any:
     """Return targets with tensors for arrays of NumPy, as inputs may be too."""
     if targets is None:
         return None
-    found = {name: torch.as_tensor(leaf, device=outputs.device) for name, leaf in flatten(targets).items()}
+    found = {name: recordable(torch.as_tensor(leaf, device=outputs.device)) for name, leaf in flatten(targets).items()}
     return unflatten(targets, found)
 
 
-def _heads(heads: Any, n: int) -> torch.Tensor:
+def _heads(heads: Any, outputs: torch.Tensor, n: int) -> torch.Tensor:
     if not isinstance(heads, torch.Tensor) or heads.ndim != 2 or heads.shape[0] != n:
-        got = f"{tuple(heads.shape)} heads" if isinstance(heads, torch.Tensor) else type(heads).__name__
+        got = f"outputs of shape {tuple(outputs.shape)}" if isinstance(heads, torch.Tensor) else type(heads).__name__
         raise ArgumentError(
             f"`model` must return outputs of shape (n, c) with n = {n}, or `output` reduce them so; got {got}. "
             "Keep the samples first and flatten the outputs of each, as `transform=lambda f: f.reshape(len(f), -1)`."

@@ -9,6 +9,8 @@ in the processor's cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -67,9 +69,13 @@ class _Attended(torch.autograd.Function):
     @differentiated_once
     @full_precision()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        arrays = [array.flatten(0, -3) for array in (*saved, *gradients, ctx.output)]
-        log_total, mask, scale = ctx.log_total.flatten(0, -2)[..., None], _mask(ctx, saved[1], saved[2]), ctx.scale
+        above, q, k, v = ctx.saved_tensors
+        to_q, to_k, to_v = gradients
+        shared = q.shape[-3] // k.shape[-3]  # heads of queries that share one of keys
+        k, v, to_k, to_v = (_for_each_query(array, shared) for array in (k, v, to_k, to_v))
+        given = (above, q, k, v, to_q, to_k, to_v, ctx.output)
+        arrays = [array.flatten(0, -3) for array in given]
+        log_total, scale, mask = ctx.log_total.flatten(0, -2)[..., None], ctx.scale, _mask(ctx, q, k)
         wide = log_total.dtype
         results = [array.new_empty(array.shape) for array in arrays[:4]]
         step = max(1, _CHUNK // (arrays[1].shape[1] * arrays[2].shape[1]))
@@ -77,7 +83,7 @@ class _Attended(torch.autograd.Function):
             at = slice(start, start + step)
             above, q, k, v, to_q, to_k, to_v, output = (array[at].to(wide) for array in arrays)
             q, to_q = q * scale, to_q * scale
-            weights = -log_total[at] if mask is None else mask[at] - log_total[at]
+            weights = -log_total[at] if mask is None else mask(at) - log_total[at]
             weights = torch.baddbmm(weights, q, k.mT).exp_()
             inner = torch.bmm(above, v.mT).sub_((above * output).sum(-1, keepdim=True))
             change = torch.bmm(to_q, k.mT).baddbmm_(q, to_k.mT)
@@ -94,12 +100,26 @@ class _Attended(torch.autograd.Function):
             )
             for result, part in zip(results, found, strict=True):
                 result[at] = part
-        return (*(result.view(array.shape) for result, array in zip(results, saved, strict=True)), *(None,) * 4)
+        to_above, to_q, to_k, to_v = (result.view(array.shape) for result, array in zip(results, given[:4], strict=True))
+        if shared > 1:
+            to_k, to_v = (part.unflatten(-3, (-1, shared)).sum(-3) for part in (to_k, to_v))
+        return (to_above, to_q, to_k, to_v, *(None,) * 4)
 
 
-def _mask(ctx: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    """Return what is added to the scores of all heads, (heads, positions, positions of the keys)."""
+def _for_each_query(array: torch.Tensor, shared: int) -> torch.Tensor:
+    """Return the array of keys or values for each head of queries, of which `shared` in turn have one."""
+    return array if shared == 1 else array.repeat_interleave(shared, -3)
+
+
+def _mask(ctx: Any, q: torch.Tensor, k: torch.Tensor) -> Callable[[slice], torch.Tensor] | None:
+    """Return what gives, for a slice of all heads, what is added to their scores; one matrix where they share it."""
     shape, mask = (*q.shape[:-1], k.shape[-2]), ctx.mask
     if ctx.causal:
         mask = torch.full(shape[-2:], -torch.inf, dtype=ctx.log_total.dtype, device=q.device).triu_(1)
-    return None if mask is None else mask.expand(shape).reshape(-1, *shape[-2:])
+    if mask is None:
+        return None
+    if prod(mask.shape[:-2]) == 1:
+        matrix = mask.reshape(mask.shape[-2:])
+        return lambda at: matrix
+    own, heads = mask.expand(shape), torch.arange(prod(shape[:-2]), device=q.device)
+    return lambda at: own[torch.unravel_index(heads[at], shape[:-2])]

@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from .graph import Edge, Graph
 
+_WEIGHT_NORM = "WeightNormInterface"
 #: Views with several outputs, which share no element.
 SPLITS = {"Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Unbind"}
 _VIEWS = {
@@ -26,10 +27,21 @@ def is_view(graph: Graph, number: int) -> bool:
 
 def sources(graph: Graph, edge: Edge) -> list[str]:
     """Return the parameters at the end of the chain that comes down to the edge."""
-    if edge in graph.parameters:
-        return [graph.parameters[edge]]
-    below = [name for child in graph.inputs[edge[0]] if child is not None for name in sources(graph, child)]
-    return list(dict.fromkeys(below))
+    return [graph.parameters[below] for below in _chain(graph, edge) if below in graph.parameters]
+
+
+def _chain(graph: Graph, edge: Edge) -> list[Edge]:
+    """Return the edges of the chain that ends in this one, each once."""
+    found: dict[Edge, None] = {}
+    stack = [edge]
+    while stack:
+        edge = stack.pop()
+        if edge in found:
+            continue
+        found[edge] = None
+        if edge not in graph.parameters:
+            stack += [below for below in reversed(graph.inputs[edge[0]]) if below is not None]
+    return list(found)
 
 
 def view_key(graph: Graph, edge: Edge) -> tuple[Any, ...] | None:
@@ -74,7 +86,7 @@ def pull_chain(
     """
     edges = {name: edge for edge, name in graph.parameters.items()}
     gradient = gradient.to(graph.dtype(source))
-    if differentiable and _has_weight_norm(graph, source):
+    if differentiable and any(graph.name(number) == _WEIGHT_NORM for number, _ in _chain(graph, source)):
         by_edge = _pull_by_hand(graph, source, gradient)
         return [by_edge[edges[name]] for name in names]
     return _pull(graph, source, gradient, [edges[name] for name in names], create_graph=differentiable)
@@ -97,34 +109,27 @@ def _pull(graph: Graph, source: Edge, gradient: torch.Tensor, edges: list[Edge],
     return list(torch.autograd.grad([top], wanted, [gradient], retain_graph=True, allow_unused=True, **options))
 
 
-def _has_weight_norm(graph: Graph, edge: Edge) -> bool:
-    below = [child for child in graph.inputs[edge[0]] if child is not None]
-    return graph.name(edge[0]) == "WeightNormInterface" or any(_has_weight_norm(graph, child) for child in below)
-
-
 def _pull_by_hand(graph: Graph, edge: Edge, gradient: torch.Tensor) -> dict[Edge, torch.Tensor]:
     """Pull a gradient node by node, past weight normalisations, whose second derivative PyTorch has wrong.
 
     Their own backward takes the norms that it kept for constants (PyTorch 2.13: `gradgradcheck` of `torch._weight_norm` fails).
     """
-    if edge in graph.parameters:
-        return {edge: gradient}
-    node, inputs = graph.nodes[edge[0]], graph.inputs[edge[0]]
-    if graph.name(edge[0]) == "WeightNormInterface":
-        parts: tuple[torch.Tensor | None, ...] = _through_weight_norm(node, gradient)
-    else:
-        given = [gradient if output == edge[1] else None for output in range(len(node._input_metadata))]
-        result = node(*given)
-        parts = result if isinstance(result, tuple) else (result,)
-    total: dict[Edge, torch.Tensor] = {}
-    for child, part in zip(inputs, parts, strict=True):
-        if child is not None and part is not None:
-            for parameter, found in _pull_by_hand(graph, child, part.sum_to_size(graph.shape(child))).items():
-                total[parameter] = total[parameter] + found if parameter in total else found
+    total: dict[Edge, torch.Tensor] = {edge: gradient}
+    numbers = {number for number, _ in _chain(graph, edge)} - {number for number, _ in graph.parameters}
+    for number in sorted(numbers, reverse=True):  # a node comes after those that it depends on
+        node = graph.nodes[number]
+        given = [total.get((number, output)) for output in range(len(node._input_metadata))]
+        if all(part is None for part in given):
+            continue
+        parts = _through_weight_norm(node, given[0]) if graph.name(number) == _WEIGHT_NORM else node(*given)
+        for child, part in zip(graph.inputs[number], parts if isinstance(parts, tuple) else (parts,), strict=True):
+            if child is not None and part is not None:
+                part = part.sum_to_size(graph.shape(child))
+                total[child] = total[child] + part if child in total else part
     return total
 
 
-def _through_weight_norm(node: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _through_weight_norm(node: Any, gradient: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients in v and g of `g v / ‖v‖`, the norm over all axes but one."""
     v, g, axis = node._saved_v, node._saved_g, int(node._saved_dim)
     axes = [other for other in range(v.ndim) if other != axis]

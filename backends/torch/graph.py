@@ -162,4 +162,7 @@ def _settings(node: Any) -> tuple[Any, ...]:
 
 
 def _is_setting(value: Any) -> bool:
-    return isinstance(value, int | str) or (isinstance(value, tuple) and all(isinstance(entry, int) for entry in value))
+    """Return whether this is a setting; None may be one that was left out."""
+    if isinstance(value, tuple):
+        return all(entry is None or isinstance(entry, int) for entry in value)
+    return value is None or isinstance(value, int | str)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import array_api_compat.torch as compat
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
 
 from .contraction import contribution, weighted_gradient
@@ -119,6 +120,14 @@ class TorchNamespace:
         labels = labels[labels != -100]
         whole = labels.to(torch.int64)
         return whole.numpy() if bool((whole == labels).all()) else labels.numpy()
+
+    @staticmethod
+    def mgs_values(array: torch.Tensor) -> Any:
+        """Return the values as an array of NumPy; None where that would wait, or there are none."""
+        if array.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(array) or get_proxy_mode() is not None:
+            return None
+        array = array.detach()
+        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     @staticmethod
     def mgs_patches(x: torch.Tensor, window: Sizes, strides: Sizes, dilations: Sizes) -> torch.Tensor:

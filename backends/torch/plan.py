@@ -2,13 +2,14 @@
 
 Going up from a parameter, a node either only reshapes or transforms it (`weight.T`, weight normalisation: part of the *chain*),
 or is the *site* where data enter. The gradient at the node's output tells them apart: at a site, its rows belong to single
-samples (see `layout.py`); in a chain they do not. So every node that a chain reaches is taken for a site and tested, and goes to
-the chain if it fails. Samples interact where data enter a chain, so that samples separate only later, where no data enter.
+samples (see the core's `_layout.py`); in a chain they do not. So every node that a chain reaches is taken for a site and tested,
+and goes to the chain if it fails. Samples interact where data enter a chain, so that samples separate only later, where no data
+enter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -61,13 +62,14 @@ class Plan:
     sure: bool
 
 
-def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
+def make_plan(graph: Graph, n: int, gradients: Gradients, inputs: Set[int] = frozenset()) -> Plan:
     """Find the uses of every parameter.
 
     Args:
         graph: the graph.
         n: number of samples.
         gradients: pulls gradients.
+        inputs: where the values are of what is known to be data, as far as it is.
 
     Returns:
         The plan.
@@ -108,7 +110,7 @@ def make_plan(graph: Graph, n: int, gradients: Gradients) -> Plan:
         # samples separate where no data enter: they entered before, and were mixed
         if _alone(graph, number, slots) and not known[number].silent:
             raise _interaction(graph, slots)
-    data = set().union(*(_constants(graph, number) for number in sites))
+    data = set(inputs).union(*(_constants(graph, number) for number in sites))
     for number in failed:  # a constant that is data elsewhere is data here
         if not data.isdisjoint(_constants(graph, number)):
             raise _interaction(graph, {0: (number, 0)})
@@ -255,7 +257,7 @@ def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
     gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
     if mixing:
         where, remedy = "batch normalisation in training mode", ""
-        where += "".join(f", {name.rpartition('.')[0]!r}" for name in gains)
+        where += "".join(f", {layer!r}" for layer in (name.rpartition(".")[0] for name in gains) if layer)
     else:
         where = "statistics over the batch, outputs flat over positions, or a loss that compares samples"
         remedy = 'Penalise another head than such a loss, as `output="trace"`. Else use '

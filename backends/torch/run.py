@@ -64,7 +64,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     if any(torch.nn.parameter.is_lazy(value) for value in parameters):
         raise ArgumentError("`model` must have parameters with shapes; got a lazy module. Run it once on a batch first.")
     leaves = {name: namespace.asarray(leaf) for name, leaf in flatten(inputs, "inputs").items()}
-    leaves = {name: leaf.clone() if leaf.is_inference() else leaf for name, leaf in leaves.items()}  # which no graph may keep
+    leaves = {name: recordable(leaf) for name, leaf in leaves.items()}
     for name, leaf in leaves.items():
         # on the host only, for elsewhere a look at the values would wait for the device
         if leaf.device.type == "cpu" and leaf.is_floating_point() and not _finite(leaf):
@@ -77,6 +77,11 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     with torch.random.fork_rng(devices):
         # only buffers need the detour, which takes 0.1 ms
         return torch.func.functional_call(module, buffers, arguments, keywords) if buffers else module(*arguments, **keywords)
+
+
+def recordable(value: Any) -> Any:
+    """Return the value; a copy of what was made in inference mode, which no graph may keep."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def _finite(values: torch.Tensor) -> bool:
@@ -117,5 +122,5 @@ def as_tensor(outputs: Any) -> torch.Tensor:
         return found
     raise ArgumentError(
         f"`model` must return a tensor, or an object with a tensor `logits`; got {type(outputs).__name__}. "
-        "Give `select`, a function that takes the tensor out of the outputs."
+        "Give `select`, a function that takes the tensor out of the outputs; a criterion takes several as arguments of their own."
     )

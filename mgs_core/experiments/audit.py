@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def audit(
     through `suspicion`.
 
     Args:
-        inputs: (n, …), real numbers; scaled here to mean 0 and standard deviation 1.
+        inputs: (n, …), real numbers; scaled here as a whole to mean 0 and standard deviation 1. A warning says so of a table in
+            which one column has most of the variance.
         labels: integers (n,), from 0.
         model: "mlp", "cnn", or a model in ONNX (path or proto) that takes a batch of the inputs, scaled, and returns (n, c);
             or a `FunctionalModel` on the backend that does.
@@ -125,6 +127,7 @@ def audit(
         (360,)
     """
     x, given, classes = _checked(inputs, labels)
+    _warn_of_units(x)
     networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
     block, seed = integer("block", block, 3), integer("seed", seed, 0)
     check_learning_rate(learning_rate)
@@ -226,6 +229,21 @@ class _Training:
         met = same.sum(axis=1)
         self._sums[batch] += (matrix / root[:, None] / root * same).sum(axis=1) / np.maximum(met, 1)
         self._counts[batch] += met > 0
+
+
+def _warn_of_units(x: Array) -> None:
+    """Warn of a table of which one column outweighs all others, as one in other units does; of pixels none does."""
+    if x.ndim != 2 or x.shape[1] < 4:
+        return
+    variances = np.var(x, axis=0, dtype=np.float64)
+    share = float(variances.max() / max(variances.sum(), np.finfo(np.float64).tiny))
+    if share > 0.5:
+        warnings.warn(
+            f"Column {int(variances.argmax())} of `inputs` has {share:.0%} of their variance, so that the networks see little "
+            "else, for inputs are scaled as a whole. Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _remedy(x: Array, y: Array) -> str:

@@ -199,6 +199,17 @@ def require(arrays: Mapping[str, Array], names: Iterable[str], path: str | Path)
             raise ArgumentError(f"`path` must hold samples along the first axis of {name!r}; {str(path)!r} holds a single value.")
 
 
+def _remedy(name: str, y: Array, n: int) -> str:
+    """Say what to do about labels that do not fit."""
+    if y.ndim == 2 and len(y) == n and y.shape[1] > 1:
+        return f"Take the class of each row: {name}.argmax(axis=1)."
+    if y.shape != (n,):
+        return "Give each sample one label."
+    if np.issubdtype(y.dtype, np.floating) and not np.all(y == np.floor(y)):
+        return "Classes are numbered; what is measured has none: this compares classifiers."
+    return f"Number the classes from 0: numpy.searchsorted(numpy.unique(y_train), {name})."
+
+
 def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
@@ -212,7 +223,7 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
             raise ArgumentError(
                 f"`y_{part}` must be integers of at least 0, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-                f"Number the classes from 0: numpy.searchsorted(numpy.unique(y_train), y_{part})."
+                f"{_remedy(f'y_{part}', y, len(x))}"
             )
         if len(x) < 2:
             raise ArgumentError(f"`x_{part}` must hold at least 2 samples; got {len(x)}.")

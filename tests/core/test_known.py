@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import mgs_core as mgs
-from mgs_core._known import KEPT, Known, KnownByOwner, Recent
+from mgs_core._known import KEPT, KEPT_FINDINGS, Known, KnownByOwner, Recent
 
 
 def asked(known, finds, key="structure"):
@@ -50,12 +50,12 @@ def test_what_may_not_hold_for_other_values_is_not_kept():
 
 def test_the_last_used_structures_are_kept():
     known = Known()
-    for length in range(3 * KEPT):
+    for length in range(3 * KEPT_FINDINGS):
         known.of(length, lambda: ("a", True))
         known.of("often", lambda: ("a", True))
-    assert len(known) == KEPT
+    assert len(known) == KEPT_FINDINGS
     assert known.kept("often") == "a"
-    assert known.kept(3 * KEPT - 1) == "a"
+    assert known.kept(3 * KEPT_FINDINGS - 1) == "a"
     assert known.kept(0) is None
     recent = Recent()
     for key in range(2 * KEPT):

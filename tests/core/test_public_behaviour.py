@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import nullcontext
+from importlib import import_module
+
 import numpy as np
 import pytest
 
 import mgs_core as mgs
+from mgs_core._namespace import array_namespace
+from mgs_core.heads import make_head
+from mgs_core.statistics import merge
 
 RANDOM = np.random.default_rng(0)
 MODEL = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": RANDOM.normal(size=(3, 2))})
@@ -155,3 +162,115 @@ def test_targets_that_are_not_finite(framework):
     slopes = 2 * np.nan_to_num(outputs - targets)
     expected = (PROBE @ PROBE.T) * (slopes @ slopes.T) + (slopes * outputs) @ (slopes * outputs).T
     np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_probabilities_are_not_taken_for_logits(framework):
+    pytest.importorskip(framework)
+    backend = mgs.get_backend(framework)
+    xp, w = backend.namespace, backend.asarray(RANDOM.normal(size=(3, 2)))
+
+    def softmax(p, x):
+        outputs = xp.exp(x @ p["w"])
+        return outputs / xp.sum(outputs, axis=-1, keepdims=True)
+
+    x, labels = backend.asarray(PROBE), backend.asarray(np.arange(7) % 2)
+    with pytest.raises(mgs.ArgumentError, match='`model` must return logits for the cross-entropy of output="loss"; got prob'):
+        mgs.kernel(mgs.FunctionalModel(softmax, {"w": w}), x, labels, output="loss")
+
+    def likelihood(outputs, labels):
+        return -xp.log(
+            xp.sum(xp.where(labels[:, None] == backend.asarray(np.arange(2)), outputs, xp.zeros_like(outputs)), axis=1)
+        )
+
+    found = mgs.kernel(mgs.FunctionalModel(softmax, {"w": w}), x, labels, output="loss", loss=likelihood)
+    logits = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": w})
+    np.testing.assert_allclose(backend.to_numpy(found), backend.to_numpy(mgs.kernel(logits, x, labels, output="loss")))
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+@pytest.mark.parametrize("output", ["target", "loss"])
+def test_targets_of_the_outputs_shape_are_probabilities(framework, output):
+    pytest.importorskip(framework)
+    backend = mgs.get_backend(framework)
+    soft = backend.asarray(RANDOM.dirichlet(np.ones(2), 7))
+    for targets, refused in ((soft, False), (2 * soft, True), (soft - 0.25, True)):
+        if refused and framework == "jax":  # which traces it, without values
+            continue
+        with pytest.raises(mgs.ArgumentError, match="must be probabilities, which sum to 1") if refused else nullcontext():
+            mgs.kernel(
+                mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(MODEL.parameters["w"])}),
+                backend.asarray(PROBE), targets, output=output,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_one_output_has_no_labels(framework):
+    pytest.importorskip(framework)
+    backend = mgs.get_backend(framework)
+
+    def kernel(labels):
+        model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(RANDOM.normal(size=(3, 1)))})
+        return mgs.kernel(model, backend.asarray(PROBE), labels, output="target")
+
+    for labels in (np.arange(7) % 2, np.arange(7.0) % 2, np.ones((7, 1))):
+        for function in (kernel, backend.compile(kernel)):
+            with pytest.raises(mgs.ArgumentError, match=r"must name one of 2 outputs or more; the model has one.*\n?.*trace"):
+                function(backend.asarray(labels))
+
+
+@pytest.mark.wrong_types
+def test_targets_of_several_outputs_are_refused():
+    with pytest.raises(mgs.ArgumentError, match="`targets` must be one array, of labels or probabilities; got dict"):
+        mgs.kernel(MODEL, PROBE, {"a": np.zeros(7, int)}, output="target")
+
+
+@pytest.mark.parametrize("inputs", [{}, [], ()])
+def test_a_batch_of_nothing_is_refused(inputs):
+    with pytest.raises(mgs.ArgumentError, match="`inputs` must hold at least one array; got"):
+        mgs.kernel(MODEL, inputs)
+
+
+def test_arrays_of_two_frameworks_are_refused():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    for arrays in ((torch.ones(1), jax.numpy.ones(1)), (jax.numpy.ones(1), np.ones(1), torch.ones(1))):
+        with pytest.raises(mgs.ArgumentError, match="`arrays` must be arrays of one framework"):
+            array_namespace(*arrays)
+
+
+def test_keys_that_jax_cannot_sort_are_keys():
+    pytest.importorskip("jax")
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"] @ p[0], {"w": np.ones((3, 2)), 0: np.ones((2, 2))})
+    assert mgs.kernel(model, PROBE).shape == (7, 7)
+
+
+def test_blocks_hold_the_statistics_of_two_chunks(monkeypatch):
+    made, alive = [], []
+
+    def watched(*arguments):
+        found = merge(*arguments)
+        made.extend(weakref.ref(use) for use in found)
+        alive.append(sum(use() is not None for use in made))
+        return found
+
+    monkeypatch.setattr(import_module("mgs_core.kernel"), "merge", watched)
+    for _ in mgs.kernel_blocks(MODEL, PROBE, chunk_size=2):
+        pass
+    assert len(made) == 10
+    assert max(alive) == 2
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_random_signs_are_the_same_in_all_frameworks(probes):
+    weights, found = RANDOM.normal(size=(3, 11)), {}
+    for framework in ("numpy", "torch", "jax", "tensorflow"):
+        if not mgs.available_backends()[framework]:
+            continue
+        backend = mgs.get_backend(framework)
+        model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(weights)})
+        found[framework] = backend.to_numpy(mgs.kernel(model, backend.asarray(PROBE), output="random", probes=probes, seed=5))
+    for kernel in found.values():
+        np.testing.assert_allclose(kernel, found["numpy"], rtol=1e-5, atol=1e-4)
+    signs = make_head("random", "identity", None, 400, 5, None).function(np.eye(11), None)
+    assert set(np.unique(signs)) == {-1.0, 1.0}
+    assert np.max(np.abs(signs @ signs.T / 400 - np.eye(11))) < 0.25  # five times what chance allows

@@ -200,3 +200,13 @@ def test_an_unwritable_folder_is_refused(found, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(mgs.ArgumentError, match="`folder` must be a folder that can be written"):
         write_audit(found, IMAGES, tmp_path / "file")
+
+
+def test_a_table_in_several_units_is_warned_of():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(60, 5)), np.arange(60) % 2
+    x[:, 0] += 3 * y
+    x[:, 2] *= 30
+    with pytest.warns(UserWarning, match="Column 2 of `inputs` has 99% of their variance"):
+        mgs.audit(x, y, epochs=1)
+    mgs.audit((x - x.mean(0)) / x.std(0), y, epochs=1)  # warnings are errors

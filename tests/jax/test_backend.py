@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -286,6 +287,31 @@ def test_interacting_samples_are_refused_with_values_and_without():
     for transform in (jax.jit, jax.grad, lambda f: jax.jit(jax.grad(f))):
         with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
             transform(lambda p: jnp.trace(mgs.kernel(mgs.FunctionalModel(batch_normalised, p), x, differentiable=True)))(p)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_offset_does_not_hide_samples_that_interact(dtype, jit):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(6, 5)), dtype)
+    p = {name: jnp.asarray(draw.normal(size=shape), dtype) for name, shape in {"w1": (5, 7), "w2": (7, 3)}.items()}
+
+    def offset(p, x):
+        return batch_normalised(p, x) + 3e3
+
+    def beside(p, x):
+        return jnp.concatenate([3e3 * (x @ p["w1"]), batch_normalised(p, x)], axis=1)
+
+    def alone(p, x):
+        return jnp.tanh(x @ p["w1"]) @ p["w2"] + 3e3
+
+    for function, output in ((offset, "trace"), (offset, "sum"), (beside, "trace"), (beside, "full"), (alone, "trace")):
+
+        def kernel(p, function=function, output=output):
+            return mgs.kernel(mgs.FunctionalModel(function, p), x, output=output)
+
+        with pytest.raises(mgs.SamplesInteractError) if function is not alone else nullcontext():
+            (jax.jit(kernel) if jit else kernel)(p)
 
 
 def test_what_the_user_owns_is_untouched(build):

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from flax.errors import FlaxError
 from flax.training.train_state import TrainState
+from jax.flatten_util import ravel_pytree
 from mgs_core.adapters.flax import MGSMonitor, Parts, linen_model, regularized
 
 import mgs_core as mgs
@@ -466,3 +467,55 @@ def test_errors_of_functions_go_on_with_a_note(p, batch, call, error, message):
         call(p, batch)
     (note,) = [note for note in raised.value.__notes__ if "mgs_core" in note]
     assert re.search(message, note)
+
+
+class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        h = nn.relu(nn.Dense(8, param_dtype=jnp.float64)(x))
+        return nn.Dense(3, param_dtype=jnp.float64)(nn.Dropout(0.4, deterministic=not train)(h))
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("weighting", [None, "agreement"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_dropout_with_a_key_for_each_sample(make_key, weighting, jit):
+    draw = np.random.default_rng(0)
+    x, y = jnp.asarray(draw.normal(size=(6, 5))), jnp.asarray(draw.integers(0, 3, 6))
+    network, penalty = Dropping(), mgs.Penalty("log_determinant", strength=0.5)
+    parameters = network.init(jax.random.key(0), x)["params"]
+    batch = {"x": x, "y": y, "key": jax.random.split(make_key(1), 6)}
+
+    def losses(parameters, batch):
+        outputs = jax.vmap(lambda x, key: network.apply({"params": parameters}, x[None], train=True, rngs={"dropout": key})[0])
+        return mgs.cross_entropy(outputs(batch["x"], batch["key"]), batch["y"])
+
+    def by_loop(parameters):
+        alone = [jax.tree.map(lambda leaf, a=a: leaf[a : a + 1], batch) for a in range(6)]
+        rows = jnp.stack([ravel_pytree(jax.grad(lambda p, b=b: losses(p, b)[0])(parameters))[0] for b in alone])
+        kernel = rows @ rows.T
+        weights = 1.0 if weighting is None else jax.lax.stop_gradient(mgs.agreement_weights(kernel))
+        return jnp.mean(weights * losses(parameters, batch)) + penalty(kernel)
+
+    loss = regularized(lambda p, batch: jnp.mean(losses(p, batch)), penalty, weighting=weighting)
+    gradient = jax.grad(lambda p, batch: loss(p, batch)[0])
+    found, expected = (jax.jit(gradient) if jit else gradient)(parameters, batch), jax.grad(by_loop)(parameters)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
+
+
+def test_a_mean_over_a_mask_by_weights_in_the_batch():
+    draw = np.random.default_rng(0)
+    x, y, mask = jnp.asarray(draw.normal(size=(6, 5))), jnp.asarray(draw.integers(0, 3, 6)), jnp.array([1.0, 0, 1, 1, 0, 1])
+    parameters = {"w": jnp.asarray(draw.normal(size=(5, 3)))}
+
+    def losses(p, batch):
+        return mgs.cross_entropy(batch["x"] @ p["w"], batch["y"])
+
+    batch = {"x": x, "y": y, "weight": mask * mask.size / mask.sum()}
+    loss = regularized(lambda p, batch: jnp.mean(losses(p, batch) * batch["weight"]), mgs.Penalty("trace", strength=0.5))
+    value, parts = loss(parameters, batch)
+    np.testing.assert_allclose(value - parts.penalty, jnp.sum(losses(parameters, batch) * mask) / jnp.sum(mask))
+    rows = jax.vmap(lambda x, y, w: jax.grad(lambda p: w * losses(p, {"x": x[None], "y": y[None]})[0])(parameters)["w"].ravel())(
+        x, y, batch["weight"]
+    )
+    np.testing.assert_allclose(parts.kernel, rows @ rows.T, rtol=1e-9, atol=1e-12)

@@ -41,7 +41,7 @@ import mgs_core.adapters.keras
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(ALONE, "`keras` must be Keras 3.8 or later; got keras-core"), (OLD, "`keras` must be Keras 3.8 or later; got 2.15.0")],
+    [(ALONE, "`keras` must be Keras 3.13 or later; got keras-core"), (OLD, "`keras` must be Keras 3.13 or later; got 2.15.0")],
 )
 def test_other_keras_is_refused(code, message):
     result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)

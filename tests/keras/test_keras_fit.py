@@ -582,3 +582,90 @@ def test_targets_of_some_outputs_alone():
     alone = keras.Model(x, outputs["a"])
     expected = mgs.Penalty("trace", 1.0)(kernel(alone, X, Y, output="loss", loss=sample_loss(loss["a"])))
     assert found == pytest.approx([float(expected)] * 2, rel=1e-4)
+
+
+class Guided:
+    """Train as the guides of Keras do it: every metric but the loss gets targets and outputs."""
+
+    def train_step(self, *given):
+        return getattr(self, BACKEND)(*given)
+
+    def tensorflow(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            outputs = self(x, training=True)
+            loss = self.compute_loss(x=x, y=y, y_pred=outputs)
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return self.told(loss, y, outputs)
+
+    def torch(self, data):
+        import torch
+
+        x, y = data
+        self.zero_grad()
+        outputs = self(x, training=True)
+        loss = self.compute_loss(x=x, y=y, y_pred=outputs)
+        loss.backward()
+        variables = self.trainable_weights
+        with torch.no_grad():
+            self.optimizer.apply([variable.value.grad for variable in variables], variables)
+        return self.told(loss, y, outputs)
+
+    def told(self, loss, y, outputs):
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss)
+            else:
+                metric.update_state(y, outputs)
+        return {metric.name: metric.result() for metric in self.metrics}
+
+    def jax(self, state, data):
+        import jax
+
+        trainable, fixed, optimizer, metrics = state
+        x, y = data
+
+        def objective(trainable, fixed):
+            outputs, fixed = self.stateless_call(trainable, fixed, x, training=True)
+            return self.compute_loss(x, y, outputs), fixed
+
+        (_, fixed), gradient = jax.value_and_grad(objective, has_aux=True)(trainable, fixed)
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradient, trainable)
+        return {}, (trainable, fixed, optimizer, metrics)
+
+
+def test_training_steps_of_the_guides_are_regularised_or_told_what_they_lack():
+    class Guiding(Guided, MGSMixin, keras.Sequential):
+        pass
+
+    def logs(base, strength):
+        model = draw_weights(base([keras.Input((5,)), layers.Dense(6, activation="tanh"), layers.Dense(3, activation="softmax")]))
+        regularize(model, MGSRegularizer("trace", strength=strength, output="target"))
+        return fit(compiled(model, metrics=["accuracy"]), epochs=2)
+
+    if BACKEND == "jax":
+        with pytest.raises(mgs.ArgumentError, match="`train_step` must give `compute_loss` the metrics' variables too"):
+            logs(Guiding, 0.1)
+        return
+    found, expected = logs(Guiding, 0.1), logs(MGSSequential, 0.1)
+    assert found["mgs_penalty"] == pytest.approx(expected["mgs_penalty"], rel=1e-5)
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", [layers.Dropout(0.3), layers.BatchNormalization()])
+def test_lazy_penalties_go_with_layers_that_hold_a_state(layer):
+    model = regularize(network(layers.Dense(6), layer), MGSRegularizer("trace", strength=1.0, every=2))
+    history = fit(compiled(model), epochs=2)
+    assert np.all(np.isfinite(history["loss"]))
+    assert np.all(np.array(history["mgs_penalty"]) > 0)
+
+
+def test_probabilities_are_not_taken_for_logits():
+    model = compiled(network())
+    fit(model)
+    with pytest.raises(mgs.ArgumentError, match=r"must return logits .* got layer 'dense.*' with softmax.*sample_loss\(model\)"):
+        mgs.kernel(model, X, Y, output="loss")
+    assert numpy(mgs.kernel(model, X, Y, output="loss", loss=sample_loss(model))).shape == (20, 20)

@@ -178,3 +178,28 @@ def test_the_odd_place_of_automatic_padding(automatic, pads):
     expected = padded[:, :-1] * w[0, 0, 0] + padded[:, 1:] * w[0, 0, 1]
     np.testing.assert_allclose(correlate(auto_pad=automatic), expected, rtol=1e-12)
     np.testing.assert_allclose(correlate(pads=pads), expected, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of JAX, about its own internals
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("operator", "attributes"),
+    [("ReduceL2", {"axes": [1, 2]}), ("LpPool", {"kernel_shape": [2]}), ("GlobalLpPool", {"p": 3}),
+     ("MeanVarianceNormalization", {"axes": [1, 2]})],
+)  # fmt: skip
+def test_norms_of_nothing_have_a_gradient(backend, operator, attributes):
+    """As exports of `torch.nn.functional.normalize` have one; the sample of zeros is alone in having none of its own."""
+    nodes = [node("Mul", ["x", "w"], ["c"]), node(operator, ["c"], ["h"], **attributes), LAST]
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes, "g", [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 2, 4])],
+            [helper.make_tensor_value_info("y", TensorProto.DOUBLE, ["n", "c"])], [numpy_helper.from_array(draw(2, 1), "w")],
+        ),
+        opset_imports=[helper.make_opsetid("", 13)],
+    )  # fmt: skip
+    x = np.concatenate([draw(2, 2, 4), np.zeros((1, 2, 4))])
+    model, get = mgs.onnx.load(proto, backend=backend, parameters=["w"]), mgs.get_backend(backend)
+    found = get.to_numpy(mgs.kernel(model, get.asarray(x.astype(get.to_numpy(get.asarray(x)).dtype))))
+    assert np.all(found[2] == 0)
+    rows = differences(mgs.onnx.load(proto, parameters=["w"]), x[:2])
+    np.testing.assert_allclose(found[:2, :2], np.einsum("acp,bcp->ab", rows, rows), rtol=1e-5)

@@ -197,6 +197,46 @@ def test_a_traced_penalty_moves_with_all_that_it_holds(place):
         close(a, b)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_penalty_in_a_branch_moves_with_all_that_it_holds(nested, compiled):
+    w, free, x, targets = variable(4, 3), variable(3), tf.constant(RANDOM.normal(size=(600, 4))), tf.constant([0, 1, 2] * 200)
+    model = mgs.FunctionalModel(lambda p, x: tf.tanh(x @ p["w"]) * free, {"w": w})
+
+    def penalty():
+        return mgs.Penalty("log_determinant")(mgs.kernel(model, x, targets, output="target", differentiable=True))
+
+    def step(number):
+        with tf.GradientTape() as tape:
+            value = tf.cond(number > 0, inner if nested else penalty, lambda: tf.zeros((), tf.float64))
+        return tape.gradient(value, [w, free], unconnected_gradients="zero")
+
+    def inner():
+        return tf.cond(tf.reduce_sum(x) < 1e9, penalty, lambda: tf.zeros((), tf.float64))
+
+    traced = tf.function(step, jit_compile=compiled)
+    for a, b in zip(traced(tf.constant(1)), step(tf.constant(1)), strict=True):
+        close(a, b)
+    assert not any(np.any(part) for part in traced(tf.constant(0)))
+
+
+def test_a_penalty_in_a_loop_moves_with_all_that_it_holds():
+    w, free, x = variable(4, 3), variable(3), tf.constant(RANDOM.normal(size=(600, 4)))
+    model = mgs.FunctionalModel(lambda p, x: tf.tanh(x @ p["w"]) * free, {"w": w})
+
+    def step():
+        with tf.GradientTape() as tape:
+            value = tf.zeros((), tf.float64)
+            for number in tf.range(2):
+                part = x[300 * number : 300 * (number + 1)]
+                kernel = mgs.kernel(model, tf.ensure_shape(part, (300, 4)), output="trace", differentiable=True)
+                value += mgs.Penalty("log_determinant")(kernel)
+        return tape.gradient(value, [w, free])
+
+    for a, b in zip(tf.function(step)(), step(), strict=True):
+        close(a, b)
+
+
 def test_attention_over_tokens_needs_no_rows_where_there_are_no_values():
     shapes = {"table": (5, 4), "q": (4, 4), "k": (4, 4), "w": (4, 2)}
     parameters = {name: tf.constant(RANDOM.normal(size=shape)) for name, shape in shapes.items()}
@@ -369,10 +409,12 @@ def test_traced_labels_are_looked_at(output):
     np.testing.assert_allclose(with_labels(labels, output, traced=True)(), with_labels(np.array(labels), output)(), rtol=1e-12)
 
 
-def test_labels_drawn_for_a_model_of_one_output_may_be_none():  # its samples' axis is found with labels 0 and 1
-    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": tf.ones((4, 1), tf.float64)})
-    kernel = tf.function(lambda x, y: mgs.kernel(model, x, y, output="target"))
-    np.testing.assert_allclose(kernel(tf.constant(X), tf.zeros(6, tf.int32)), X @ X.T, rtol=1e-12)
+@pytest.mark.parametrize("output", ["target", "loss"])
+def test_soft_targets_without_values_may_be_drawn(output):  # as ones, which are no probabilities
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": tf.constant(RANDOM.normal(size=(4, 3)))})
+    soft = tf.constant(RANDOM.dirichlet(np.ones(3), 6))
+    traced = tf.function(lambda x, y: mgs.kernel(model, x, y, output=output))
+    close(traced(tf.constant(X), soft), mgs.kernel(model, tf.constant(X), soft, output=output))
 
 
 def kernel_of_function(function, parameters):

@@ -16,16 +16,18 @@ N, HEADS, QUERIES, KEYS, SIZE = 5, 2, 6, 4, 3
 class Attention(nn.Module):
     """Let queries from one input attend to keys and values from another."""
 
-    def __init__(self, trainable: str, **options) -> None:
+    def __init__(self, trainable: str, shared: int = 1, **options) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(SIZE, HEADS * SIZE) for _ in range(3))
-        self.out = nn.Linear(HEADS * SIZE, 3)
+        self.heads = HEADS * shared, HEADS, HEADS
+        self.q, self.k, self.v = (nn.Linear(SIZE, heads * SIZE) for heads in self.heads)
+        self.out = nn.Linear(HEADS * shared * SIZE, 3)
         for name, value in self.named_parameters():
             value.requires_grad_(name[0] in trainable)
         self.options = options
 
     def forward(self, x, y):
-        split = (part.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for part in (self.q(x), self.k(y), self.v(y)))
+        parts = zip((self.q(x), self.k(y), self.v(y)), self.heads, strict=True)
+        split = (part.unflatten(-1, (heads, SIZE)).transpose(1, 2) for part, heads in parts)
         mixed = scaled_dot_product_attention(*split, **self.options)
         self.fused = "FlashAttentionForCpu" in mixed.grad_fn.name()
         return torch.tanh(self.out(mixed.transpose(1, 2).flatten(2))).mean(1)
@@ -51,7 +53,11 @@ NOTHING_SEEN[2] = False
         ("qkvo", {"is_causal": True}),
         ("qkvo", {"attn_mask": MASK}),
         ("qkvo", {"attn_mask": MASK.expand(N, 1, -1, -1)}),
+        ("qkvo", {"attn_mask": MASK[None, None]}),
+        ("qkvo", {"attn_mask": torch.linspace(-1, 1, N * HEADS * QUERIES * KEYS).double().view(N, HEADS, QUERIES, KEYS)}),
         ("qkvo", {"attn_mask": NOTHING_SEEN}),
+        ("qkvo", {"shared": 2, "enable_gqa": True}),
+        ("qkvo", {"shared": 3, "enable_gqa": True, "attn_mask": MASK.expand(N, 1, -1, -1)}),
         ("ko", {}),
         ("q", {}),
         ("v", {}),

@@ -12,6 +12,7 @@ import mgs_core as mgs
 torch = pytest.importorskip("torch")
 
 from mgs_core.adapters.torch import Configured, MGSMonitor, twice_differentiable  # noqa: E402  # after the skip
+from mgs_core.backends.torch.chain import sources  # noqa: E402  # after the skip
 from mgs_core.backends.torch.graph import read_graph  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402  # after the skip
@@ -382,6 +383,11 @@ class Refusing:
             "must be floating-point arrays; got dtype torch.complex64",
         ),
         (
+            lambda: mgs.kernel(nn.Conv2d(1, 2, 1), torch.ones(3, 1, 4, 4), output="random"),
+            mgs.ArgumentError,
+            r"got outputs of shape \(3, 2, 4, 4\)",
+        ),
+        (
             lambda: mgs.kernel(nn.Linear(3, 2), torch.full((4, 3), torch.nan)),
             mgs.ArgumentError,
             "`inputs` must be finite",
@@ -516,3 +522,85 @@ def test_what_the_core_makes_is_where_the_kernel_is(name):
         made = [mgs.Penalty(name)(kernel), mgs.agreement_weights(kernel), mgs.cross_entropy(outputs, labels)]
         made.append(make_head("random", "identity", None, 2, 0, None).function(outputs, None))
     assert {array.device.type for array in made} == {"cuda"}
+
+
+class Pairs(nn.Module):
+    """Compare each sample of one kind with all of another, as towers of images and texts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 8), nn.Linear(6, 8)
+
+    def forward(self, x, z):
+        return self.left(x) @ self.right(z).T
+
+
+def test_samples_that_are_compared_with_all_others_are_refused():
+    with pytest.raises(mgs.SamplesInteractError, match=r"after parameter 'right\."):
+        mgs.kernel(Pairs(), (torch.randn(7, 5), torch.randn(7, 6)))
+
+
+def test_one_tensor_under_two_names_is_two_parameters():
+    w, x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, dtype=torch.float64)
+    model = mgs.FunctionalModel(lambda p, x: torch.tanh(x @ p["a"]) @ p["b"], {"a": w, "b": w})
+    for parameters in (None, "a", "b"):
+        kernel = mgs.kernel(model, x, parameters=parameters, differentiable=True)
+        torch.testing.assert_close(kernel.detach(), mgs.kernel(model, x, parameters=parameters))
+    parts = BACKEND.value_and_gradient(lambda p: model.function(p, x).sum())(model.parameters)[1]
+    (whole,) = torch.autograd.grad(model.function(model.parameters, x).sum(), w)
+    torch.testing.assert_close(parts["a"] + parts["b"], whole)
+
+
+def test_a_setting_that_was_left_out_at_first_belongs_to_the_structure(monkeypatch):
+    monkeypatch.setattr("mgs_core.backends.torch.graph._names", {})  # as in a new process
+    w, x = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)
+
+    def steps(**options):
+        return read_graph((x @ w).var(**options), {"w": w}).steps
+
+    assert steps() != steps(dim=1)
+    assert steps(dim=0) != steps(dim=1)
+
+
+def test_long_chains_of_parameters_take_no_longer_than_they_are():
+    """Each residual doubles the ways from the end to the parameter."""
+
+    def function(p, x):
+        w = p["w"]
+        for _ in range(60):
+            w = w + 1e-3 * torch.tanh(w)
+        return x @ w
+
+    w, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    rows = torch.func.jacrev(lambda w: function({"w": w}, x))(w).reshape(4, 3, 9)
+    kernel = mgs.kernel(mgs.FunctionalModel(function, {"w": w}), x)
+    torch.testing.assert_close(kernel, torch.einsum("akp,bkp->ab", rows, rows))
+
+
+def test_chains_may_be_longer_than_python_recurses():
+    leaf = torch.ones(2, 2, requires_grad=True)
+    w = leaf
+    for _ in range(1500):
+        w = w * 1.0
+    graph = read_graph(torch.ones(3, 2) @ w, {"w": leaf})
+    assert sources(graph, graph.inputs[-1][1]) == ["w"]
+
+
+def test_inference_mode_is_no_hindrance_but_to_modules_that_are_made_in_it():
+    def function(p, x):
+        return torch.tanh(x @ p["a"]) @ p["b"]
+
+    with torch.inference_mode():
+        parameters, x, y = {"a": torch.randn(3, 3), "b": torch.randn(3, 3)}, torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+        kernel = mgs.kernel(mgs.FunctionalModel(function, parameters), x, y, output="loss")
+        module = nn.Linear(3, 2)
+    expected = {name: value.clone() for name, value in parameters.items()}
+    torch.testing.assert_close(kernel.clone(), mgs.kernel(mgs.FunctionalModel(function, expected), x.clone(), y, output="loss"))
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must be made outside of torch.inference_mode\(\)"):
+        mgs.kernel(module, x.clone())
+
+
+def test_check_takes_outputs_of_any_shape():
+    flat = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    for model, x in ((nn.Conv2d(3, 2, 3), torch.randn(3, 3, 5, 5)), (flat, torch.randn(3, 4))):
+        assert [layer.route for layer in mgs.check(model, x).layers] == ["statistics", "statistics"]

@@ -151,3 +151,25 @@ def test_next_token_loss_is_the_models_own():
     labels[1, 3:] = -100
     outputs = model(**inputs, labels=labels)
     torch.testing.assert_close(next_token_loss(outputs.logits, labels).mean(), outputs.loss)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple"])
+def test_predictions_of_models_that_return_tensors_are_whole(tmp_path, kind):
+    pytest.importorskip("accelerate")
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = bert()
+
+        def forward(self, input_ids, attention_mask):
+            logits = self.inner(input_ids, attention_mask).logits
+            return logits if kind == "tensor" else (logits,)
+
+    criterion = MGSLoss(torch.nn.CrossEntropyLoss(), select=None if kind == "tensor" else lambda outputs: outputs[0])
+    data = Data(torch.arange(8) % 3)
+    trainer = PenalisedTrainer(Net(), arguments(tmp_path), mgs_loss=criterion)
+    predicted = trainer.predict(data).predictions
+    with torch.no_grad():
+        expected = trainer.model.eval().inner(**data.inputs).logits
+    torch.testing.assert_close(torch.as_tensor(predicted), expected, rtol=1e-5, atol=1e-6)

@@ -494,3 +494,31 @@ def test_options_may_be_integers_of_numpy(mlp):
         values[-1].backward()
     torch.testing.assert_close(*values)
     assert MGSMonitor(model, x, every=np.int64(1)).step() is not None
+
+
+class Contrastive(nn.Module):
+    def forward(self, outputs, targets, reduction="mean"):
+        return cross_entropy(outputs @ outputs.T, targets % len(targets), reduction=reduction)
+
+
+class Whole(nn.Module):
+    def forward(self, outputs, targets):
+        return Contrastive()(outputs, targets)
+
+
+@pytest.mark.parametrize("criterion", [Contrastive(), Whole()])
+def test_a_loss_that_compares_samples_goes_with_a_penalty_on_another_head(mlp, criterion):
+    model, x, y = mlp
+    ours = MGSLoss(criterion, penalty=TRACE, output="trace")
+    ours(model(x), y).backward()
+    torch.testing.assert_close(ours.last.criterion, criterion(model(x), y).detach())
+    torch.testing.assert_close(ours.last.penalty, TRACE(mgs.kernel(model, x)))
+    torch.testing.assert_close(MGSLoss(criterion)(model(x), y), criterion(model(x), y))
+    with pytest.raises((mgs.ArgumentError, mgs.SamplesInteractError), match=r"penalise another head|Penalise another head"):
+        MGSLoss(criterion, penalty=TRACE)(model(x), y)
+
+
+def test_layers_without_a_name_are_not_listed():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(5, 3)
+    with pytest.raises(mgs.SamplesInteractError, match=r"\(batch normalisation in training mode\)\."):
+        MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, output="trace")(model(x), torch.arange(5) % 2)

@@ -20,7 +20,8 @@ from torch import nn  # noqa: E402  # after the skip
 LENGTHS = range(2, 102)
 
 
-def test_plans_of_a_hundred_lengths_do_not_all_stay():
+def test_plans_of_a_hundred_lengths_do_not_all_stay(monkeypatch):
+    monkeypatch.setattr("mgs_core._known.KEPT_FINDINGS", 64)
     criterion = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement")
     model, cell = nn.Linear(3, 2), nn.Linear(3, 3)
     for length in LENGTHS:

@@ -186,7 +186,9 @@ def test_losses_that_compare_samples_are_refused_but_not_beside_another_head():
 
 def test_one_output_without_an_axis_takes_the_transform_that_the_message_names():
     model, x = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double(), draw(6, 4)
-    with pytest.raises(mgs.ArgumentError, match=r"got \(6,\) heads.*as `transform=lambda f: f.reshape\(len\(f\), -1\)`"):
+    with pytest.raises(
+        mgs.ArgumentError, match=r"got outputs of shape \(6,\).*as `transform=lambda f: f.reshape\(len\(f\), -1\)`"
+    ):
         mgs.kernel(model, x)
     torch.testing.assert_close(mgs.kernel(model, x, transform=lambda f: f.reshape(len(f), -1)), x @ x.T + 1)
 

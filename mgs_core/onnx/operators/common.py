@@ -55,6 +55,14 @@ def is_half(x: Array) -> bool:
     return "float16" in str(x.dtype)
 
 
+def root(xp: Namespace, total: Array, p: float = 2.0) -> Array:
+    """Return the p-th root of sums of powers, a p-norm; its derivative at 0, where it has none, is 0."""
+    zero = total == 0
+    inner = xp.where(zero, xp.ones_like(total), total)  # keeps 1/0 out of the derivative
+    found = xp.sqrt(inner) if p == 2 else inner ** (1.0 / p)
+    return xp.where(zero, xp.zeros_like(found), found)
+
+
 def is_real(xp: Namespace, x: Array) -> bool:
     """Say whether an array is floating-point."""
     # NumPy's own isdtype knows nothing of bfloat16

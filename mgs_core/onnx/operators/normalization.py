@@ -9,7 +9,7 @@ import numpy as np
 from mgs_core._types import Array, Namespace
 from mgs_core.onnx.extensions import extension
 from mgs_core.onnx.graph import Node
-from mgs_core.onnx.operators.common import axes_of, axis_of, is_half, native_dtype
+from mgs_core.onnx.operators.common import axes_of, axis_of, is_half, native_dtype, root
 from mgs_core.onnx.operators.registry import Run, operator
 
 
@@ -98,9 +98,8 @@ def mean_variance_normalization(node: Node, xp: Namespace) -> Run:
 
     def run(x: Array) -> Array:
         places = axes_of(axes, x.ndim, node)
-        mean = xp.mean(x, axis=places, keepdims=True)
-        variance = xp.mean(x * x, axis=places, keepdims=True) - mean * mean
-        return (x - mean) / (xp.sqrt(variance) + 1e-9)
+        centred = x - xp.mean(x, axis=places, keepdims=True)
+        return centred / (root(xp, xp.mean(centred * centred, axis=places, keepdims=True)) + 1e-9)
 
     return run
 

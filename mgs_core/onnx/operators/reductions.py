@@ -8,7 +8,7 @@ from typing import Any
 
 from mgs_core._types import Array, Namespace
 from mgs_core.onnx.graph import Node
-from mgs_core.onnx.operators.common import axes_of, axis_of, integers, is_real, native_dtype
+from mgs_core.onnx.operators.common import axes_of, axis_of, integers, is_real, native_dtype, root
 from mgs_core.onnx.operators.registry import Run, operator
 
 Reduction = Callable[[Namespace, Array, tuple[int, ...]], Array]
@@ -47,7 +47,7 @@ _REDUCTIONS: dict[str, Reduction] = {
     "ReduceMax": _extreme("max"),
     "ReduceMin": _extreme("min"),
     "ReduceL1": lambda xp, x, axes: _sum(xp, xp.abs(x), axes),
-    "ReduceL2": lambda xp, x, axes: xp.sqrt(_sum(xp, x * x, axes)),
+    "ReduceL2": lambda xp, x, axes: root(xp, _sum(xp, x * x, axes)),
     "ReduceSumSquare": lambda xp, x, axes: _sum(xp, x * x, axes),
     "ReduceLogSum": lambda xp, x, axes: xp.log(_sum(xp, x, axes)),
     "ReduceLogSumExp": _log_sum_exp,

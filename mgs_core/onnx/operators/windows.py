@@ -12,7 +12,7 @@ import numpy as np
 from mgs_core._types import Array, Namespace
 from mgs_core.onnx.extensions import extension, lowest, portable
 from mgs_core.onnx.graph import Node
-from mgs_core.onnx.operators.common import integers, native_dtype
+from mgs_core.onnx.operators.common import integers, native_dtype, root
 from mgs_core.onnx.operators.registry import Run, operator
 from mgs_core.onnx.tensors import check_size
 
@@ -191,7 +191,8 @@ def lp_pool(node: Node, xp: Namespace) -> Run:
     def run(x: Array) -> Array:
         window, strides, pads, dilations = _window(node, x)
         powers = xp.abs(x) ** p
-        return (pool(powers, window=window, strides=strides, pads=tuple(pads), dilations=dilations) * prod(window)) ** (1.0 / p)
+        means = pool(powers, window=window, strides=strides, pads=tuple(pads), dilations=dilations)
+        return root(xp, means * prod(window), p)
 
     return run
 
@@ -204,7 +205,7 @@ def global_pool(node: Node, xp: Namespace) -> Run:
     def run(x: Array) -> Array:
         axes = tuple(range(2, x.ndim))
         if node.operator == "GlobalLpPool":
-            return xp.sum(xp.abs(x) ** p, axis=axes, keepdims=True) ** (1.0 / p)
+            return root(xp, xp.sum(xp.abs(x) ** p, axis=axes, keepdims=True), p)
         reduce = xp.mean if node.operator == "GlobalAveragePool" else xp.max
         return reduce(x, axis=axes, keepdims=True)
 
