@@ -129,8 +129,7 @@ def measure(
     with renamed(inputs="x" if len(names) == 1 else "data"):
         # kernel checks the name of the head
         kernel = mgs.kernel(loaded, batch if len(names) > 1 else batch["x"], targets, output=cast(Output, output))
-    classes = labels is not None and labels.ndim == 1 and labels.dtype.kind not in "fc"
-    summary = mgs.summarize(kernel, labels if classes else None)
+    summary = mgs.summarize(kernel, None if labels is None else _classes(labels))
     if as_json:
         print(json.dumps(summary.to_dict()))
         return
@@ -139,6 +138,20 @@ def measure(
     for name, value in summary.to_dict().items():
         shown.add_row(name, f"{value:.6g}")
     console.print(shown)
+
+
+def _classes(labels: Any) -> Any:
+    """Return labels that name classes, whole numbers as integers; None, and a warning, for what names none."""
+    if labels.ndim == 1 and labels.dtype.kind == "f" and bool((labels == labels.round()).all()):
+        return labels.astype(int)
+    if labels.ndim == 1 and labels.dtype.kind not in "fc":
+        return labels
+    warnings.warn(
+        f"`y` names no classes, by its dtype {labels.dtype} and shape {labels.shape}: figures by class are left out.",
+        UserWarning,
+        2,
+    )
+    return None
 
 
 @app.command()

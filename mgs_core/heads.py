@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
 from array_api_compat import is_numpy_array
 
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
-from mgs_core._namespace import array_namespace
+from mgs_core._namespace import array_namespace, host
 from mgs_core._protocol import HeadFunction
 from mgs_core._types import Array, LossFunction
 
@@ -58,8 +57,7 @@ def cross_entropy(outputs: Array, targets: Array) -> Array:
         ArgumentError: when there is one output, whose softmax is always 1, or the targets do not fit.
 
     Example:
-        >>> import numpy as np
-        >>> import mgs_core as mgs
+        >>>         >>> import mgs_core as mgs
         >>> mgs.cross_entropy(np.zeros((2, 4)), np.array([0, 3])).round(4)
         array([1.3863, 1.3863])
     """
@@ -211,7 +209,7 @@ def _are_probabilities(values: Any) -> bool:
     """Return whether all are at least 0 and sum to 1 along the last axis, but for rounding of the least precise."""
     if values.size == 0 or values.flat[0] < 0:  # as is soon seen
         return bool(values.size == 0)
-    return bool(np.min(values) >= 0 and np.max(np.abs(np.sum(values, -1, dtype=np.float64) - 1.0)) < 0.01)
+    return bool(host.min(values) >= 0 and host.max(host.abs(host.sum(values, axis=-1, dtype=host.float64) - 1.0)) < 0.01)
 
 
 def _check_labels(labels: Array, c: int) -> None:
@@ -238,6 +236,6 @@ def _probe(outputs: Array, probes: int, seed: int) -> Array:
     """Multiply the outputs by seeded Rademacher vectors that the whole batch shares; the same in every framework."""
     xp, c = array_namespace(outputs), outputs.shape[-1]
     size = -(-c * probes // 8)  # drawn as bits at once, for a vocabulary has tens of thousands
-    bits = np.frombuffer(random.Random(seed).randbytes(size), np.uint8)
-    signs = 2.0 * np.unpackbits(bits, count=c * probes).reshape(c, probes) - 1.0
+    bits = host.frombuffer(random.Random(seed).randbytes(size), host.uint8)
+    signs = 2.0 * host.unpackbits(bits, count=c * probes).reshape(c, probes) - 1.0
     return xp.matmul(outputs, xp.asarray(signs, dtype=outputs.dtype))

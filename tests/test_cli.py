@@ -112,6 +112,19 @@ def test_measure_takes_the_scores_of_a_classifier_for_its_loss(mgs_command, line
     assert soft == pytest.approx(plain)
 
 
+def test_measure_says_where_there_are_no_classes(mgs_command, linear, tmp_path):
+    x, y = np.random.default_rng(1).normal(size=(6, 3)), np.arange(6) % 2
+
+    def found(y):
+        np.savez(tmp_path / "data.npz", x=x, y=y)
+        return json.loads(mgs_command("measure", linear, tmp_path / "data.npz", "--json"))
+
+    assert found(y.astype(float)) == found(y)
+    for values in (y + 0.5, np.eye(2)[y]):
+        with pytest.warns(UserWarning, match="`y` names no classes"):
+            assert found(values).keys() < found(y).keys()
+
+
 def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp_path):
     values = [onnx.numpy_helper.from_array(np.ones((size, 2), np.float32), f"weight {size}") for size in (3, 4)]
     inputs = [onnx.helper.make_tensor_value_info(name, 1, ["n", size]) for name, size in (("left", 3), ("y", 4))]
