@@ -49,7 +49,12 @@ def find_layouts(
         ArgumentError: when the model does not do the same each time.
         SamplesInteractError: when a sample's output depends on another sample.
     """
-    return _known.of(traced.key, lambda: _find(traced, scalars, chosen, (dict(parameters), inputs, targets)))
+    given = (dict(parameters), inputs, targets)
+    if all(leaf is None or tf.is_symbolic_tensor(leaf) for leaf in tf.nest.flatten(given)):
+        kept = _known.kept(traced.key)  # all values would be drawn, which are the same each time
+        if kept is not None:
+            return kept
+    return _known.of(traced.key, lambda: _find(traced, scalars, chosen, given))
 
 
 def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tuple[list[Layout | None], bool]:

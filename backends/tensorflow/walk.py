@@ -15,6 +15,7 @@ from mgs_core._types import Array
 
 from .gradients import gradients
 from .namespace import namespace
+from .operations import functions_of
 from .sites import Site, find_site
 from .terms import Term, follow
 
@@ -124,15 +125,36 @@ def _shape(tensor: Array) -> tuple[int, ...]:
 
 
 def _key(ops: list[Any], known: list[str], chosen: list[str]) -> bytes:
-    """Digest the operations: type, attributes, wiring and shapes, whatever their names."""
+    """Digest the operations: type, attributes, wiring and shapes, whatever their names and those of functions."""
     number = {name: place for place, name in enumerate(known)}
     digest = sha256(repr(chosen).encode())
     for op in ops:
         wiring = [number.setdefault(tensor.name, len(number)) for tensor in op.inputs]
         shapes = [(tensor.shape, number.setdefault(tensor.name, len(number))) for tensor in op.outputs]
-        attributes = [(name, op.node_def.attr[name].SerializeToString(deterministic=True)) for name in sorted(op.node_def.attr)]
+        functions = {name: _content(op, name) for name in functions_of(op)}
+        attributes = [(name, _attribute(op.node_def.attr[name], functions)) for name in sorted(op.node_def.attr)]
         digest.update(repr((op.type, wiring, shapes, attributes)).encode())
     return digest.digest()
+
+
+def _attribute(value: Any, functions: Mapping[str, bytes]) -> Any:
+    """Return what an attribute says; of functions, whose names are new in each trace, what they do."""
+    named = [function.name for function in (value.func, *value.list.func) if function.name]
+    if named:
+        return [functions[name] for name in named]
+    if value.s.startswith((b"PartitionedCall-", b"StatefulPartitionedCall-")):  # a name of the gradient of the function called
+        return None
+    return value.SerializeToString(deterministic=True)
+
+
+def _content(op: Any, name: str) -> bytes:
+    """Digest a function that an operation calls; its name where there is no more to know."""
+    graph = getattr(op.graph._get_function(name), "graph", None)
+    if graph is None:
+        return name.encode()
+    ops, inputs = graph.get_operations(), [tensor.name for tensor in graph.inputs]
+    place = {made: at for at, made in enumerate([*inputs, *(tensor.name for op in ops for tensor in op.outputs)])}
+    return _key(ops, inputs, [str(place[tensor.name]) for tensor in graph.outputs])
 
 
 def each(function: Callable[[Array], Array], tree: Any) -> Any:

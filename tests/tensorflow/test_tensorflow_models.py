@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import tensorflow as tf
+from mgs_core.backends.tensorflow import probe
 from mgs_oracles import close, slope
 
 import mgs_core as mgs
@@ -235,6 +236,39 @@ def test_a_penalty_in_a_loop_moves_with_all_that_it_holds():
 
     for a, b in zip(tf.function(step)(), step(), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("function", [scanned, tf.function(lambda p, x: scanned(p, x))])
+def test_a_model_with_loops_is_known_again(function, monkeypatch):
+    """The functions of its loops and calls have new names in each trace."""
+    found, find = [], probe._find
+    monkeypatch.setattr(probe, "_find", lambda *given: found.append(given) or find(*given))
+    parameters = {name: tf.constant(RANDOM.normal(size=shape)) for name, shape in {"v": (4, 3), "u": (3, 3), "w": (3, 2)}.items()}
+    x, kernels = tf.constant(RANDOM.normal(size=(5, 2, 4))), []
+    for _ in range(3):
+        kernels.append(tf.function(lambda p, x: mgs.kernel(mgs.FunctionalModel(function, p), x))(parameters, x))
+        assert len(found) == 1
+    close(kernels[2], mgs.kernel(mgs.FunctionalModel(function, parameters), x))
+
+
+def test_loops_that_differ_are_not_taken_for_one_another():
+    shapes, x = {"u": (3, 3), "w": (3, 2)}, tf.constant(RANDOM.normal(size=(5, 3)))
+    parameters = {name: tf.constant(RANDOM.normal(size=shape)) for name, shape in shapes.items()}
+
+    def kernel(axis):
+        def step(i, h):
+            return i + 1, tf.tanh(h @ parameters_of["u"]) - tf.reduce_mean(h, axis=axis, keepdims=True)
+
+        def function(p, x):
+            parameters_of.update(p)
+            return tf.while_loop(lambda i, h: i < 2, step, [0, x], maximum_iterations=2)[1] @ p["w"]
+
+        parameters_of = {}
+        return tf.function(lambda p, x: mgs.kernel(mgs.FunctionalModel(function, p), x))
+
+    kernel(axis=1)(parameters, x)
+    with pytest.raises(mgs.SamplesInteractError):
+        kernel(axis=0)(parameters, x)
 
 
 def test_attention_over_tokens_needs_no_rows_where_there_are_no_values():
