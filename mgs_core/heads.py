@@ -57,7 +57,8 @@ def cross_entropy(outputs: Array, targets: Array) -> Array:
         ArgumentError: when there is one output, whose softmax is always 1, or the targets do not fit.
 
     Example:
-        >>>         >>> import mgs_core as mgs
+        >>> import numpy as np
+        >>> import mgs_core as mgs
         >>> mgs.cross_entropy(np.zeros((2, 4)), np.array([0, 3])).round(4)
         array([1.3863, 1.3863])
     """

@@ -25,7 +25,7 @@ from mgs_core._types import Array
 from .fingerprint import fingerprint
 
 _MOVE = 0.05
-#: Roundings of the largest scalar that two programs of the same may differ by (seen: 12).
+#: Roundings of the largest scalar that two programs of the same may differ by (those of the tests' networks: 1.3).
 _ROUNDINGS = 100
 #: Samples that are compared.
 _FEW = 4
@@ -117,12 +117,15 @@ def _agree(alone: Any, together: Any, eps: float) -> bool:
     but by a few roundings of the largest in any case.
     """
     size = float(np.max(np.abs(together), initial=0.0, where=np.isfinite(together)))
-    spread = np.max(np.abs(alone - np.mean(alone, 0)), 0, where=np.isfinite(alone), initial=0.0)
-    allowed = np.minimum(np.maximum(max(eps**0.5, 1e-6) * spread, _ROUNDINGS * eps * size), max(eps**0.5, 1e-6) * size)
+    finite, share = np.isfinite(alone), max(eps**0.5, 1e-6)
+    top, bottom = np.max(alone, 0, where=finite, initial=-np.inf), np.min(alone, 0, where=finite, initial=np.inf)
+    spread = np.subtract(top, bottom, where=top > bottom, out=np.zeros_like(top))
+    allowed = np.minimum(np.maximum(share * spread, _ROUNDINGS * eps * size), share * size)
     alone = alone if len(together) == len(alone) else np.mean(alone, 0, keepdims=True)
     defined = np.isfinite(alone) | np.isfinite(together)
+    difference = np.abs(alone[defined] - together[defined])
     # written so that NaN on one side, which a batch of one can give, is refused too
-    return bool(np.all((np.abs(alone - together) <= allowed)[defined]))
+    return bool(np.all(difference <= np.broadcast_to(allowed, together.shape)[defined]))
 
 
 def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, *given: Any) -> Comparison:

@@ -314,6 +314,19 @@ def test_an_offset_does_not_hide_samples_that_interact(dtype, jit):
             (jax.jit(kernel) if jit else kernel)(p)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_alone_and_together_says_nothing(value):
+    scalars, eps = np.random.default_rng(0).normal(size=(4, 3)), 1e-7
+    broken, moved, empty = scalars.copy(), scalars + 0.01 * np.ones((1, 3)), np.full((4, 3), value)
+    broken[1, 0] = value
+    assert interaction._agree(broken, broken.copy(), eps)
+    assert interaction._agree(empty, empty.copy(), eps)
+    assert not interaction._agree(broken, scalars, eps)
+    assert not interaction._agree(scalars, moved, eps)
+    assert interaction._agree(scalars, scalars.mean(0, keepdims=True), eps)
+    assert not interaction._agree(scalars, moved.mean(0, keepdims=True), eps)
+
+
 def test_what_the_user_owns_is_untouched(build):
     function, parameters, x = build("mlp")
     before = jax.tree.map(np.array, (parameters, x))
