@@ -14,14 +14,19 @@ import mgs_core as mgs
 
 
 def sample_losses(
-    criterion: Callable[..., Any], outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    criterion: Callable[..., Any], outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any], *, each: bool
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value; 0 if nothing counts."""
+    """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value; 0 if nothing counts.
+
+    Unless `each` sample's loss is needed, the value of a criterion that gives no other, as one that compares samples, will do.
+    """
     n = outputs.shape[0]
     if n == 0:
         raise mgs.ArgumentError("`outputs` must hold at least one sample; got 0. Leave empty batches out.")
     unreduced, reduction = _without_reduction(criterion)
     elements = unreduced(outputs, *arguments, **keywords)
+    if not each and isinstance(elements, torch.Tensor) and elements.ndim == 0:
+        return elements, lambda value: value
     if not isinstance(elements, torch.Tensor) or elements.ndim == 0 or elements.shape[0] != n:
         shape = tuple(getattr(elements, "shape", ()))
         raise mgs.ArgumentError(

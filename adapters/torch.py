@@ -168,7 +168,9 @@ class MGSLoss(torch.nn.Module):
             ArgumentError: when the criterion gives no loss for each sample, or the outputs have no graph.
         """
         outputs = self._take(outputs)
-        losses, reduce = self._losses(outputs, arguments, keywords, weighted=sample_weight is not None)
+        of_losses = self.penalty is not None and self._head["output"] == "loss"
+        each = of_losses or self.weighting is not None or sample_weight is not None
+        losses, reduce = sample_losses(self.criterion, outputs, arguments, keywords, each=each)
         if sample_weight is not None:
             shape = tuple(getattr(sample_weight, "shape", ()))
             if shape != losses.shape:
@@ -197,17 +199,6 @@ class MGSLoss(torch.nn.Module):
         kept = (None if part is None else part.detach() for part in (penalty, kernel, weights))
         self.last = LossRecord(total.detach(), value.detach(), *kept)
         return total
-
-    def _losses(
-        self, outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any], *, weighted: bool
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """Return the losses (n,) and what reduces them; where no sample's own is needed perhaps the criterion's value alone."""
-        penalised = self.penalty is not None and self._head["output"] == "loss"
-        if not (weighted or penalised or self.weighting is not None) and len(outputs):
-            value = self.criterion(outputs, *arguments, **keywords)
-            if isinstance(value, torch.Tensor) and value.ndim == 0:
-                return value, lambda value: value
-        return sample_losses(self.criterion, outputs, arguments, keywords)
 
     def _kernel(
         self, outputs: torch.Tensor, losses: torch.Tensor, arguments: tuple[Any, ...], graph: dict[str, Any]

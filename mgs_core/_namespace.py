@@ -50,7 +50,8 @@ def array_namespace(*arrays: Array) -> Namespace:
         own = [array for array in found if matches(array)]
         if not own:
             continue
-        if len(own) < len(found) and any(other(array) for array in found for other, _ in _registered[number + 1 :]):
+        others = [array for array in found if not matches(array)] if len(own) < len(found) else []
+        if any(other(array) for array in others for other, _ in _registered[number + 1 :]):
             raise _of_several(found)
         beside = getattr(namespace, "mgs_beside", None)
         return namespace if beside is None else beside(own[0])

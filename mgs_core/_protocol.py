@@ -139,7 +139,8 @@ class Backend(Protocol):
     """Supply gradients in one framework, on its own devices and dtypes.
 
     A backend may have `summed_kernel(model, inputs, targets, head, parameters)` too: the kernel summed over the heads, (n, n),
-    with less memory than the statistics of all heads take together.
+    with less memory than the statistics of all heads take together. And `refuse_probabilities(model)`, which refuses a model
+    whose outputs are seen to be no logits, before the cross-entropy is taken of them.
     """
 
     name: str

@@ -87,13 +87,13 @@ def _name_of(source: Any) -> str:
 
 
 def _leaf(parameters: Any) -> Any:
-    """Return the first array of a tree, of those that JAX knows too, for users register theirs with it."""
+    """Return the array of a tree that tells the backend; JAX is asked too, for users register their trees with it."""
     leaves = list(flatten(parameters).values())
     if "jax" in sys.modules and (not leaves or _known_by(leaves[0]) is None):
         leaves = sys.modules["jax"].tree_util.tree_leaves(parameters)
     if not leaves:
         raise ArgumentError("`parameters` must hold at least one array; got none. Pass the model's parameters.")
-    return leaves[0]
+    return next((leaf for leaf in leaves if _known_by(leaf) not in (None, "numpy")), leaves[0])  # others take NumPy's too
 
 
 def _known_by(source: Any) -> str | None:

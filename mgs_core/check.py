@@ -26,10 +26,12 @@ class Report:
     Attributes:
         layers: the rows of the table.
         penalty: why the kernel cannot be differentiated for a penalty; empty when it can.
+        outputs: what outputs that are not (n, c) need for a kernel; empty when they are.
     """
 
     layers: tuple[LayerReport, ...]
     penalty: str = ""
+    outputs: str = ""
 
     @property
     def ok(self) -> bool:
@@ -42,7 +44,8 @@ class Report:
         table += [(a.parameter, a.kind, a.route, str(a.size), f"{a.cost:.1e}", a.remedy) for a in self.layers]
         widths = [max(len(row[column]) for row in table) for column in range(5)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]).rstrip() for row in table]
-        return "\n".join([*lines, *([f"A penalty is refused: {self.penalty}"] if self.penalty else [])])
+        lines += [f"A penalty is refused: {self.penalty}"] if self.penalty else []
+        return "\n".join([*lines, *([self.outputs] if self.outputs else [])])
 
 
 def check(model: Any, inputs: Any) -> Report:
@@ -74,7 +77,13 @@ def check(model: Any, inputs: Any) -> Report:
     _batch.count(inputs)
     backend = get_backend(model)
     sizes = {name: prod(array.shape) for name, array in backend.parameters(model).items()}
-    head = make_head(_uneven, "identity", None, 1, 0, None)
+    ranks: list[int] = []
+
+    def uneven(outputs: Array, targets: Any) -> Array:
+        ranks.append(outputs.ndim)
+        return _uneven(outputs, targets)
+
+    head = make_head(uneven, "identity", None, 1, 0, None)
 
     def uses_of(chosen: list[str] | None, differentiable: bool = False) -> list[LayerStatistics]:
         return backend.statistics(model, inputs, None, head.function, chosen, differentiable=differentiable)
@@ -112,7 +121,8 @@ def check(model: Any, inputs: Any) -> Report:
             remedies += [f"no penalty: {once[name]}"] if name in once else []
             kind, route = "+".join(sorted(kinds)) or "unused", "rows" if "rows" in kinds else "statistics"
             layers.append(LayerReport(name, kind, route, size, "; ".join(remedies), cost))
-    return Report(tuple(layers), next(iter(once.values()), ""))
+    flat = "" if set(ranks) <= {2} else "The outputs are to be flattened for a kernel: transform=lambda f: f.reshape(len(f), -1)."
+    return Report(tuple(layers), next(iter(once.values()), ""), flat)
 
 
 def _uneven(outputs: Array, _: Any) -> Array:

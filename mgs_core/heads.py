@@ -72,7 +72,7 @@ def cross_entropy(outputs: Array, targets: Array) -> Array:
 
 def _cross_entropy_of_logits(outputs: Array, targets: Array) -> Array:
     values = _on_host(outputs)
-    if values is not None and values.ndim == 2 and values.shape[1] > 1 and _are_probabilities(values):
+    if values is not None and _are_probabilities(values, float(array_namespace(outputs).finfo(outputs.dtype).eps)):
         raise ArgumentError(
             '`model` must return logits for the cross-entropy of output="loss"; got probabilities, of which each row sums to 1. '
             "Leave its softmax out, or pass the `loss` that it is trained with, (outputs, targets) → (n,)."
@@ -110,11 +110,12 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
     if output == "sum":
         return Head(lambda outputs, _: _column(_sum(change(outputs))))
     if output == "target":
-        return Head(lambda outputs, labels: _column(_pick(change(outputs), labels)))
+        return Head(lambda outputs, labels: _column(_pick(change(outputs), _shares(labels))))
     if output == "random":
         return Head(lambda outputs, _: _probe(change(outputs), probes, seed), factor=1.0 / probes)
     if output == "loss" or callable(output):
-        function = output if callable(output) else loss or _cross_entropy_of_logits
+        usual = _cross_entropy_of_logits if transform == "identity" else cross_entropy
+        function = output if callable(output) else loss or usual
 
         def losses(outputs: Array, labels: Array) -> Array:
             changed = change(outputs)
@@ -188,12 +189,6 @@ def _pick(outputs: Array, targets: Array) -> Array:
             f"`targets` must have shape {(*lead[:1],)} for labels or {(*lead, c)} for probabilities; got {tuple(targets.shape)}. "
             'For labels of each position use output="loss" with a `loss` of (outputs, targets) → (n,), or output="random".'
         )
-    shares = _on_host(targets)
-    if shares is not None and not _are_probabilities(shares):
-        raise ArgumentError(
-            "`targets` of the outputs' shape must be probabilities, which sum to 1 in each row; got others. For several labels "
-            'of a sample, and for regression, use output="trace", or "loss" with a `loss` of (outputs, targets) → (n,).'
-        )
     # an output of -inf, as masks make them, has no part in the sum where its target is 0
     return xp.sum(xp.where(targets == 0, xp.zeros_like(outputs), outputs) * targets, axis=-1)
 
@@ -206,11 +201,25 @@ def _on_host(array: Array) -> Any:
     return None if native is None else native(array)
 
 
-def _are_probabilities(values: Any) -> bool:
-    """Return whether all are at least 0 and sum to 1 along the last axis, but for rounding of the least precise."""
-    if values.size == 0 or values.flat[0] < 0:  # as is soon seen
-        return bool(values.size == 0)
-    return bool(host.min(values) >= 0 and host.max(host.abs(host.sum(values, axis=-1, dtype=host.float64) - 1.0)) < 0.01)
+def _are_probabilities(values: Any, eps: float) -> bool:
+    """Return whether rows, enough of them to be no chance, are at least 0 and sum to 1 but for rounding."""
+    if values.ndim != 2 or len(values) < 4 or values.shape[1] < 2 or values.flat[0] < 0:  # which is soon seen
+        return False
+    close = 4 * values.shape[1] * eps
+    sums = host.sum(values, axis=-1, dtype=host.float64)
+    return bool(host.min(values) >= 0 and host.max(host.abs(sums - 1.0)) < close and host.any(values != values[:1]))
+
+
+def _shares(targets: Array) -> Array:
+    """Return the targets; those of regression, where there are values to tell them by, are refused."""
+    values = _on_host(targets) if getattr(targets, "ndim", 0) > 1 else None
+    if values is not None and values.size and float(host.min(values)) < 0:
+        raise ArgumentError(
+            '`targets` must be labels, or shares of the outputs of at least 0, for output="target"; got '
+            f"{float(values.min()):.3g}. "
+            'For regression use output="trace", or "loss" with the `loss` that the model is trained with.'
+        )
+    return targets
 
 
 def _check_labels(labels: Array, c: int) -> None:

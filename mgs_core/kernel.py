@@ -44,10 +44,11 @@ def kernel(
         inputs: batch with n samples along the first axis: an array, or a dict, list or tuple of arrays.
         targets: labels (n,), probabilities (n, c), or whatever `loss` takes; needed for the heads "target" and "loss".
         output: the head. "trace": `Σ_c <∇f_c(x_a), ∇f_c(x_b)>`, exact; "full": all pairs of outputs; "sum": `Σ_c f_c`;
-            "target": the labelled output; "random": Rademacher probes over the outputs, unbiased for "trace"; "loss": the
-            per-sample loss; or a callable `(outputs, targets) → (n,)`.
+            "target": the labelled output, of two or more, or a sum by shares of at least 0; "random": Rademacher probes over the
+            outputs, unbiased for "trace"; "loss": the per-sample loss; or a callable `(outputs, targets) → (n,)`.
         transform: applied to the outputs before the head: "identity", "softmax", "log_softmax", "sigmoid" or a callable.
-        loss: per-sample loss `(outputs, targets) → (n,)`, unreduced, for `output="loss"`; None is `cross_entropy`.
+        loss: per-sample loss `(outputs, targets) → (n,)`, unreduced, for `output="loss"`; None is `cross_entropy`
+            of logits; probabilities are refused where they are seen to be such.
         probes: number of probes of `output="random"`.
         seed: seed of the probes.
         parameters: None for all trainable parameters, names, or a predicate on names.
@@ -150,7 +151,7 @@ def kernel_blocks(
     backend = get_backend(model)
     head = make_head(output, transform, loss, probes, seed, targets)
     refuse = getattr(backend, "refuse_probabilities", None)
-    if refuse is not None and output == "loss" and loss is None:
+    if refuse is not None and output == "loss" and loss is None and transform == "identity":
         refuse(model)
     chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
 

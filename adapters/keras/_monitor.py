@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import mgs_core as mgs
@@ -11,6 +11,13 @@ from mgs_core.kernel import check_options
 from mgs_core.monitor import Summarizer
 
 from ._keras import keras
+from ._losses import sample_loss
+
+
+def _takes_compiled_loss(model: Any, options: Mapping[str, Any]) -> bool:
+    """Say whether the kernel is of the losses, and they are those that the model was compiled with."""
+    unnamed = options.get("loss") is None and options.get("transform", "identity") == "identity"
+    return options.get("output") == "loss" and unnamed and model._compile_loss is not None
 
 
 class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has no types
@@ -56,7 +63,8 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
             batches: also measure every so many batches, into `history` and the sinks; None for epochs only.
             sinks: where records go besides `history`, see `mgs_core.Recorder`.
             prefix: put before the names of the figures.
-            **kernel_options: passed to `mgs_core.kernel`: `output`, `transform`, …
+            **kernel_options: passed to `mgs_core.kernel`: `output`, `transform`, …; `output="loss"` takes the losses that the
+                model is compiled with, unless there is a `loss`.
 
         Raises:
             ArgumentError: when an option is unknown or does not fit.
@@ -94,7 +102,8 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
         model, options = self.model, self._options
 
         def measure(trainable: Any, fixed: Any, inputs: Any, targets: Any) -> Any:
-            return mgs.kernel(backend.functional(model, trainable, fixed), inputs, targets, **options)
+            own = {"loss": sample_loss(model)} if _takes_compiled_loss(model, options) else {}
+            return mgs.kernel(backend.functional(model, trainable, fixed), inputs, targets, **{**options, **own})
 
         self._kernel, self._batch, self._last = backend.compile(measure), 0, {}
         self._probe = (

@@ -149,9 +149,11 @@ class KerasBackend:
             ArgumentError: when it does.
         """
         last = model
-        while getattr(last, "layers", None):
-            last = last.layers[-1]
-        name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__.lower())
+        while getattr(last, "outputs", None):  # of a graph of layers; what others do at their end cannot be seen
+            last = last.outputs[0]._keras_history.operation
+        plain = keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Activation
+        ending = getattr(last.activation, "__name__", "") if isinstance(last, plain) else ""
+        name = "softmax" if isinstance(last, keras.layers.Softmax) else ending
         if name in ("softmax", "sigmoid"):
             raise ArgumentError(
                 f'`model` must return logits for the cross-entropy of output="loss"; got layer {last.name!r} with {name}. '

@@ -193,8 +193,8 @@ class TensorFlowNamespace:
         return known
 
     def mgs_values(self, array: Array) -> Any:
-        """Return the values as an array of NumPy; None where they are not known yet."""
-        return tf.get_static_value(array)
+        """Return the values as an array of NumPy; None where they are not known yet, or would have to be waited for."""
+        return tf.get_static_value(array) if tf.is_symbolic_tensor(array) or "CPU" in array.device else None
 
     def mgs_lookup(self, table: Array, indices: Array) -> Array:
         """Return `table[indices]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -123,7 +124,8 @@ class TorchBackend:
                 if model.outputs.shape[0] != _batch.count(inputs):
                     raise ArgumentError("`chunk_size` must be None for outputs that are there already. Leave it out.")
             elif isinstance(model, FunctionalModel):
-                leaves = {n: _source(value, differentiable) if n in chosen else recordable(value) for n, value in leaves.items()}
+                sources = _sources(leaves, differentiable)
+                leaves = {name: sources[name] if name in chosen else recordable(value) for name, value in leaves.items()}
                 inputs = unflatten(inputs, {name: recordable(leaf) for name, leaf in flatten(inputs).items()})
                 outputs = model.function(unflatten(model.parameters, leaves), inputs)
                 evaluated = Evaluated(outputs, leaves, plans=_plans.of(model.function))
@@ -169,7 +171,7 @@ class TorchBackend:
         def both(parameters: Tree, *arguments: Any) -> tuple[Array, Tree]:
             nested = _nested.get()
             given = flatten(parameters)
-            leaves = {name: _source(value, nested) for name, value in given.items()}
+            leaves = _sources(given, nested)
             token = _nested.set(True)
             try:
                 with torch.inference_mode(False), torch.enable_grad():
@@ -229,19 +231,27 @@ def _plan(graph: Graph, plans: Known[Plan], data: Iterable[Any]) -> Plan:
         return known
 
     def find() -> tuple[Plan, bool]:
-        places = {leaf.untyped_storage().data_ptr() for leaf in data if isinstance(leaf, torch.Tensor)}
+        places = {(leaf.data_ptr(), leaf.numel()) for leaf in data if isinstance(leaf, torch.Tensor) and leaf.numel() > 1}
         plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights), places)
         return plan, plan.sure
 
     return plans.of(graph.key, find)
 
 
-def _source(value: torch.Tensor, connected: bool) -> torch.Tensor:
-    """Return a tensor to differentiate in: one that leads to the value where it must stay connected, else a leaf of its own."""
-    if connected and value.requires_grad:
-        return value.view_as(value)  # not itself, which may bear another name too
-    leaf: torch.Tensor = recordable(value).detach().requires_grad_()
-    return leaf
+def _sources(values: dict[str, torch.Tensor], connected: bool) -> dict[str, torch.Tensor]:
+    """Return tensors to differentiate in: the values where they must stay connected, else leaves of their own.
+
+    Of a value under several names each is a view, so that it has an edge of its own.
+    """
+    names = Counter(map(id, values.values()))
+
+    def source(value: torch.Tensor) -> torch.Tensor:
+        if connected and value.requires_grad:
+            return value if names[id(value)] == 1 else value.view_as(value)
+        leaf: torch.Tensor = recordable(value).detach().requires_grad_()
+        return leaf
+
+    return {name: source(value) for name, value in values.items()}
 
 
 def _tensors(targets: Any, outputs: torch.Tensor) -> Any:

@@ -62,14 +62,14 @@ class Plan:
     sure: bool
 
 
-def make_plan(graph: Graph, n: int, gradients: Gradients, inputs: Set[int] = frozenset()) -> Plan:
+def make_plan(graph: Graph, n: int, gradients: Gradients, inputs: Set[tuple[int, int]] = frozenset()) -> Plan:
     """Find the uses of every parameter.
 
     Args:
         graph: the graph.
         n: number of samples.
         gradients: pulls gradients.
-        inputs: where the values are of what is known to be data, as far as it is.
+        inputs: where the values of data are, as far as they are known, and how many.
 
     Returns:
         The plan.
@@ -110,9 +110,10 @@ def make_plan(graph: Graph, n: int, gradients: Gradients, inputs: Set[int] = fro
         # samples separate where no data enter: they entered before, and were mixed
         if _alone(graph, number, slots) and not known[number].silent:
             raise _interaction(graph, slots)
-    data = set(inputs).union(*(_constants(graph, number) for number in sites))
+    data = set().union(*(_constants(graph, number) for number in sites))
     for number in failed:  # a constant that is data elsewhere is data here
-        if not data.isdisjoint(_constants(graph, number)):
+        held = {(tensor.data_ptr(), tensor.numel()) for tensor in _tensors(graph, number)}
+        if not data.isdisjoint(_constants(graph, number)) or not inputs.isdisjoint(held):
             raise _interaction(graph, {0: (number, 0)})
     uses = [
         Use(number, slot, edge, known[number].layouts[slot]) for number, slots in sites.items() for slot, edge in slots.items()
@@ -168,10 +169,15 @@ def _data_may_have_entered(graph: Graph, number: int) -> bool:
 
 def _constants(graph: Graph, number: int) -> set[int]:
     """Return where the constants are kept that the node holds."""
+    return {tensor.untyped_storage().data_ptr() for tensor in _tensors(graph, number)}
+
+
+def _tensors(graph: Graph, number: int) -> list[torch.Tensor]:
+    """Return the constants that the node holds, but for single numbers."""
     node = graph.nodes[number]
     held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
     tensors = [value for value in held if isinstance(value, torch.Tensor) and not value.requires_grad and value.numel() > 1]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
+    return [tensor for tensor in tensors if tensor.layout == torch.strided]
 
 
 def _classify(graph: Graph, failed: set[int]) -> dict[int, dict[int, Edge]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
 from importlib import import_module
 
 import numpy as np
@@ -184,24 +183,26 @@ def test_probabilities_are_not_taken_for_logits(framework):
         )
 
     found = mgs.kernel(mgs.FunctionalModel(softmax, {"w": w}), x, labels, output="loss", loss=likelihood)
+    constant = mgs.FunctionalModel(lambda p, x: x @ p["w"] + 0.5, {"w": 0.0 * w})  # logits that happen to be such
+    assert mgs.kernel(constant, x, labels, output="loss").shape == (7, 7)
     logits = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": w})
     np.testing.assert_allclose(backend.to_numpy(found), backend.to_numpy(mgs.kernel(logits, x, labels, output="loss")))
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
-@pytest.mark.parametrize("output", ["target", "loss"])
-def test_targets_of_the_outputs_shape_are_probabilities(framework, output):
+@pytest.mark.parametrize("framework", ["numpy", "torch", "tensorflow"])  # JAX traces them, without values
+def test_targets_of_regression_are_no_shares_of_the_outputs(framework):
     pytest.importorskip(framework)
-    backend = mgs.get_backend(framework)
-    soft = backend.asarray(RANDOM.dirichlet(np.ones(2), 7))
-    for targets, refused in ((soft, False), (2 * soft, True), (soft - 0.25, True)):
-        if refused and framework == "jax":  # which traces it, without values
-            continue
-        with pytest.raises(mgs.ArgumentError, match="must be probabilities, which sum to 1") if refused else nullcontext():
-            mgs.kernel(
-                mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(MODEL.parameters["w"])}),
-                backend.asarray(PROBE), targets, output=output,
-            )  # fmt: skip
+    backend, shares = mgs.get_backend(framework), RANDOM.dirichlet(np.ones(2), 7)
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(MODEL.parameters["w"])})
+
+    def kernel(targets):
+        return backend.to_numpy(mgs.kernel(model, backend.asarray(PROBE), backend.asarray(targets), output="target"))
+
+    rows = np.einsum("ai,ac->aic", PROBE, shares).reshape(7, -1)
+    np.testing.assert_allclose(kernel(shares), rows @ rows.T)
+    np.testing.assert_allclose(kernel(2 * shares), 4 * rows @ rows.T)  # several labels of a sample, or weighted ones
+    with pytest.raises(mgs.ArgumentError, match="`targets` must be labels, or shares of the outputs of at least 0"):
+        kernel(shares - 0.5)
 
 
 @pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
@@ -274,3 +275,11 @@ def test_random_signs_are_the_same_in_all_frameworks(probes):
     signs = make_head("random", "identity", None, 400, 5, None).function(np.eye(11), None)
     assert set(np.unique(signs)) == {-1.0, 1.0}
     assert np.max(np.abs(signs @ signs.T / 400 - np.eye(11))) < 0.25  # five times what chance allows
+
+
+def test_arrays_of_a_framework_tell_the_backend_beside_those_of_numpy():
+    jax = pytest.importorskip("jax")
+    for parameters in ({"w": np.ones((3, 2)), "b": jax.numpy.ones(2)}, {"b": jax.numpy.ones(2), "w": np.ones((3, 2))}):
+        model = mgs.FunctionalModel(lambda p, x: x @ p["w"] + p["b"], parameters)
+        assert mgs.get_backend(model).name == "jax"
+        assert mgs.kernel(model, PROBE).shape == (7, 7)

@@ -669,3 +669,27 @@ def test_probabilities_are_not_taken_for_logits():
     with pytest.raises(mgs.ArgumentError, match=r"must return logits .* got layer 'dense.*' with softmax.*sample_loss\(model\)"):
         mgs.kernel(model, X, Y, output="loss")
     assert numpy(mgs.kernel(model, X, Y, output="loss", loss=sample_loss(model))).shape == (20, 20)
+    scores = mgs.kernel(model, X, Y, output="loss", transform=keras.ops.log)
+    np.testing.assert_allclose(numpy(scores), numpy(mgs.kernel(model, X, Y, output="loss", loss=sample_loss(model))), rtol=1e-3)
+
+
+class Gated(keras.Model):
+    """Make the scores first and the gate last."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.hidden = layers.Dense(3), layers.Dense(4, activation="tanh")
+        self.gate = layers.Dense(4, activation="sigmoid")
+
+    def call(self, x):
+        return self.out(self.hidden(x) * self.gate(x))
+
+
+def test_logits_are_not_taken_for_probabilities():
+    inputs = keras.Input((5,))
+    hidden = keras.Sequential([layers.Dense(4, activation="sigmoid")])
+    graph = keras.Model(inputs, layers.Dense(3)(hidden(inputs)))
+    gated = Gated()
+    gated(X)
+    for model in (graph, gated, keras.Sequential([keras.Input((5,)), graph])):
+        assert numpy(mgs.kernel(model, X, Y, output="loss")).shape == (20, 20)

@@ -155,3 +155,11 @@ def test_options_may_be_integers_of_numpy():
     monitor = MGSMonitor(X[:4], every=np.int64(2), batches=np.int64(2), chunk_size=np.int64(2))
     fit(network(), [monitor], epochs=2)
     assert next(iter(monitor.history[0])) == "batch"
+
+
+def test_the_losses_are_those_that_the_model_was_compiled_with():
+    model = draw_weights(keras.Sequential([keras.Input((5,)), layers.Dense(3, activation="softmax")]))
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", jit_compile=False)
+    history = fit(model, [MGSMonitor(X[:6], Y[:6], output="loss")])
+    expected = mgs.summarize(mgs.kernel(model, X[:6], Y[:6], output="loss", loss=sample_loss(model)))
+    assert history["mgs_trace"][0] == pytest.approx(expected.trace, rel=1e-3)

@@ -603,4 +603,21 @@ def test_inference_mode_is_no_hindrance_but_to_modules_that_are_made_in_it():
 def test_check_takes_outputs_of_any_shape():
     flat = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
     for model, x in ((nn.Conv2d(3, 2, 3), torch.randn(3, 3, 5, 5)), (flat, torch.randn(3, 4))):
-        assert [layer.route for layer in mgs.check(model, x).layers] == ["statistics", "statistics"]
+        report = mgs.check(model, x)
+        assert [layer.route for layer in report.layers] == ["statistics", "statistics"]
+        assert str(report).endswith("to be flattened for a kernel: transform=lambda f: f.reshape(len(f), -1).")
+        assert mgs.kernel(model, x, transform=lambda f: f.reshape(len(f), -1)).shape == (3, 3)
+    assert not mgs.check(nn.Linear(4, 2), torch.randn(3, 4)).outputs
+
+
+def test_constants_cut_from_the_array_of_the_inputs_are_none():
+    data, w = torch.randn(9, 4, dtype=torch.float64), {"w": torch.randn(4, 3, dtype=torch.float64)}
+    for mask in (data[5:9, :3], data[:4, :3]):
+        model = mgs.FunctionalModel(lambda p, x, mask=mask: torch.tanh(x.cos() @ (p["w"] * mask)), w)
+        assert mgs.kernel(model, data[:5]).shape == (5, 5)
+
+
+def test_parameters_may_be_read_by_closure_where_they_stay_connected():
+    module, x = nn.Linear(3, 2), torch.randn(4, 3)
+    model = mgs.FunctionalModel(lambda _, x: module(x), dict(module.named_parameters()))
+    torch.testing.assert_close(mgs.kernel(model, x, differentiable=True), mgs.kernel(module, x), check_device=False)

@@ -522,3 +522,25 @@ def test_layers_without_a_name_are_not_listed():
     model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(5, 3)
     with pytest.raises(mgs.SamplesInteractError, match=r"\(batch normalisation in training mode\)\."):
         MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, output="trace")(model(x), torch.arange(5) % 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"penalty": TRACE, "output": "trace"}, {"weighting": "agreement"}, {"penalty": TRACE}])
+def test_a_batch_of_which_nothing_counts_has_the_loss_0_whatever_the_options(mlp, options):
+    model, x, y = mlp
+    criterion = MGSLoss(nn.CrossEntropyLoss(ignore_index=1), **options)
+    criterion(model(x), torch.ones_like(y)).backward()
+    assert criterion.last.criterion == 0
+    assert all(value.grad is None or bool(value.grad.isfinite().all()) for value in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"penalty": TRACE, "output": "trace"}, {"weighting": "agreement"}])
+def test_a_criterion_without_reduction_is_called_once(mlp, options):
+    model, x, y = mlp
+    calls = []
+
+    def losses(outputs, targets):
+        calls.append(1)
+        return cross_entropy(outputs, targets, reduction="none")
+
+    MGSLoss(losses, **options)(model(x), y)
+    assert len(calls) == 1
