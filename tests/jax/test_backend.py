@@ -320,6 +320,7 @@ def test_what_is_not_finite_alone_and_together_says_nothing(value):
     broken, moved, empty = scalars.copy(), scalars + 0.01 * np.ones((1, 3)), np.full((4, 3), value)
     broken[1, 0] = value
     assert interaction._agree(broken, broken.copy(), eps)
+    assert interaction._agree(broken, broken * (1 + 5e-5), eps)  # by less than it varies, by more than it is rounded
     assert interaction._agree(empty, empty.copy(), eps)
     assert not interaction._agree(broken, scalars, eps)
     assert not interaction._agree(scalars, moved, eps)

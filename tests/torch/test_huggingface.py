@@ -168,8 +168,10 @@ def test_predictions_of_models_that_return_tensors_are_whole(tmp_path, kind):
 
     criterion = MGSLoss(torch.nn.CrossEntropyLoss(), select=None if kind == "tensor" else lambda outputs: outputs[0])
     data = Data(torch.arange(8) % 3)
-    trainer = PenalisedTrainer(Net(), arguments(tmp_path), mgs_loss=criterion)
-    predicted = trainer.predict(data).predictions
+    trainer = PenalisedTrainer(Net(), arguments(tmp_path, label_names=["labels"]), mgs_loss=criterion)
+    found = trainer.predict(data)
+    predicted = found.predictions
+    assert found.label_ids.tolist() == data.labels.tolist()
     with torch.no_grad():
         expected = trainer.model.eval().inner(**data.inputs).logits
     torch.testing.assert_close(torch.as_tensor(predicted), expected, rtol=1e-5, atol=1e-6)
