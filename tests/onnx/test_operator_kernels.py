@@ -203,3 +203,25 @@ def test_norms_of_nothing_have_a_gradient(backend, operator, attributes):
     assert np.all(found[2] == 0)
     rows = differences(mgs.onnx.load(proto, parameters=["w"]), x[:2])
     np.testing.assert_allclose(found[:2, :2], np.einsum("acp,bcp->ab", rows, rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_norms_are_those_of_numpy(p):
+    x = np.concatenate([draw(2, 2, 4), np.zeros((1, 2, 4))])
+    pairs = x.reshape(3, 2, 2, 2)
+    for operator, attributes, parts in (
+        ("LpPool", {"kernel_shape": [2], "strides": [2], "p": p}, pairs),
+        ("GlobalLpPool", {"p": p}, x[:, :, None]),
+    ):
+        proto = helper.make_model(
+            helper.make_graph(
+                [node("Mul", ["x", "w"], ["c"]), node(operator, ["c"], ["y"], **attributes)], "g",
+                [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 2, 4])],
+                [helper.make_tensor_value_info("y", TensorProto.DOUBLE, ["n", 2, "p"])],
+                [numpy_helper.from_array(np.ones(1), "w")],
+            ),
+            opset_imports=[helper.make_opsetid("", 13)],
+        )  # fmt: skip
+        np.testing.assert_allclose(
+            mgs.onnx.load(proto, parameters=["w"])(x), np.linalg.norm(parts, p, axis=-1).reshape(3, -1), rtol=1e-12
+        )
