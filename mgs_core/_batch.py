@@ -8,12 +8,13 @@ from mgs_core._errors import ArgumentError
 from mgs_core._tree import flatten, unflatten
 
 
-def count(inputs: Any, targets: Any = None) -> int:
+def count(inputs: Any, targets: Any = None, names: tuple[str, str] = ("inputs", "targets")) -> int:
     """Return the number of samples n.
 
     Args:
         inputs: array or tree of arrays, samples first.
         targets: targets of the same samples, or None.
+        names: what errors call the two.
 
     Returns:
         n, at least 1.
@@ -22,9 +23,9 @@ def count(inputs: Any, targets: Any = None) -> int:
         ArgumentError: when there is no sample axis, no sample, or the counts differ.
     """
     if inputs is None:
-        raise ArgumentError("`inputs` must be an array, or a dict, list or tuple of arrays; got None. Pass the batch.")
+        raise ArgumentError(f"`{names[0]}` must be an array, or a dict, list or tuple of arrays; got None. Pass the batch.")
     sizes = {}
-    for name, leaf in {**_named("inputs", inputs), **_named("targets", targets)}.items():
+    for name, leaf in {**_named(names[0], inputs), **_named(names[1], targets)}.items():
         if getattr(leaf, "is_nested", False):
             raise ArgumentError(f"`{name}` must not be a nested tensor; got one. Pad the sequences, and mask the padding.")
         if not hasattr(leaf, "shape"):
@@ -39,12 +40,12 @@ def count(inputs: Any, targets: Any = None) -> int:
             )
         sizes[name] = int(leaf.shape[0])
     if not sizes:
-        raise ArgumentError(f"`inputs` must hold at least one array; got {inputs!r}. Pass the batch.")
+        raise ArgumentError(f"`{names[0]}` must hold at least one array; got {inputs!r}. Pass the batch.")
     if len(set(sizes.values())) != 1:
-        raise ArgumentError(f"`inputs` and `targets` must have the same number of samples; got {sizes}. Slice them alike.")
+        raise ArgumentError(f"`{names[0]}` and `{names[1]}` must have the same number of samples; got {sizes}. Slice them alike.")
     n = next(iter(sizes.values()))
     if n == 0:
-        raise ArgumentError("`inputs` must hold at least one sample; got 0. Check the batch or the selection that made it.")
+        raise ArgumentError(f"`{names[0]}` must hold at least one sample; got 0. Check the batch or the selection that made it.")
     return n
 
 

@@ -25,6 +25,8 @@ def kernel(
     inputs: Any,
     targets: Any = None,
     *,
+    others: Any = None,
+    other_targets: Any = None,
     output: Output = "trace",
     transform: Transform = "identity",
     loss: LossFunction | None = None,
@@ -43,6 +45,9 @@ def kernel(
         model: a `FunctionalModel`, or a model of a framework whose backend is installed.
         inputs: batch with n samples along the first axis: an array, or a dict, list or tuple of arrays.
         targets: labels (n,), probabilities (n, c), or whatever `loss` takes; needed for the heads "target" and "loss".
+        others: batch with m samples, for the kernel between `inputs` and them, as of test and training samples; None for the
+            kernel of `inputs` with themselves.
+        other_targets: their targets, where the head needs `targets`.
         output: the head. "trace": `Σ_c <∇f_c(x_a), ∇f_c(x_b)>`, exact; "full": all pairs of outputs; "sum": `Σ_c f_c`;
             "target": the labelled output, of two or more, or a sum by shares of at least 0; "random": Rademacher probes over the
             outputs, unbiased for "trace"; "loss": the per-sample loss; or a callable `(outputs, targets) → (n,)`.
@@ -57,7 +62,7 @@ def kernel(
         differentiable: keep the result differentiable in the parameters, for a penalty.
 
     Returns:
-        (n, n), symmetric and positive semi-definite; (n, c, n, c) for `output="full"`.
+        (n, n), symmetric and positive semi-definite; (n, c, n, c) for `output="full"`. With `others` (n, m), or (n, c, m, c).
 
     Raises:
         ArgumentError: when an argument does not fit.
@@ -65,7 +70,8 @@ def kernel(
 
     Cost:
         One forward pass and k backward passes (k = c for "trace" and "full", `probes` for "random", else 1), plus the
-        contraction of each layer (see `mgs_core.contraction`). B chunks take (B + 1)/2 times as many passes over the data.
+        contraction of each layer (see `mgs_core.contraction`). B chunks take (B + 1)/2 times as many passes over the data; with
+        `others`, these are passed once for each chunk of `inputs`.
 
     References:
         Szolnoky et al., NeurIPS 2022, arXiv 2205.12642 (the kernel); Jacot et al., NeurIPS 2018 (the tangent kernel).
@@ -77,16 +83,20 @@ def kernel(
         >>> mgs.kernel(model, np.array([[1.0, 0.0], [1.0, 2.0]]))  # of a linear model: X Xᵀ
         array([[1., 1.],
                [1., 5.]])
+        >>> mgs.kernel(model, np.array([[1.0, 0.0], [1.0, 2.0]]), others=np.array([[0.0, 1.0]]))
+        array([[0.],
+               [2.]])
     """
-    n = _batch.count(inputs, targets)
+    if chunk_size is None:
+        chunk_size = max(_counts(inputs, targets, others, other_targets))
     blocks = kernel_blocks(
-        model, inputs, targets, output=output, transform=transform, loss=loss, probes=probes, seed=seed,
-        parameters=parameters, chunk_size=n if chunk_size is None else chunk_size, differentiable=differentiable,
+        model, inputs, targets, others=others, other_targets=other_targets, output=output, transform=transform, loss=loss,
+        probes=probes, seed=seed, parameters=parameters, chunk_size=chunk_size, differentiable=differentiable,
     )  # fmt: skip
     rows: dict[int, list[Array]] = {}
     for left, right, block in blocks:
         rows.setdefault(left.start, []).append(block)
-        if left != right:
+        if others is None and left != right:
             order = (2, 3, 0, 1) if block.ndim == 4 else (1, 0)
             rows.setdefault(right.start, []).append(array_namespace(block).permute_dims(block, order))
     if len(rows) == 1:
@@ -101,6 +111,8 @@ def kernel_blocks(
     targets: Any = None,
     *,
     chunk_size: int,
+    others: Any = None,
+    other_targets: Any = None,
     output: Output = "trace",
     transform: Transform = "identity",
     loss: LossFunction | None = None,
@@ -116,6 +128,8 @@ def kernel_blocks(
         inputs: as for `kernel`.
         targets: as for `kernel`.
         chunk_size: samples along each side of a block, at least 1.
+        others: as for `kernel`; all blocks are yielded then.
+        other_targets: as for `kernel`.
         output: as for `kernel`.
         transform: as for `kernel`.
         loss: as for `kernel`.
@@ -144,36 +158,50 @@ def kernel_blocks(
         0 2 (2, 1)
         2 2 (1, 1)
     """
-    n = _batch.count(inputs, targets)
+    counts = _counts(inputs, targets, others, other_targets)
     chunk_size = integer("chunk_size", chunk_size, 1, _ALL)
     if not (parameters is None or isinstance(parameters, str) or callable(parameters)):
         parameters = list(parameters)  # which an iterator gives only once
     backend = get_backend(model)
     head = make_head(output, transform, loss, probes, seed, targets)
+    if others is not None and output in ("target", "loss") and other_targets is None:
+        raise ArgumentError(f'`other_targets` must be given for output="{output}"; got None. Pass the labels of `others`.')
     refuse = getattr(backend, "refuse_probabilities", None)
     if refuse is not None and output == "loss" and loss is None and transform == "identity":
         refuse(model)
-    chunks = [slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)]
+    sides = [[slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size)] for n in counts]
 
-    def statistics(samples: slice) -> list[LayerStatistics]:
-        batch, labels = (inputs, targets) if len(chunks) == 1 else (_batch.take(part, samples) for part in (inputs, targets))
+    def statistics(side: int, samples: slice) -> list[LayerStatistics]:
+        batch, labels = (inputs, targets) if side == 0 else (others, other_targets)
+        if len(sides[side]) > 1:
+            batch, labels = _batch.take(batch, samples), _batch.take(labels, samples)
         return merge(backend.statistics(model, batch, labels, head.function, parameters, differentiable=differentiable))
 
     def scaled(block: Array) -> Array:
         return block if head.factor == 1.0 else block * head.factor
 
+    chunks = sides[0]
     summed = getattr(backend, "summed_kernel", None)
-    if summed is not None and len(chunks) == 1 and not head.full and not differentiable:
+    if others is None and summed is not None and len(chunks) == 1 and not head.full and not differentiable:
         yield chunks[0], chunks[0], scaled(summed(model, inputs, targets, head.function, parameters))
         return
     for number, rows in enumerate(chunks):
-        left = statistics(rows)
-        for columns in chunks[number:]:
-            right = left if columns is rows else statistics(columns)
+        left = statistics(0, rows)
+        for columns in chunks[number:] if others is None else sides[1]:
+            right = left if columns is rows else statistics(len(sides) - 1, columns)
             block = scaled(contract(left, right, full=head.full))
             del right  # before those of the next chunk are made
             yield rows, columns, block
         del left
+
+
+def _counts(inputs: Any, targets: Any, others: Any, other_targets: Any) -> tuple[int, ...]:
+    """Return the number of samples along the rows, and along the columns where these are others."""
+    if others is not None:
+        return _batch.count(inputs, targets), _batch.count(others, other_targets, ("others", "other_targets"))
+    if other_targets is not None:
+        raise ArgumentError("`other_targets` must be None without `others`, whose targets they are. Pass `others` too.")
+    return (_batch.count(inputs, targets),)
 
 
 def check_options(options: Mapping[str, Any], targets: Any) -> None:
@@ -187,7 +215,7 @@ def check_options(options: Mapping[str, Any], targets: Any) -> None:
         ArgumentError: when one is unknown or does not fit.
     """
     parameters = inspect.signature(kernel).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and "other" not in name}
     unknown = [name for name in options if name not in defaults]
     if unknown:
         raise ArgumentError(f"`kernel_options` must be among {', '.join(defaults)}; got {', '.join(unknown)}. Mind the spelling.")

@@ -121,6 +121,14 @@ def test_kernel_is_that_of_single_gradients(case):
         np.testing.assert_array_equal(now, then)
 
 
+def test_kernel_between_two_batches_is_the_product_of_their_gradients():
+    build, x = MODELS["dense"]
+    model = build()
+    model(x)
+    expected = rows(draw_weights(model), x)
+    close(mgs.kernel(model, x[:2], others=x[2:]), np.einsum("acp,bcp->ab", expected[:2], expected[2:]), 1e-11)
+
+
 def test_unrolled_recurrence_has_statistics():
     """On TensorFlow a loop of the graph hides where its weights meet data."""
     for options, routes in (({"unroll": True}, {"statistics"}), ({}, {"statistics", "rows"})):

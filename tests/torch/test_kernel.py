@@ -66,6 +66,12 @@ def test_a_last_chunk_of_one_sample_is_as_the_others(case):
     close(mgs.kernel(model, x, chunk_size=count(x) - 1), torch.einsum("acp,bcp->ab", rows, rows))
 
 
+def test_kernel_between_two_batches_is_a_block_of_that_of_both(case):
+    model, x = case
+    found = mgs.kernel(model, take(x, slice(1, None)), others=take(x, slice(0, 1)))
+    close(found, mgs.kernel(model, x)[1:, :1])
+
+
 def test_sum_of_the_kernel_is_the_norm_of_the_batch_gradient(case):
     model, x = case
     gradients = torch.autograd.grad(call(model, x).sum(), trainable(model), allow_unused=True, materialize_grads=True)
