@@ -15,7 +15,7 @@ _FITTING = ["transform", "probes", "seed", "parameters", "chunk_size"]
 
 
 def refuse(
-    given: Mapping[str, Any], output: Any, weighting: Any, every: int, samples: int | None, options: dict[str, Any]
+    given: Mapping[str, Any], output: Any, weighting: Any, every: int, max_samples: int | None, options: dict[str, Any]
 ) -> None:
     """Refuse arguments that do not fit each other.
 
@@ -24,7 +24,7 @@ def refuse(
         output: as for `regularized`.
         weighting: as for `regularized`.
         every: as for `regularized`.
-        samples: as for `regularized`.
+        max_samples: as for `regularized`.
         options: `kernel_options`.
 
     Raises:
@@ -42,9 +42,9 @@ def refuse(
         raise ArgumentError('`output` must give one scalar a pair of samples; got "full". Use "trace".')
     if output != "loss" and given["outputs"] is None:
         raise ArgumentError(f"`outputs` must be given for output={output!r}; got None. Pass (params, batch) → (n, c).")
-    if weighting is not None and (output != "loss" or every > 1 or samples is not None):
+    if weighting is not None and (output != "loss" or every > 1 or max_samples is not None):
         raise ArgumentError(
-            "`weighting` must go with the losses of all samples at each step; got another `output`, `every` or `samples`. "
+            "`weighting` must go with the losses of all samples at each step; got another `output`, `every` or `max_samples`. "
             "Leave them out."
         )
     unused = sorted(set(options) - ({"parameters"} if output == "loss" else set(_FITTING)))

@@ -70,7 +70,7 @@ def regularized(
     targets: Callable[[Any], Any] | None = None,
     weighting: Literal["agreement"] | None = None,
     every: int = 1,
-    samples: int | None = None,
+    max_samples: int | None = None,
     **kernel_options: Any,
 ) -> Callable[..., tuple[Any, Parts]]:
     """Add a penalty on the kernel of per-sample gradients to a loss function, or weight its samples by agreement.
@@ -89,7 +89,7 @@ def regularized(
         weighting: "agreement": the loss is `mean(w · losses)`, `w` from the kernel of the losses, constant for the gradient.
         every: penalise each `every`-th step only, `every` times as much; the function then takes the step's
             number after the batch.
-        samples: number of samples, the first of each batch, that are penalised; None for all.
+        max_samples: the kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
         **kernel_options: passed to `mgs_core.kernel`: `transform`, `probes`, `seed`, `parameters`, `chunk_size`; `parameters`
             alone for the losses.
 
@@ -114,10 +114,11 @@ def regularized(
         >>> float(loss), float(parts.loss), float(parts.penalty)
         (3.0, 1.0, 2.0)
     """
-    every, samples = integer("every", every, 1), None if samples is None else integer("samples", samples, 1)
+    every = integer("every", every, 1)
+    max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
     given = {"loss_fn": loss_fn, "penalty": penalty, "outputs": outputs, "targets": targets}
-    refuse(given, output, weighting, every, samples, kernel_options)
-    return _Regularized(loss_fn, penalty, output, outputs, targets, weighting, every, samples, kernel_options)
+    refuse(given, output, weighting, every, max_samples, kernel_options)
+    return _Regularized(loss_fn, penalty, output, outputs, targets, weighting, every, max_samples, kernel_options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +132,7 @@ class _Regularized:
     targets: Any
     weighting: Any
     every: int
-    samples: int | None
+    max_samples: int | None
     options: dict[str, Any]
 
     def __call__(self, params: Any, batch: Any, *rest: Any) -> tuple[Any, Parts]:
@@ -186,7 +187,7 @@ class _Regularized:
     def _penalised(self, params: Any, batch: Any, rest: tuple[Any, ...], key: Any) -> tuple[Any, Parts]:
         if self.weighting is not None and self.penalty is None:
             return self._weighted(params, batch, rest)
-        if self.output == "loss" and self.samples is None:
+        if self.output == "loss" and self.max_samples is None:
             chosen = self.options.get("parameters")
             losses, found, more = self._one_pass(params, batch, rest, chosen, differentiable=True)
             matrix = contract(found, found)
@@ -195,7 +196,7 @@ class _Regularized:
             aux = self._loss(params, batch, rest)[1] if more else None
         else:
             (value, aux), weights = self._loss(params, batch, rest), None
-            matrix = self._kernel(params, jax.tree.map(lambda leaf: leaf[: self.samples], batch), rest, key)
+            matrix = self._kernel(params, jax.tree.map(lambda leaf: leaf[: self.max_samples], batch), rest, key)
         added = self.every * self.penalty(matrix).astype(value.dtype)
         return value + added, Parts(value, added, matrix, weights, aux)
 
@@ -227,7 +228,7 @@ class _Regularized:
 
     def _skipped(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
         value, aux = self._loss(params, batch, rest)
-        m = min(_count(batch), self.samples or _count(batch))
+        m = min(_count(batch), self.max_samples or _count(batch))
         matrix = jnp.zeros((m, m), _wide(value))
         return value, Parts(value, jnp.zeros_like(value), matrix, None, aux)
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import torch
 
 import mgs_core as mgs
+from mgs_core._arguments import integer
 
 from ._torch_criterion import sample_losses
 
@@ -104,7 +104,7 @@ class MGSLoss(torch.nn.Module):
             transform: applied to the outputs before that head, as for `mgs_core.kernel`.
             probes: of `output="random"`; drawn anew for each call.
             every: penalise every k-th call, k times as strongly.
-            max_samples: penalise the kernel of only the first so many samples of a batch.
+            max_samples: the kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
             batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch
                 for constants of the per-sample gradients, as the kernel of a model that trains with it needs.
             model: names the parameters and leaves out others; not kept alive. A deep copy of the criterion knows its copy too.
@@ -119,10 +119,7 @@ class MGSLoss(torch.nn.Module):
         """
         super().__init__()
         every = mgs.Schedule(every).every  # as an int, or refused
-        if max_samples is not None:
-            if isinstance(max_samples, bool) or not isinstance(max_samples, Integral) or max_samples < 2:
-                raise mgs.ArgumentError(f"`max_samples` must be an integer of at least 2; got {max_samples!r}.")
-            max_samples = int(max_samples)
+        max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
         if weighting not in (None, "agreement"):
             raise mgs.ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
         if batch_norm not in ("refuse", "frozen"):

@@ -174,11 +174,11 @@ def test_penalty_and_weights_together(p, batch):
 
 def test_other_outputs_and_fewer_samples(p, batch):
     few = jax.tree.map(lambda leaf: leaf[:4], batch)
-    function = regularized(loss_fn, PENALTY, output="trace", outputs=outputs, samples=4, transform="softmax")
+    function = regularized(loss_fn, PENALTY, output="trace", outputs=outputs, max_samples=4, transform="softmax")
     model = lambda p: mgs.FunctionalModel(outputs, p)  # noqa: E731  # shorter than a function
     expected = PENALTY(mgs.kernel(model(p), few, transform="softmax"))
     close(evaluate(function, p, batch)[1].penalty, expected)
-    function = regularized(loss_fn, PENALTY, samples=4)
+    function = regularized(loss_fn, PENALTY, max_samples=4)
     close(evaluate(function, p, batch)[1].penalty, PENALTY(kernel(p, few)))
     function = regularized(loss_fn, PENALTY, output="target", outputs=outputs, targets=lambda b: jnp.argmax(b["y"], 1))
     expected = PENALTY(mgs.kernel(model(p), batch, jnp.argmax(batch["y"], 1), output="target"))
@@ -407,11 +407,11 @@ def test_monitor_goes_on_with_a_model_that_diverges(p, batch, value):
         ({}, "`penalty` must be given without `weighting`"),
         ({"weighting": "loss"}, '`weighting` must be "agreement" or None'),
         ({"penalty": PENALTY, "every": 0}, "`every` must be an integer of at least 1; got 0"),
-        ({"penalty": PENALTY, "samples": 1.5}, "`samples` must be an integer of at least 1; got 1.5"),
+        ({"penalty": PENALTY, "max_samples": 1.5}, "`max_samples` must be an integer of at least 1; got 1.5"),
         ({"penalty": PENALTY, "output": "full", "outputs": outputs}, "`output` must give one scalar a pair"),
         ({"penalty": PENALTY, "output": "sum"}, "`outputs` must be given for output='sum'"),
         ({"weighting": "agreement", "every": 2}, "`weighting` must go with the losses of all samples"),
-        ({"penalty": PENALTY, "samples": 4, "paramters": "w"}, "must be `parameters` alone for the losses.*got paramters"),
+        ({"penalty": PENALTY, "max_samples": 4, "paramters": "w"}, "must be `parameters` alone for the losses.*got paramters"),
         ({"penalty": PENALTY, "output": "sum", "outputs": outputs, "loss": jnp.sin}, "must be among transform, .*; got loss"),
         ({"penalty": PENALTY, "output": "some", "outputs": outputs}, "`output` must be one of trace"),
         ({"penalty": PENALTY, "output": "sum", "outputs": 3}, "`outputs` must be a function; got int"),
@@ -425,7 +425,7 @@ def test_bad_arguments_are_named(options, message):
 
 @pytest.mark.wrong_types
 def test_options_may_be_integers_of_numpy():
-    regularized(lambda params, batch: jnp.mean((batch @ params) ** 2), PENALTY, every=np.int64(1), samples=np.int64(2))(
+    regularized(lambda params, batch: jnp.mean((batch @ params) ** 2), PENALTY, every=np.int64(1), max_samples=np.int64(2))(
         jnp.ones(2), jnp.ones((3, 2))
     )
 

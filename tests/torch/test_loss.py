@@ -139,14 +139,15 @@ def test_max_samples_takes_the_kernel_of_the_first(mlp):
     torch.testing.assert_close(few.last.kernel, all_of_them.last.kernel[:5, :5])
 
 
+@pytest.mark.parametrize("m", [3, 1])
 @pytest.mark.parametrize("name", ["mlp", "rectified", "normalised_frames", "experts"])
-def test_max_samples_has_the_gradient_of_the_first(of, name):
+def test_max_samples_has_the_gradient_of_the_first(of, name, m):
     model, x = of(name)
     y = torch.arange(len(x)) % 2
-    criterion = MGSLoss(nn.CrossEntropyLoss(reduction="sum"), penalty=TRACE, max_samples=3)
+    criterion = MGSLoss(nn.CrossEntropyLoss(reduction="sum"), penalty=TRACE, max_samples=m)
     value = criterion(model(x), y)
     expected = cross_entropy(model(x), y, reduction="sum") + TRACE(
-        mgs.kernel(model, x[:3], y[:3], output="loss", differentiable=True)
+        mgs.kernel(model, x[:m], y[:m], output="loss", differentiable=True)
     )
     gradients = (torch.autograd.grad(each, list(model.parameters())) for each in (value, expected))
     for part, other in zip(*gradients, strict=True):
@@ -378,7 +379,7 @@ GOOD = nn.CrossEntropyLoss()
     [
         ({"every": 0}, "`every` must be an integer of at least 1; got 0"),
         ({"every": True}, "`every` must be an integer"),
-        ({"max_samples": 1}, "`max_samples` must be an integer of at least 2; got 1"),
+        ({"max_samples": 0}, "`max_samples` must be an integer of at least 1; got 0"),
         ({"weighting": "nonsense"}, '`weighting` must be "agreement" or None'),
         ({"batch_norm": "nonsense"}, '`batch_norm` must be "refuse" or "frozen"'),
         ({"transform": "softmax"}, '`transform` must be "identity" for output="loss"'),
