@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
 
 import mgs_core as mgs
-from mgs_core._arguments import integer
 
 from ._torch_criterion import sample_losses
 
@@ -119,7 +119,10 @@ class MGSLoss(torch.nn.Module):
         """
         super().__init__()
         every = mgs.Schedule(every).every  # as an int, or refused
-        max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
+        if max_samples is not None:
+            if isinstance(max_samples, bool) or not isinstance(max_samples, Integral) or max_samples < 1:
+                raise mgs.ArgumentError(f"`max_samples` must be an integer of at least 1; got {max_samples!r}.")
+            max_samples = int(max_samples)
         if weighting not in (None, "agreement"):
             raise mgs.ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
         if batch_norm not in ("refuse", "frozen"):
