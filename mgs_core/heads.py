@@ -110,6 +110,7 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
     if output == "sum":
         return Head(lambda outputs, _: _column(_sum(change(outputs))))
     if output == "target":
+        _refuse_regression(targets)  # before a framework traces them
         return Head(lambda outputs, labels: _column(_pick(change(outputs), _shares(labels))))
     if output == "random":
         return Head(lambda outputs, _: _probe(change(outputs), probes, seed), factor=1.0 / probes)
@@ -173,6 +174,8 @@ def _pick(outputs: Array, targets: Array) -> Array:
             f"`targets` must name one of 2 outputs or more; the model has one, of shape {tuple(outputs.shape)}. "
             'Use output="trace", which is the kernel of that output.'
         )
+    if targets.ndim == 2 and targets.shape[1] == 1 and outputs.ndim == 2:  # labels in a column, as Keras' data sets have them
+        targets = targets[:, 0]
     if targets.ndim == 1 and outputs.shape[:-1] == targets.shape:
         _check_labels(targets, outputs.shape[-1])
         native = getattr(xp, "mgs_picked", None)  # which may mark labels that name no output and cannot be refused
@@ -189,6 +192,8 @@ def _pick(outputs: Array, targets: Array) -> Array:
             f"`targets` must have shape {(*lead[:1],)} for labels or {(*lead, c)} for probabilities; got {tuple(targets.shape)}. "
             'For labels of each position use output="loss" with a `loss` of (outputs, targets) → (n,), or output="random".'
         )
+    if targets.dtype != outputs.dtype:  # which not every framework multiplies
+        targets = xp.astype(targets, outputs.dtype)
     # an output of -inf, as masks make them, has no part in the sum where its target is 0
     return xp.sum(xp.where(targets == 0, xp.zeros_like(outputs), outputs) * targets, axis=-1)
 
@@ -211,15 +216,25 @@ def _are_probabilities(values: Any, eps: float) -> bool:
 
 
 def _shares(targets: Array) -> Array:
-    """Return the targets; those of regression, where there are values to tell them by, are refused."""
-    values = _on_host(targets) if getattr(targets, "ndim", 0) > 1 else None
+    """Return the targets, those of regression refused, by a namespace's `mgs_shares(targets)` where there are no values yet."""
+    if _refuse_regression(targets):
+        return targets
+    native = getattr(array_namespace(targets), "mgs_shares", None)
+    return targets if native is None else native(targets)
+
+
+def _refuse_regression(targets: Any) -> bool:
+    """Refuse targets below 0 of several outputs; return whether that could be seen."""
+    if getattr(targets, "ndim", 0) < 2:
+        return True
+    values = _on_host(targets)
     if values is not None and values.size and float(host.min(values)) < 0:
         raise ArgumentError(
             '`targets` must be labels, or shares of the outputs of at least 0, for output="target"; got '
             f"{float(values.min()):.3g}. "
             'For regression use output="trace", or "loss" with the `loss` that the model is trained with.'
         )
-    return targets
+    return values is not None
 
 
 def _check_labels(labels: Array, c: int) -> None:

@@ -110,6 +110,13 @@ class JaxNamespace:
         return jnp.sum(picked * jnp.where(known, 1.0, jnp.nan), -1)  # within the sum, so that the gradient has the NaN too
 
     @staticmethod
+    def mgs_shares(targets: Array) -> Array:
+        """Return shares of the outputs; NaN for those below 0, which are targets of a regression."""
+        if not jnp.issubdtype(targets.dtype, jnp.floating):
+            return targets
+        return jnp.where(targets < 0, jnp.nan, targets)
+
+    @staticmethod
     def mgs_product(left: Array, right: Array) -> Array:
         """Return `left rightᵀ` over the last axis, (..., n, p) and (..., m, p) to (..., n, m), in float32 at least."""
         return _gram(left) if left is right else _product(left, right)

@@ -192,6 +192,13 @@ class TensorFlowNamespace:
             tf.debugging.Assert(valid, [f"`targets` must be labels in 0..{c - 1}; got least and most", *range_])
         return known
 
+    def mgs_shares(self, targets: Array) -> Array:
+        """Return shares of the outputs; the graph refuses those below 0 as it runs."""
+        least = tf.reduce_min(targets)
+        message = '`targets` must be labels, or shares of the outputs of at least 0, for output="target"; got'
+        tf.debugging.Assert(least >= 0, [message, least])
+        return targets
+
     def mgs_values(self, array: Array) -> Any:
         """Return the values as an array of NumPy; None where they are not known yet, or would have to be waited for."""
         return tf.get_static_value(array) if tf.is_symbolic_tensor(array) or "CPU" in array.device else None

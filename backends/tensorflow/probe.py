@@ -23,7 +23,7 @@ from .namespace import namespace
 from .walk import Record, Scalars, each, record, rows
 
 _known: Known[list[Layout | None]] = Known()
-_DRAWS = 3
+_DRAWS, _LEAST = 4, 3  # values are drawn so often at most; they are tried so often, own ones included, at least
 _HALF = (tf.float16, tf.bfloat16)
 #: What TensorFlow raises where dtypes or shapes do not fit.
 _MISFIT = (TypeError, ValueError, tf.errors.InvalidArgumentError)
@@ -63,7 +63,7 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
     open_uses, decided, drawn = set(range(len(layouts))), False, None
     evaluate = tried = None
     for attempt, (values, own) in enumerate(_values(given)):
-        if attempt > 1 and not open_uses:
+        if attempt >= _LEAST and not open_uses:
             break
         evaluate = evaluate or _evaluation(scalars, chosen, values, traced)
         try:
@@ -117,7 +117,9 @@ def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: boo
     if leaf.dtype == tf.string:
         return tf.zeros(shape, leaf.dtype)  # empty texts
     if target:  # floating ones too may be labels; as probabilities, zeros would leave no loss
-        return tf.ones(shape, leaf.dtype) if (attempt + floating) % 2 else tf.zeros(shape, leaf.dtype)
+        if attempt % 2 == 0:  # some alike and some not, for a loss may compare samples of one label, or of two
+            return tf.cast(tf.constant(np.indices(shape).sum(axis=0) % 2), leaf.dtype)
+        return tf.zeros(shape, leaf.dtype) if floating else tf.ones(shape, leaf.dtype)
     if not floating:  # tokens that are all alike would leave attention without a gradient
         bits = random.integers(0, 2, shape) if attempt % 2 == 0 else np.full(shape, attempt < _DRAWS)
         return tf.cast(tf.constant(bits), leaf.dtype)

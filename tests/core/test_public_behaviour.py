@@ -189,7 +189,7 @@ def test_probabilities_are_not_taken_for_logits(framework):
     np.testing.assert_allclose(backend.to_numpy(found), backend.to_numpy(mgs.kernel(logits, x, labels, output="loss")))
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch", "tensorflow"])  # JAX traces them, without values
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
 def test_targets_of_regression_are_no_shares_of_the_outputs(framework):
     pytest.importorskip(framework)
     backend, shares = mgs.get_backend(framework), RANDOM.dirichlet(np.ones(2), 7)
@@ -199,10 +199,39 @@ def test_targets_of_regression_are_no_shares_of_the_outputs(framework):
         return backend.to_numpy(mgs.kernel(model, backend.asarray(PROBE), backend.asarray(targets), output="target"))
 
     rows = np.einsum("ai,ac->aic", PROBE, shares).reshape(7, -1)
-    np.testing.assert_allclose(kernel(shares), rows @ rows.T)
-    np.testing.assert_allclose(kernel(2 * shares), 4 * rows @ rows.T)  # several labels of a sample, or weighted ones
+    np.testing.assert_allclose(kernel(shares), rows @ rows.T, rtol=1e-5)
+    np.testing.assert_allclose(kernel(2 * shares), 4 * rows @ rows.T, rtol=1e-5)  # several labels of a sample, or weighted ones
     with pytest.raises(mgs.ArgumentError, match="`targets` must be labels, or shares of the outputs of at least 0"):
         kernel(shares - 0.5)
+
+
+@pytest.mark.parametrize("framework", ["jax", "tensorflow"])
+def test_targets_of_regression_are_seen_when_a_compiled_kernel_runs(framework):
+    pytest.importorskip(framework)
+    backend, shares = mgs.get_backend(framework), RANDOM.dirichlet(np.ones(2), 7)
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(MODEL.parameters["w"])})
+    kernel = backend.compile(lambda x, targets: mgs.kernel(model, x, targets, output="target"))
+    assert np.isfinite(backend.to_numpy(kernel(backend.asarray(PROBE), backend.asarray(shares)))).all()
+    if framework == "jax":  # which cannot refuse values
+        assert np.isnan(backend.to_numpy(kernel(backend.asarray(PROBE), backend.asarray(shares - 0.5)))).any()
+    else:
+        with pytest.raises(Exception, match="labels, or shares of the outputs of at least 0"):
+            kernel(backend.asarray(PROBE), backend.asarray(shares - 0.5))
+
+
+@pytest.mark.parametrize("output", ["target", "loss"])
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])
+def test_labels_may_stand_in_a_column_and_shares_have_any_dtype(framework, output):
+    pytest.importorskip(framework)
+    backend, labels = mgs.get_backend(framework), np.array([0, 1, 1, 0, 1, 0, 0])
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": backend.asarray(MODEL.parameters["w"].astype("float32"))})
+
+    def kernel(targets):
+        inputs = backend.asarray(PROBE.astype("float32"))
+        return backend.to_numpy(mgs.kernel(model, inputs, backend.asarray(targets), output=output))
+
+    for same in (labels[:, None], np.eye(2)[labels], np.eye(2, dtype=np.int64)[labels], np.eye(2, dtype=np.float16)[labels]):
+        np.testing.assert_allclose(kernel(same), kernel(labels), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "tensorflow"])

@@ -89,3 +89,38 @@ def test_half_precision_hides_no_interaction(dtype, normalised):
         mgs.kernel(mgs.FunctionalModel(mixing(0.0), PARAMETERS | {key: tf.constant(v) for key, v in PARAMETERS.items()}), X),
         0.2 if dtype == tf.bfloat16 else 0.02,
     )
+
+
+def distances(outputs, labels):
+    apart = tf.reduce_sum(tf.square(outputs[:, None] - outputs[None]), -1)
+    return apart, labels[:, None] == labels[None], tf.zeros_like(apart)
+
+
+def hardest(outputs, labels):
+    apart, same, zero = distances(outputs, labels)
+    return tf.nn.relu(1 + tf.reduce_max(tf.where(same, apart, zero), -1) - tf.reduce_min(tf.where(same, 1e9 + zero, apart), -1))
+
+
+def attracted(outputs, labels):
+    apart, same, zero = distances(outputs, labels)
+    return tf.reduce_mean(tf.where(same, apart, zero), -1)
+
+
+def repelled(outputs, labels):
+    apart, same, zero = distances(outputs, labels)
+    return tf.reduce_mean(outputs**2, -1) - tf.reduce_mean(tf.where(same, zero, tf.tanh(apart)), -1)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float64"])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("loss", [hardest, attracted, repelled])
+def test_losses_that_compare_samples_by_their_labels_are_refused(loss, traced, dtype):
+    model = mgs.FunctionalModel(
+        lambda p, x: tf.tanh(x @ p["w"]) @ p["v"], {key: tf.Variable(value) for key, value in PARAMETERS.items()}
+    )
+
+    def kernel(x, labels):
+        return mgs.kernel(model, x, labels, output="loss", loss=loss)
+
+    with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself"):
+        (tf.function(kernel) if traced else kernel)(tf.constant(X), tf.constant(GROUPS.astype(dtype)))
