@@ -23,6 +23,7 @@ from mgs_core.experiments.audit import BLOCK, usual_epochs
 from mgs_core.experiments.compare import best_model, load_records, load_settings
 from mgs_core.experiments.compare import compare as run_comparison
 from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
+from mgs_core.experiments.networks import logits_of
 from mgs_core.experiments.recipes import DEFAULT, RECIPES, choose
 from mgs_core.experiments.settings import Settings
 from mgs_core.experiments.surgery import before_softmax
@@ -126,9 +127,11 @@ def measure(
             )
     targets = asarray(labels) if heads else None
     batch = {name: asarray(arrays[name][:samples]) for name in parts}
+    inputs = batch if len(names) > 1 else batch["x"]
     with renamed(inputs="x" if len(names) == 1 else "data"):
+        loss = _cross_entropy(loaded, inputs, backend) if output == "loss" and targets is not None else None
         # kernel checks the name of the head
-        kernel = mgs.kernel(loaded, batch if len(names) > 1 else batch["x"], targets, output=cast(Output, output))
+        kernel = mgs.kernel(loaded, inputs, targets, output=cast(Output, output), loss=loss)
     summary = mgs.summarize(kernel, None if labels is None else _classes(labels))
     if as_json:
         print(json.dumps(summary.to_dict()))
@@ -138,6 +141,13 @@ def measure(
     for name, value in summary.to_dict().items():
         shown.add_row(name, f"{value:.6g}")
     console.print(shown)
+
+
+def _cross_entropy(model: Any, inputs: Any, backend: str) -> Callable[[Any, Any], Any]:
+    """Return the cross-entropy of a classifier's outputs, which may be logits, probabilities or one score."""
+    outputs = mgs.get_backend(backend).to_numpy(model(inputs))
+    logits = logits_of(outputs) if outputs.ndim == 2 else lambda y: y
+    return lambda y, labels: mgs.cross_entropy(logits(y), labels)
 
 
 def _classes(labels: Any) -> Any:
@@ -174,7 +184,7 @@ def check(
 @renamed(path="data", folder="out")
 def audit(
     data: Annotated[str, typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train; or digits.")],
-    model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file that takes x and returns one score per class.")] = "mlp",
+    model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file of a classifier, which takes x as it is.")] = "mlp",
     backend: _BackendOption = "numpy",
     networks: Annotated[int, typer.Option(help="Networks that are trained; their kernels are averaged.")] = 2,
     epochs: Annotated[

@@ -112,6 +112,33 @@ def test_measure_takes_the_scores_of_a_classifier_for_its_loss(mgs_command, line
     assert soft == pytest.approx(plain)
 
 
+@pytest.mark.parametrize("ending", ["probabilities", "one score"])
+def test_measure_takes_what_classifiers_return_for_its_loss(mgs_command, tmp_path, ending):
+    """As scikit-learn's and Keras' do: probabilities of one operator, or the score of the second class."""
+    random = np.random.default_rng(0)
+    x, y, w = random.normal(size=(6, 3)).astype(np.float32), np.arange(6) % 2, random.normal(size=(3, 2)).astype(np.float32)
+    make, flat = onnx.helper.make_node, np.ravel(w.T).tolist()
+    if ending == "probabilities":
+        options = {"coefficients": flat, "intercepts": [0.1, 0.2], "post_transform": "SOFTMAX", "classlabels_ints": [0, 1]}
+        nodes, scores = [make("LinearClassifier", ["x"], ["label", "y"], domain="ai.onnx.ml", **options)], x @ w + [0.1, 0.2]
+        shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(2)[y]
+        expected = (shares @ shares.T) * (x @ x.T + 1)
+    else:
+        nodes = [make("Gemm", ["x", "w"], ["score"]), make("Sigmoid", ["score"], ["y"])]
+        shares = 1 / (1 + np.exp(-x @ w[:, 0])) - y
+        expected = np.outer(shares, shares) * (x @ x.T)
+    graph = onnx.helper.make_graph(
+        nodes, "classifier", [onnx.helper.make_tensor_value_info("x", 1, ["n", 3])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["n", 2 if ending == "probabilities" else 1])],
+        [] if ending == "probabilities" else [onnx.numpy_helper.from_array(w[:, :1], "w")],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in (("", 17), ("ai.onnx.ml", 3))]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    found = json.loads(mgs_command("measure", tmp_path / "model.onnx", tmp_path / "data.npz", "--output", "loss", "--json"))
+    assert found == pytest.approx(mgs.summarize(expected, y).to_dict(), rel=1e-3)
+
+
 def test_measure_says_where_there_are_no_classes(mgs_command, linear, tmp_path):
     x, y = np.random.default_rng(1).normal(size=(6, 3)), np.arange(6) % 2
 

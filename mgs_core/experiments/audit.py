@@ -15,8 +15,9 @@ from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.experiments.data import count_classes, scale
+from mgs_core.experiments.data import Dataset, count_classes, scale
 from mgs_core.experiments.models import MODELS, build
+from mgs_core.experiments.networks import own_network
 from mgs_core.experiments.optimizer import adam, check_learning_rate, schedule, start
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
@@ -92,11 +93,12 @@ def audit(
     through `suspicion`.
 
     Args:
-        inputs: (n, …), real numbers; scaled here as a whole to mean 0 and standard deviation 1. A warning says so of a table in
-            which one column has most of the variance.
+        inputs: (n, …), real numbers; scaled here as a whole to mean 0 and standard deviation 1, but for a model of yours. A
+            warning says so of a table in which one column has most of the variance.
         labels: integers (n,), from 0.
-        model: "mlp", "cnn", or a model in ONNX (path or proto) that takes a batch of the inputs, scaled, and returns (n, c);
-            or a `FunctionalModel` on the backend that does.
+        model: "mlp", "cnn", or a classifier in ONNX (path or proto) that takes the inputs as they are, and is trained before a
+            softmax or sigmoid at its end; or a `FunctionalModel` on the backend that takes them in float32 and returns logits
+            (n, c).
         backend: name of the backend that trains.
         networks: how many are trained; each from weights and in an order of its own, those of a model of yours from its weights.
         epochs: passes of each over the samples; None for 4, or more where samples are few: enough for 24 steps of "mlp" and
@@ -127,12 +129,19 @@ def audit(
         (360,)
     """
     x, given, classes = _checked(inputs, labels)
-    _warn_of_units(x)
+    built_in = _is_built_in(model)
+    if built_in:
+        x, _, _ = scale(x)
+        _warn_of_units(x)
     networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
     block, seed = integer("block", block, 3), integer("seed", seed, 0)
     check_learning_rate(learning_rate)
     epochs = usual_epochs(len(given), batch_size, model) if epochs is None else integer("epochs", epochs, 1)
-    starts = [_start(model, backend, x, classes, seed, number) for number in range(networks)]
+    x = x.astype(np.float32, copy=False)
+    starts = [
+        _built(model, backend, x, classes, seed, number) if built_in else _own(model, backend, x, given, classes)
+        for number in range(networks)
+    ]
     outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
     if len(outputs) != 2 or outputs[1] < classes:
         raise ArgumentError(f"`model` must return (n, c), c ≥ {classes} for these labels; for one sample it returned {outputs}.")
@@ -165,13 +174,22 @@ def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
     return max(_EPOCHS, -(-least // max(1, samples // batch_size)))
 
 
-def _start(model: Any, backend: str, x: Array, classes: int, seed: int, number: int) -> FunctionalModel:
+def _is_built_in(model: Any) -> bool:
+    """Say whether a model is named as built-in ones are, perhaps by a wrong name, which is refused where it is built."""
+    return isinstance(model, str) and (model in MODELS or not (Path(model).suffix or Path(model).exists()))
+
+
+def _built(model: str, backend: str, x: Array, classes: int, seed: int, number: int) -> FunctionalModel:
     """Return the network of this number before its training."""
+    return onnx.load(build(model, x.shape[1:], classes, seed=[seed, number] if number else seed).plain, backend=backend)
+
+
+def _own(model: Any, backend: str, x: Array, given: Array, classes: int) -> FunctionalModel:
+    """Return the user's model, as it returns logits of inputs as they are."""
     if isinstance(model, FunctionalModel):
         return model
-    if model in MODELS or (isinstance(model, str) and not Path(model).suffix and not Path(model).exists()):
-        model = build(model, x.shape[1:], classes, seed=[seed, number] if number else seed).plain
-    return onnx.load(model, backend=backend)
+    data = Dataset("", x, given, given, x, given, classes)
+    return own_network(model, data, backend=backend, seed=0, more=True).plain
 
 
 class _Training:
@@ -275,6 +293,4 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
         )
     if np.all(x == x[:1]):
         raise ArgumentError(f"`inputs` must differ between samples; got {len(x)} equal ones, which say nothing about labels.")
-    classes = count_classes(y, "labels")
-    scaled, _, _ = scale(x)
-    return scaled, y.astype(np.int64), classes
+    return x, y.astype(np.int64), count_classes(y, "labels")

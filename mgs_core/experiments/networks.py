@@ -66,7 +66,7 @@ def make_network(model: str, data: Dataset, *, backend: str, seed: int) -> Netwo
         ArgumentError: when the model is unknown, or the file's does not fit the data; says what fits.
     """
     if is_file(model):
-        return _own(model, data, backend, seed)
+        return own_network(model, data, backend=backend, seed=seed)
     shape, classes = data.train_inputs.shape[1:], data.classes
     built = build(model, shape, classes, seed=seed)
     return Network(
@@ -105,12 +105,27 @@ def save_own(model: str, parameters: Any, path: Path) -> None:
     onnx.save(onnx.load(model), path, parameters=parameters)
 
 
-def _own(path: str, data: Dataset, backend: str, seed: int) -> Network:
-    proto, output = before_softmax(onnx.load(path))
+def own_network(model: Any, data: Dataset, *, backend: str, seed: int, more: bool = False) -> Network:
+    """Make a network of the user's own classifier.
+
+    Args:
+        model: its path or proto.
+        data: which it shall fit.
+        backend: name of the backend.
+        seed: of what the second network of a pair is moved by.
+        more: whether it may know more classes than the data.
+
+    Returns:
+        The network, in float32.
+
+    Raises:
+        ArgumentError: when it does not fit the data; says what fits.
+    """
+    proto, output = before_softmax(onnx.load(model))
     loaded = onnx.load(proto, backend=backend, output=output, dtype="float32")
     name, shape = _input(loaded.function, data)
     function = _Fitted(loaded.function, name, shape, data)
-    function.judge(_outputs(function, loaded.parameters, data.train_inputs[:4], get_backend(backend)))
+    function.judge(_outputs(function, loaded.parameters, data.train_inputs[:4], get_backend(backend)), more)
 
     def masked() -> tuple[FunctionalModel, dict[str, int]]:
         edited, masks = with_masks(proto, loaded, shape)
@@ -173,7 +188,7 @@ class _Fitted:
     def __init__(self, function: Any, name: str, shape: tuple[int, ...], data: Dataset) -> None:
         self._function, self._name, self._shape = function, name, shape
         self._mean, self._deviation, self._classes = data.mean, data.deviation, data.classes
-        self._probabilities = self._binary = False
+        self._logits: Callable[[Array], Array] = lambda outputs: outputs
 
     def of(self, function: Any) -> _Fitted:
         """Return the same for another form of the function."""
@@ -181,17 +196,16 @@ class _Fitted:
         other.__dict__.update(self.__dict__, _function=function)
         return other
 
-    def judge(self, outputs: Array) -> None:
-        """See from a few outputs (n, c) what they are."""
-        width = outputs.shape[1]
-        self._binary = width == 1 and self._classes == 2
-        if not self._binary and width != self._classes:
+    def judge(self, outputs: Array, more: bool) -> None:
+        """See from a few outputs (n, c) what they are, and whether they are those of all classes, and of no more or of `more`."""
+        outs = outputs.shape[1]
+        width = 2 if outs == 1 else outs
+        if width < self._classes or (width > self._classes and not more):
             raise ArgumentError(
-                f"`model` must return a score for each of the {self._classes} classes of the data; got {width} outputs. "
+                f"`model` must return a score for each of the {self._classes} classes of the data; got {outs} outputs. "
                 "Number the classes as the model does, or choose data of its classes."
             )
-        sums = outputs.sum(axis=1)
-        self._probabilities = bool(not self._binary and np.all(outputs >= 0) and np.allclose(sums, 1, atol=1e-4))
+        self._logits = logits_of(outputs)
 
     def raw(self, parameters: Any, inputs: Any) -> Array:
         """Return the outputs as the file gives them."""
@@ -203,8 +217,20 @@ class _Fitted:
 
     def __call__(self, parameters: Any, inputs: Any) -> Array:
         """Return logits."""
-        y = self.raw(parameters, inputs)
-        xp = array_namespace(y)
-        if self._binary:  # of the second class; softmax of (0, y) is the sigmoid of y
-            return xp.concat([xp.zeros_like(y), y], axis=1)
-        return xp.log(y + _TINY) if self._probabilities else y
+        return self._logits(self.raw(parameters, inputs))
+
+
+def logits_of(outputs: Array) -> Callable[[Array], Array]:
+    """Return what makes logits (n, c) of a classifier's outputs: a score, probabilities or logits, as a few of them tell.
+
+    Args:
+        outputs: (n, c), on the host.
+
+    Returns:
+        A function of outputs of any framework.
+    """
+    if outputs.shape[1] == 1:  # the score of the second class; softmax of (0, y) is the sigmoid of y
+        return lambda y: array_namespace(y).concat([array_namespace(y).zeros_like(y), y], axis=1)
+    if np.all(outputs >= 0) and np.allclose(outputs.sum(axis=1), 1, atol=1e-4):
+        return lambda y: array_namespace(y).log(y + _TINY)
+    return lambda y: y

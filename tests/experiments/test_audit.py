@@ -102,13 +102,49 @@ def test_backends_agree(backend):
     np.testing.assert_allclose(other.class_cosine, numpy.class_cosine, atol=1e-3)
 
 
-def test_a_model_of_ones_own(tmp_path):
-    onnx.save(mgs.experiments.models.build("cnn", (8, 8), 10, seed=0).plain, tmp_path / "mine.onnx")
-    mine = mgs.audit(IMAGES[:200], LABELS[:200], networks=1, epochs=1, model=tmp_path / "mine.onnx")
-    theirs = mgs.audit(IMAGES[:200], LABELS[:200], networks=1, epochs=1, model="cnn")
-    np.testing.assert_array_equal(mine.scores, theirs.scores)
-    with pytest.raises(mgs.ArgumentError, match=r"`model` must return \(n, c\), c ≥ 11 for these labels; .* \(1, 10\)"):
+def mine(path, *, before=(), after=()):
+    """Write the built-in network with nodes before and after it; nodes before take `raw` and give `x`."""
+    proto = mgs.experiments.models.build("cnn", (8, 8), 10, seed=0).plain
+    numbers = {"mean": IMAGES[:200].mean(), "deviation": IMAGES[:200].std(), "none": 0.0}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.float32(value), name) for name, value in numbers.items())
+    if before:
+        proto.graph.input[0].name = "raw"
+    for node in reversed(before):
+        proto.graph.node.insert(0, node)
+    proto.graph.node.extend(after)
+    if after:
+        proto.graph.output[0].name = "end"
+    onnx.save(proto, path)
+    return path
+
+
+NODE = onnx.helper.make_node
+SCALED = [NODE("Sub", ["raw", "mean"], ["centred"]), NODE("Div", ["centred", "deviation"], ["x"])]
+SHORT = {"networks": 1, "epochs": 1}
+
+
+def test_a_model_of_ones_own_takes_the_inputs_as_they_are(tmp_path):
+    theirs = mgs.audit(IMAGES[:200], LABELS[:200], **SHORT, model="cnn")
+    found = mgs.audit(IMAGES[:200], LABELS[:200], **SHORT, model=mine(tmp_path / "mine.onnx", before=SCALED))
+    np.testing.assert_allclose(found.scores, theirs.scores, atol=2e-3)
+    loaded = mgs.onnx.load(tmp_path / "mine.onnx")
+    function = mgs.FunctionalModel(loaded.function, loaded.parameters)
+    np.testing.assert_array_equal(mgs.audit(IMAGES[:200], LABELS[:200], **SHORT, model=function).scores, found.scores)
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must return a score for each of the 11 classes .*got 10 outputs"):
         mgs.audit(IMAGES[:200], LABELS[:200] + 1, model=tmp_path / "mine.onnx")
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must return \(n, c\), c ≥ 11 for these labels; .* \(1, 10\)"):
+        mgs.audit(IMAGES[:200], LABELS[:200] + 1, model=function)
+    some = mgs.audit(IMAGES[:200], LABELS[:200] % 3, **SHORT, model=tmp_path / "mine.onnx")  # which knows more classes
+    assert some.suggested.shape == (200,)
+
+
+@pytest.mark.parametrize("last", ["Softmax", "Sigmoid"])
+def test_a_model_of_ones_own_is_trained_before_its_softmax(last, tmp_path):
+    plain, ended = (
+        mgs.audit(IMAGES[:200], LABELS[:200], **SHORT, model=mine(tmp_path / f"{len(after)}.onnx", before=SCALED, after=after))
+        for after in ([], [NODE(last, ["logits"], ["end"])])
+    )
+    np.testing.assert_array_equal(ended.scores, plain.scores)
 
 
 def test_files_hold_every_sample(found, tmp_path):
