@@ -31,6 +31,8 @@ class Suspicion:
         contradicted: (n,) of bool: another class is predicted as surely as it is on average for samples that bear its label.
         neighbours: (n,), share of the ten most similar samples that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)`, and labels that the others contradict count for little.
+        predictable: share of the labels that all others predict as given, before any label is distrusted. Where it is low,
+            classes overlap or labels are wrong, and no kernel tells which.
 
     Example:
         >>> import numpy as np
@@ -44,6 +46,7 @@ class Suspicion:
     contradicted: Array
     neighbours: Array
     weights: Array
+    predictable: float
 
 
 def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None = None, rounds: int = 6) -> Suspicion:
@@ -60,8 +63,8 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     settle: `w_a ∝ σ(−3 · t_a / std(t))`, where t is the score of `q_ak − ¾ u_k`. What is usual for a class, `u_k = mean of q_bk
     over the b with y_b = k`, is taken off, so that of two classes that are confused neither wins the other's samples.
 
-    A label is contradicted when some class k has `q_ak > q_{a y_a}` and `q_ak ≥ u_k`: where samples are few and hard to predict
-    but clean, hardly any is.
+    A label is contradicted when some class k has `q_ak > q_{a y_a}` and `q_ak ≥ u_k`. Where classes can be told apart, hardly any
+    clean label is; where they overlap, labels that are right but unlikely are contradicted as wrong ones are.
 
     Args:
         kernel: (n, n), of samples whose outputs tell the classes apart; `output="trace"` of a network after a few epochs is good.
@@ -106,6 +109,7 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     centre = np.mean(one_hot, axis=0)
     ridge, residual = _best_ridge(cosine, one_hot - centre)
     predicted = one_hot - residual
+    predictable = float(np.mean(np.argmax(predicted, axis=1) == given))
     weights = _trust(predicted, one_hot)
     for _ in range(rounds):
         inverse = np.linalg.inv(cosine + np.eye(n) * (ridge / np.maximum(weights, _LEAST_WEIGHT)))
@@ -114,7 +118,7 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         if float(np.max(np.abs(weights - before))) < _SETTLED:
             break
     scores, suggested = _scores(predicted, one_hot), np.argmax(predicted, axis=1)
-    return Suspicion(scores, suggested, _contradicted(predicted, one_hot), _neighbours(cosine, given), weights)
+    return Suspicion(scores, suggested, _contradicted(predicted, one_hot), _neighbours(cosine, given), weights, predictable)
 
 
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:

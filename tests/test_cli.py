@@ -266,8 +266,8 @@ def test_audit_lists_and_writes(mgs_command, tmp_path):
     printed = mgs_command("audit", "digits", "--samples", "150", "--epochs", "1", "--out", tmp_path / "audit")
     assert "audit.html" in printed
     assert {path.name for path in (tmp_path / "audit").iterdir()} == {"audit.html", "suspects.csv", "weights.npy"}
-    x, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
-    np.savez(tmp_path / "data.npz", x_train=x, y_train=y)
+    y = np.arange(30) % 3
+    np.savez(tmp_path / "data.npz", x_train=np.eye(4)[y] + 0.1 * np.random.default_rng(0).normal(size=(30, 4)), y_train=y)
     options = ("--epochs", "1", "--out", tmp_path / "other")
     assert "of 30 samples better" in mgs_command("audit", tmp_path / "data.npz", *options)
     printed = mgs_command("audit", tmp_path / "data.npz", *options, "--block", "10")

@@ -48,6 +48,8 @@ class Audit:
         neighbours: (n,), share of the ten nearest samples of its block that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)` to make little of suspicious labels.
         blocks: how many blocks the samples were split into.
+        predictable: share of the labels that the others of the block predict as given, before any label is distrusted. Where it
+            is low, classes overlap or labels are wrong, and the audit cannot tell which.
 
     Example:
         >>> import mgs_core as mgs
@@ -66,6 +68,7 @@ class Audit:
     neighbours: Array
     weights: Array
     blocks: int = 1
+    predictable: float = float("nan")
 
     @property
     def order(self) -> Array:
@@ -165,7 +168,9 @@ def audit(
         for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
     class_cosine = np.mean([own.class_cosine for own in trained], axis=0)
-    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), **fields)
+    predictable = float(np.average([one.predictable for one in judged], weights=list(map(len, parts))))
+    _warn_of_chance(predictable, given)
+    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), predictable=predictable, **fields)
 
 
 def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
@@ -259,6 +264,18 @@ def _warn_of_units(x: Array) -> None:
         warnings.warn(
             f"Column {int(variances.argmax())} of `inputs` has {share:.0%} of their variance, so that the networks see little "
             "else, for inputs are scaled as a whole. Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_chance(predictable: float, given: Array) -> None:
+    """Warn where the samples predict each other's labels no better than the most frequent one does, by two standard errors."""
+    share = float(np.bincount(given).max()) / len(given)
+    if predictable <= share + 2 * (share * (1 - share) / len(given)) ** 0.5:
+        warnings.warn(
+            f"The samples predict {predictable:.0%} of each other's labels, which naming the most frequent one could: `inputs` do "
+            "not tell the classes apart, or about as many `labels` are wrong as right. Do not drop samples by `contradicted`.",
             UserWarning,
             stacklevel=3,
         )

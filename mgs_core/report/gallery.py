@@ -68,6 +68,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
             f"{len(order)} samples",
             f"{len(called)} classes",
             *([f"judged in {audit.blocks} blocks"] if audit.blocks > 1 else []),
+            *([] if np.isnan(audit.predictable) else [f"others predict {audit.predictable:.0%} of the labels as given"]),
             f"the {min(shown, len(order))} most suspicious are shown",
         ],
         others="all other samples of its block, which was drawn at random," if audit.blocks > 1 else "all other samples",

@@ -56,6 +56,7 @@ def test_scores_are_those_of_leaving_each_sample_out(rounds):
     np.testing.assert_array_equal(found.suggested, suggested)
     contradicted = [any(q[k] >= usual[k] and q[k] > q[y] for k in range(3)) for q, y in zip(predicted, LABELS, strict=True)]
     np.testing.assert_array_equal(found.contradicted, contradicted)
+    assert found.predictable == np.mean(predicted_by_others(0).argmax(1) == LABELS)
     less = predicted - 0.75 * usual
     assert found.weights.mean() == pytest.approx(1)
     assert (np.argsort(found.weights) == np.argsort(less[np.arange(18), LABELS] - (less - 9 * ONE_HOT).max(1))).all()

@@ -44,7 +44,16 @@ def test_wrong_labels_are_found_and_corrected(found):
 def test_clean_labels_are_hardly_contradicted():
     clean = mgs.audit(IMAGES, TRUE)
     assert clean.contradicted.sum() <= 1
+    assert clean.predictable > 0.95
     assert (clean.scores > 0).sum() > 2  # though others fit better here and there
+
+
+def test_inputs_that_say_nothing_are_warned_of():
+    random = np.random.default_rng(0)
+    with pytest.warns(UserWarning, match=r"The samples predict \d+% of each other's labels, which naming the most frequent one"):
+        nothing = mgs.audit(random.normal(size=(200, 10)), random.integers(0, 2, 200), networks=1)
+    assert nothing.contradicted.mean() > 0.2  # which is why
+    assert nothing.predictable < 0.6
 
 
 def test_few_samples_most_of_them_wrong():
@@ -157,6 +166,7 @@ def test_files_hold_every_sample(found, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "weights.npy"), found.weights)
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 30
+    assert f"others predict {found.predictable:.0%} of the labels as given" in text
     assert "&lt;3&gt;" in text
     assert "<3>" not in text
     assert f"fits {(found.scores > 0).sum()} of 600 samples better; {found.contradicted.sum()} labels are surely" in text
