@@ -274,8 +274,8 @@ def _warn_of_chance(predictable: float, given: Array) -> None:
     share = float(np.bincount(given).max()) / len(given)
     if predictable <= share + 2 * (share * (1 - share) / len(given)) ** 0.5:
         warnings.warn(
-            f"The samples predict {predictable:.0%} of each other's labels, which naming the most frequent one could: `inputs` do "
-            "not tell the classes apart, or about as many `labels` are wrong as right. Do not drop samples by `contradicted`.",
+            f"The samples predict {predictable:.0%} of each other's labels, which naming the most frequent one could: `inputs` "
+            "do not tell the classes apart, or about as many `labels` are wrong as right. Do not drop samples by `contradicted`.",
             UserWarning,
             stacklevel=3,
         )

@@ -8,6 +8,7 @@ multiplied with data that earlier parameters have touched, except
 * values that are not finite or as small as a type goes: attention masks;
 * what also reaches an input that takes statistics, bounds or sizes (running mean and variance, Clip, Pad, Resize, …);
 * what is subtracted or divided by: a mean, a deviation;
+* ones and zeros for gain and shift of a normalisation, under a name that PyTorch's exporters give to constants: it has none;
 * what is named as running statistics are: `running_mean`, `running_var`, `moving_mean`, `moving_variance`;
 * what is applied to the raw inputs elementwise: scalers.
 
@@ -16,6 +17,7 @@ A fixed table that is added to data (sinusoidal positions) looks like a trained 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -48,6 +50,9 @@ _VIEWS = {
     "Tile",
     "CastLike",
 }
+_NORMALISATIONS = {name for name in _WEIGHTS if name.endswith("Normalization")}
+#: What torch.onnx.export calls a constant, such as the gain of a group norm's inner instance norm.
+_CONSTANT = re.compile(r"val_\d+|.*Constant(_\d+)?_output_0")
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
 
@@ -118,6 +123,8 @@ class _Walk:
             weight = any(other in self._touched for other in others) and not (node.operator in ("Sub", "Div") and place == 1)
             if not any(other in self._single for other in others):
                 found = frozenset(source for source in found if self._values[source].size > 1)
+        if node.operator in _NORMALISATIONS:
+            found = frozenset(source for source in found if not self._no_gain(source))
         if not found:
             return False
         if weight:
@@ -125,6 +132,10 @@ class _Walk:
         else:
             self.barred |= found
         return weight
+
+    def _no_gain(self, name: str) -> bool:
+        """Say whether a gain or shift stands there only because the operator takes one."""
+        return _CONSTANT.fullmatch(name) is not None and any(np.all(self._values[name] == value) for value in (0.0, 1.0))
 
     def _one_unit(self, node: Node) -> bool:
         """Say whether a node gives the output of a layer with one unit, so that a single element added to it is a bias."""

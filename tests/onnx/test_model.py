@@ -93,6 +93,22 @@ def test_a_parameter_is_found_through_views_and_not_where_constants_stand():
     np.testing.assert_allclose(mgs.kernel(loaded, x), gradients @ gradients.T, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("gain", "shift"), [("val_9", "val_12"), ("/norm/Constant_output_0", "/norm/Constant_1_output_0")])
+def test_the_gain_that_an_exporter_writes_for_a_norm_without_one_is_no_parameter(gain, shift):
+    def loaded(gain, shift, factor=1.0):
+        tensors = {"w": draw(4, 6), gain: factor * np.ones(2, np.float32), shift: np.zeros(2, np.float32)}
+        tensors |= {"groups": np.array([0, 2, 3], np.int64), "flat": np.array([0, 6], np.int64)}
+        nodes = [
+            node("MatMul", ["x", "w"], ["h"]), node("Reshape", ["h", "groups"], ["g"]),
+            node("InstanceNormalization", ["g", gain, shift], ["n"]), node("Reshape", ["n", "flat"], ["y"]),
+        ]  # fmt: skip
+        return list(mgs.onnx.load(model(nodes, tensors)).parameters)
+
+    assert loaded(gain, shift) == ["w"]
+    assert loaded(gain, shift, factor=2.0) == ["w", gain]
+    assert loaded("norm.weight", "norm.bias") == ["w", "norm.weight", "norm.bias"]  # as of a model that is not trained yet
+
+
 def test_named_parameters_that_move_nothing_are_refused():
     proto = model([node("MatMul", ["x", "w"], ["y"]), node("MatMul", ["x", "v"], ["z"])], {"w": draw(4, 2), "v": draw(4, 2)})
     with pytest.raises(
