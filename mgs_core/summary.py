@@ -66,7 +66,7 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
 
     Args:
         kernel: (n, n), symmetric, positive semi-definite, n at least 2, of any framework.
-        labels: integers (n,), or None.
+        labels: integers (n,), or (n, 1), or None.
         ridge: added to the diagonal as a share of the mean diagonal, so that the determinant of a rank-deficient kernel is
             defined; above 0.
 
@@ -169,6 +169,7 @@ def _mean(values: Array, chosen: Array) -> float | None:
 
 def _same(labels: Any, n: int) -> Array:
     labels = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
+    labels = labels[:, 0] if labels.shape == (n, 1) else labels  # a column, as Keras' data sets have them
     if labels.shape != (n,) or labels.dtype.kind in "fc":
         raise ArgumentError(
             f"`labels` must be integers of shape ({n},), one for each sample of the kernel; got dtype {labels.dtype}, shape "

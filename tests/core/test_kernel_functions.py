@@ -166,6 +166,11 @@ def test_summary_is_its_formulas(xp):
     assert "alignment" in str(summary)
 
 
+def test_labels_may_stand_in_a_column():
+    labels = np.arange(6) % 2
+    assert mgs.summarize(KERNEL, labels[:, None]) == mgs.summarize(KERNEL, labels)
+
+
 def test_summary_leaves_out_what_it_cannot_know():
     assert "alignment" not in mgs.summarize(KERNEL).to_dict()
     assert mgs.summarize(KERNEL, np.zeros(6, int)).other_class_cosine is None
