@@ -232,15 +232,20 @@ class _Training:
 
 
 def _warn_of_units(x: Array) -> None:
-    """Warn of a table of which one column outweighs all others, as one in other units does; of pixels none does."""
-    if x.ndim != 2 or x.shape[1] < 4:
+    """Warn of a table that half of the columns have next to no part in, as where others are in much larger units.
+
+    Both their variance and their range must be small: pixels at an edge and rare categories vary little, but range like others.
+    """
+    if x.ndim != 2:
         return
-    variances = np.var(x, axis=0, dtype=np.float64)
-    share = float(variances.max() / max(variances.sum(), np.finfo(np.float64).tiny))
-    if share > 0.5:
+    ranges, variances = np.ptp(x, axis=0), np.var(x, axis=0, dtype=np.float64)
+    half = np.count_nonzero(ranges) // 2  # constant columns say nothing in any unit
+    squares = np.sort([variances[ranges > 0], np.square(ranges[ranges > 0], dtype=np.float64)])
+    if half and np.all(squares[:, :half].sum(axis=1) < 0.01 * squares.sum(axis=1)):
         warnings.warn(
-            f"Column {int(variances.argmax())} of `inputs` has {share:.0%} of their variance, so that the networks see little "
-            "else, for inputs are scaled as a whole. Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
+            f"Column {variances.argmax()} of `inputs` has {variances.max() / variances.sum():.0%} of their variance and half of "
+            "the columns together less than 1%, so that the networks see little of these, for inputs are scaled as a whole. "
+            "Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
             UserWarning,
             stacklevel=3,
         )

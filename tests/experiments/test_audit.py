@@ -12,7 +12,7 @@ import mgs_core as mgs
 
 onnx = pytest.importorskip("onnx")
 roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
-load_wine = pytest.importorskip("sklearn.datasets").load_wine
+datasets = pytest.importorskip("sklearn.datasets")
 load_digits_arrays = pytest.importorskip("mgs_core.experiments.data").load_digits_arrays
 module = pytest.importorskip("mgs_core.experiments.audit")
 write_audit = pytest.importorskip("mgs_core.report").write_audit
@@ -48,7 +48,7 @@ def test_clean_labels_are_hardly_contradicted():
 
 
 def test_few_samples_most_of_them_wrong():
-    inputs, true = load_wine(return_X_y=True)
+    inputs, true = datasets.load_wine(return_X_y=True)
     random = np.random.default_rng(0)
     wrong = random.random(len(true)) < 0.55
     labels = np.where(wrong, (true + random.integers(1, 3, len(true))) % 3, true)
@@ -202,11 +202,31 @@ def test_an_unwritable_folder_is_refused(found, tmp_path):
         write_audit(found, IMAGES, tmp_path / "file")
 
 
-def test_a_table_in_several_units_is_warned_of():
+@pytest.mark.parametrize(
+    ("units", "match"),
+    [
+        ([1, 1, 30, 1, 1], "Column 2 of `inputs` has 99% of their variance and half of the columns together less than 1%"),
+        ([1, 1, 1e4], "Column 2 of `inputs` has 100%"),
+        ([1e4, 1], "Column 0 of `inputs` has 100%"),
+        ([1] * 7 + [1e4], "Column 7 of `inputs` has 100%"),
+        ([1] * 13 + [20] * 3, r"Column 1[345] of `inputs` has [34]\d%"),  # no column has most
+        ([0, 0, 1, 0, 300], "Column 4 of `inputs` has 100%"),  # constant columns count neither way
+    ],
+)
+def test_a_table_in_several_units_is_warned_of(units, match):
+    x, y = np.random.default_rng(0).normal(size=(60, len(units))), np.arange(60) % 2
+    with pytest.warns(UserWarning, match=match):
+        mgs.audit(x * units, y, networks=1, epochs=1)
+    mgs.audit((x - x.mean(0)) / x.std(0), y, networks=1, epochs=1)  # warnings are errors
+
+
+def test_tables_in_one_unit_are_not_warned_of():
+    """Nor is one in which a column varies some times as much, from which the audit learns no less."""
     random = np.random.default_rng(0)
-    x, y = random.normal(size=(60, 5)), np.arange(60) % 2
-    x[:, 0] += 3 * y
-    x[:, 2] *= 30
-    with pytest.warns(UserWarning, match="Column 2 of `inputs` has 99% of their variance"):
-        mgs.audit(x, y, epochs=1)
-    mgs.audit((x - x.mean(0)) / x.std(0), y, epochs=1)  # warnings are errors
+    pixels = random.uniform(0, 255, (300, 64)) * (np.arange(64) < 20)
+    pixels[np.arange(44), np.arange(20, 64)] = 255  # each of these is lit once
+    coins = (random.random((5000, 10)) < [0.5] * 5 + [0.001] * 5).astype(float)
+    scaled = (coins - coins.mean(0)) / coins.std(0)  # those that are rare range far
+    some = random.normal(size=(60, 5)) * [1, 7, 1, 0, 0]
+    for x in (IMAGES.reshape(600, -1), pixels, coins, scaled, datasets.load_iris().data, some, some[:, :1], some[:, 3:]):
+        module._warn_of_units(x)  # warnings are errors
