@@ -17,6 +17,8 @@ from mgs_core._types import Array
 from mgs_core.report.files import write_files
 from mgs_core.report.page import render
 
+FILES = ("weights.npy", "suspects.csv", "audit.html")
+
 
 def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequence[str] | None = None, shown: int = 200) -> Path:
     """Write `audit.html`, `suspects.csv` (all samples, the most suspicious first) and `weights.npy`.
@@ -84,7 +86,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
             for a in order[:shown]
         ],
     )
-    files = {"weights.npy": weights.getvalue(), "suspects.csv": table.getvalue().encode(), "audit.html": page.encode()}
+    files = dict(zip(FILES, (weights.getvalue(), table.getvalue().encode(), page.encode()), strict=True))
     return write_files(folder, files) / "audit.html"
 
 
