@@ -184,7 +184,9 @@ def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp
     ("command", "arrays", "message"),
     [
         (("audit",), {"x": np.eye(3), "y": np.eye(3)}, "labels.argmax(axis=1)"),
-        (("audit",), {"x": np.eye(3), "y": np.arange(2)}, "Pass one label for each sample."),
+        (("audit",), {"x": np.eye(3), "y": np.arange(2)}, "Give each sample one label."),
+        (("audit",), {"x": np.eye(3), "y": np.arange(3)[:, None]}, "Drop the second axis: labels.ravel()."),
+        (("audit",), {"x": np.eye(3), "y": np.array([0.5, 1, 2])}, "what is measured has none: this is for classifiers."),
         (("audit",), {"x": np.eye(3), "y": np.zeros(3, int)}, "samples of several classes"),
         (("measure", "--output", "loss"), {"x": np.eye(2, 3), "y": np.array(["cat", "dog"])}, "`y` must hold real numbers"),
         (("measure",), {"x": np.eye(3), "y": np.arange(2)}, "`y` must hold a label for each of the 3 samples of `x`; got 2"),

@@ -15,13 +15,13 @@ from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.experiments.data import count_classes, scale
+from mgs_core.experiments.data import count_classes, label_remedy, scale
 from mgs_core.experiments.models import MODELS, build
 from mgs_core.experiments.optimizer import adam, check_learning_rate, schedule, start
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
-from mgs_core.summary import _cosine
+from mgs_core.summary import _cosine, as_numpy
 from mgs_core.suspicion import suspicion
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
@@ -253,17 +253,13 @@ def _warn_of_units(x: Array) -> None:
 
 def _remedy(x: Array, y: Array) -> str:
     """Say what to do about labels that do not fit."""
-    if y.ndim == 2 and len(y) == len(x) and y.shape[1] > 1:
-        return "Take the class of each row: labels.argmax(axis=1)."
-    if y.shape != (len(x),):
-        return "Pass one label for each sample."
-    if y.min() == y.max() if np.issubdtype(y.dtype, np.number) else len(np.unique(y)) < 2:
+    if y.shape == (len(x),) and len(np.unique(y)) < 2:
         return "An audit needs samples of several classes."
-    return "Number the classes from 0: numpy.unique(labels, return_inverse=True)[1]."
+    return label_remedy("labels", y, len(x), "numpy.unique(labels, return_inverse=True)[1]")
 
 
 def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
-    x, y = np.asarray(inputs), np.asarray(labels)
+    x, y = as_numpy(inputs), as_numpy(labels)
     real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
     if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
         remedy = "Convert them to numbers" if not real else "Give each sample an axis: x[:, None]" if x.ndim == 1 else "Pass more"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ datasets = pytest.importorskip("sklearn.datasets")
 load_digits_arrays = pytest.importorskip("mgs_core.experiments.data").load_digits_arrays
 module = pytest.importorskip("mgs_core.experiments.audit")
 write_audit = pytest.importorskip("mgs_core.report").write_audit
+gallery = pytest.importorskip("mgs_core.report.gallery")
+imread = pytest.importorskip("matplotlib.image").imread
 
 IMAGES, TRUE = (array[:600] for array in load_digits_arrays())
 RANDOM = np.random.default_rng(0)
@@ -125,17 +129,47 @@ def test_files_hold_every_sample(found, tmp_path):
     assert "<3>" not in text
     assert f"fits {(found.scores > 0).sum()} of 600 samples better; {found.contradicted.sum()} labels are surely" in text
     assert "http" not in text
+    assert "<li>10 classes</li>" in text
+    skipping = dataclasses.replace(found, given=found.given + 2, suggested=found.suggested + 2)  # none is of class 0 or 1
+    assert "<li>10 classes</li>" in write_audit(skipping, IMAGES, tmp_path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("shape", "pictures"),
-    [((5,), 0), ((4, 4), 6), ((3, 5, 5), 6), ((5, 5, 3), 6), ((1, 5, 5), 6), ((5, 5, 1), 6), ((2, 9, 9), 0)],
-)
+    [
+        ((5,), 0), ((4, 4), 6), ((3, 5, 5), 6), ((5, 5, 3), 6), ((1, 5, 5), 6), ((5, 5, 1), 6), ((2, 9, 9), 0), ((9, 9, 2), 0),
+        ((4, 5, 5), 6), ((5, 5, 4), 6), ((4, 4, 4), 6), ((3, 4, 4), 6), ((3, 9, 2), 0), ((4, 9, 3), 6), ((3, 9, 9, 3), 0),
+    ],
+)  # fmt: skip
 def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
     inputs = RANDOM.normal(size=(6, *shape))
     zero = np.zeros(6)
     audit = mgs.Audit(zero, np.array([0, 1] * 3), np.array([0, 1] * 3), zero > 0, zero, zero, zero + 1)
     assert write_audit(audit, inputs, tmp_path).read_text().count("<img") == pictures
+
+
+def test_what_is_transparent_is_grey():
+    def drawn(image):
+        return imread(io.BytesIO(base64.b64decode(gallery._picture(image).partition(",")[2])))[..., :3]
+
+    colours = RANDOM.uniform(0, 9, (5, 6, 3))
+    opacity = np.repeat([[[0.0]], [[1.0]], [[4.0]]], [1, 2, 2], axis=0) * np.ones((5, 6, 1))
+    plain = drawn(colours)
+    for constant in (0.0, 255.0):
+        np.testing.assert_array_equal(drawn(np.concatenate([colours, constant + 0 * opacity], axis=2)), plain)
+    for image in (rgba := np.concatenate([colours, opacity], axis=2), np.moveaxis(rgba, 2, 0)):
+        for row, share in ((0, 0.0), (1, 0.25), (3, 1.0)):
+            np.testing.assert_allclose(drawn(image)[row], share * plain[row] + (1 - share) / 2, atol=0.01)
+    rgba[..., 3] -= 1  # as scaled inputs have it
+    np.testing.assert_allclose(drawn(rgba)[0], 0.5, atol=0.01)
+
+
+def test_tensors_with_a_graph_are_taken(tmp_path):
+    torch = pytest.importorskip("torch")
+    inputs = torch.tensor(IMAGES[:60], requires_grad=True)
+    found = mgs.audit(inputs, torch.tensor(LABELS[:60]), networks=1, epochs=1)
+    np.testing.assert_array_equal(found.scores, mgs.audit(IMAGES[:60], LABELS[:60], networks=1, epochs=1).scores)
+    assert write_audit(found, inputs, tmp_path, shown=2).read_text(encoding="utf-8").count("<img") == 2
 
 
 @pytest.mark.parametrize(("factor", "shift"), [(1e30, 0.0), (1e-30, 0.0), (1.0, 1e9)])
@@ -159,6 +193,7 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
             r"`model` must be one of mlp, cnn, or the path of an .onnx file; got 'res",
         ),
         (lambda: mgs.audit(np.arange(96.0).reshape(2, 4, 4, 3), [0, 1], model="cnn"), r"numpy.moveaxis\(x, -1, 1\) puts"),
+        (lambda: mgs.audit(np.arange(400.0).reshape(2, 5, 10, 4), [0, 1], model="cnn"), r"numpy.moveaxis\(x, -1, 1\) puts"),
         (lambda: mgs.audit(np.full((5, 2), np.nan), np.arange(5)), "`inputs` must be finite"),
         (lambda: mgs.audit(np.zeros((5, 2)), np.arange(4)), r"`labels` must be integers from 0.*shape \(5,\)"),
         (lambda: mgs.audit(np.zeros((5, 2)), np.zeros(5, int)), "of at least 2 classes"),
@@ -167,7 +202,7 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
         (lambda: mgs.audit(IMAGES, LABELS, seed=-1), "`seed` must be an integer of at least 0; got -1"),
         (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 3; got 1"),
         (lambda: mgs.audit(IMAGES, LABELS, learning_rate=float("nan")), "`learning_rate` must be a finite number above 0"),
-        (lambda: mgs.audit(IMAGES[:5], [0, 1, 0, 1, 10**7]), "`labels` must number its classes from 0 without large"),
+        (lambda: mgs.audit(IMAGES[:5], [0, 1, 0, 1, 10**7]), r"from 0 without large gaps.*return_inverse=True\)\[1\]"),
         (lambda: mgs.audit(IMAGES, LABELS, model="oracle.onnx"), "oracle.onnx"),
     ],
 )
