@@ -6,6 +6,7 @@ import base64
 import csv
 import dataclasses
 import io
+import re
 
 import numpy as np
 import pytest
@@ -146,6 +147,13 @@ def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
     zero = np.zeros(6)
     audit = mgs.Audit(zero, np.array([0, 1] * 3), np.array([0, 1] * 3), zero > 0, zero, zero, zero + 1)
     assert write_audit(audit, inputs, tmp_path).read_text().count("<img") == pictures
+
+
+def test_pictures_are_square_and_cards_apart(found, tmp_path):
+    """Their attribute `height` would outweigh the ratio, and cards on a telephone reach over their margin."""
+    text = write_audit(found, IMAGES, tmp_path).read_text(encoding="utf-8")
+    assert re.search(r"\.suspects img \{[^}]* height: auto; aspect-ratio: 1;", text)
+    assert re.search(r"\.suspects \.card \{[^}]* margin-inline: 0;", text)
 
 
 def test_what_is_transparent_is_grey():
