@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError, renamed
@@ -137,7 +138,7 @@ def measure(
         print(json.dumps(summary.to_dict()))
         return
     title = f"{model.name} on {len(kernel)} samples of {data.name}, output={output}"
-    shown = Table("summary", "value", title=title, box=box.SIMPLE_HEAD)
+    shown = _table("summary", "value", title=title)
     for name, value in summary.to_dict().items():
         shown.add_row(name, f"{value:.6g}")
     console.print(shown)
@@ -173,7 +174,7 @@ def check(
     """Say, for each parameter of a model, how it enters the kernel: statistics, rows or refused."""
     loaded = mgs.onnx.load(model, backend=backend)
     found = mgs.check(loaded, loaded.example_inputs(samples))
-    shown = Table("parameter", "kind", "route", "size", "remedy", box=box.SIMPLE_HEAD)
+    shown = _table("parameter", "kind", "route", "size", "remedy")
     for layer in found.layers:
         shown.add_row(escape(layer.parameter), layer.kind, layer.route, str(layer.size), escape(layer.remedy))
     console.print(shown)
@@ -221,9 +222,10 @@ def audit(
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
     from mgs_core.report import headline, write_audit  # needs Matplotlib and Jinja, which measuring a model does not
-    from mgs_core.report.files import write_files
+    from mgs_core.report.files import check_files
+    from mgs_core.report.gallery import FILES
 
-    write_files(out, {})  # refuse a folder that cannot be made before the training
+    check_files(out, FILES)  # before the training, not after
     with Progress(TextColumn("epoch"), BarColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
         epochs = usual_epochs(len(labels), model=model) if epochs is None else epochs
         task = bar.add_task("", total=networks * epochs)
@@ -239,7 +241,7 @@ def audit(
             soft_wrap=True,
         )
     console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
-    listed = Table("sample", "given", "suggested", "score", box=box.SIMPLE_HEAD)
+    listed = _table("sample", "given", "suggested", "score")
     for a in found.order[:10]:
         listed.add_row(str(a), str(found.given[a]), str(found.suggested[a]), f"{found.scores[a]:+.2f}")
     console.print(listed)
@@ -251,7 +253,7 @@ def audit(
 @app.command()
 def backends() -> None:
     """List the backends and whether each is installed."""
-    shown = Table("backend", "installed", "install with", box=box.SIMPLE_HEAD)
+    shown = _table("backend", "installed", "install with")
     for name, installed in mgs.available_backends().items():
         shown.add_row(name, "yes" if installed else "no", "" if installed else escape(f'pip install "mgs-core[{name}]"'))
     console.print(shown)
@@ -260,11 +262,18 @@ def backends() -> None:
 def main() -> None:
     """Run the command; errors of this library end it with one line and status 2, and warnings are one line too."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what was trained must not be lost for a character that a terminal lacks
     try:
         app()
     except MgsError as error:
         Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _table(*columns: str, **options: Any) -> Table:
+    """Return a table that goes on in the next line where a terminal is narrow: of a number that is cut nobody knows the rest."""
+    return Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD, **options)
 
 
 class _Display:
@@ -327,20 +336,16 @@ def _show(folder: Path) -> bool:
     from mgs_core.report.words import failures
 
     rows = table(records)
-    shown = Table(
-        title=f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-        show_edge=False,
-    )
-    for column in rows[0]:  # as wide as its cells and the longest word of its title, which fits 80 columns
-        width = max(len(text) for text in (*column.split(), *(row[column] for row in rows)))
-        shown.add_column(column, justify="left" if column == "regulariser" else "right", width=width)
+    page = write_report(records, settings, folder)
+    title = f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn"
+    shown = _table(*rows[0], title=title, padding=0, pad_edge=False, show_edge=False)
+    for column in shown.columns:  # as wide as its cells and the longest word of its title, which fits 80 columns
+        name = str(column.header)
+        column.width = max(len(text) for text in (*name.split(), *(row[name] for row in rows)))
+        column.justify = "left" if name == "regulariser" else "right"
     for row in rows:
         shown.add_row(*map(escape, row.values()))
     console.print(shown)
-    page = write_report(records, settings, folder)
     console.print(f"Page: {page}\nPicture: {page.with_name('figure.png')}\nRecords: {folder / 'records.jsonl'}", soft_wrap=True)
     best = best_model(records, folder)
     if best is not None:

@@ -178,6 +178,15 @@ def _same(labels: Any, n: int) -> Array:
     return labels[:, None] == labels[None, :]
 
 
+def as_numpy(values: Any) -> Array:
+    """Return an array of any framework, off its device and without its graph, as NumPy's; and what NumPy makes an array of.
+
+    Args:
+        values: an array, or numbers in lists.
+    """
+    return np.asarray(_to_numpy(values) if hasattr(values, "__dlpack__") else values)
+
+
 def _to_numpy(array: Array) -> Array:
     try:
         return get_backend(array).to_numpy(array)

@@ -61,6 +61,40 @@ def test_compare_trains_shows_and_writes(mgs_command, tmp_path):
     assert (out / "report.html").exists()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_cannot_show_stops_nothing(encoding, tmp_path):
+    command = ("compare", *SMALL, "--regularizers", "none", "--jobs", "1", "--out", str(tmp_path))
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", "from mgs_core.cli import main; main()", *command],
+        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert b"Page: " in found.stdout
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_page_does_not_wait_for_the_table(mgs_command, tmp_path, monkeypatch):
+    mgs_command("compare", *SMALL, "--regularizers", "none", "--jobs", "1", "--out", tmp_path)
+    (tmp_path / "report.html").unlink()
+    monkeypatch.setattr(cli, "console", None)
+    with pytest.raises(AttributeError, match="print"):
+        cli._show(tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_narrow_terminals_cut_no_number(mgs_command, linear, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "console", cli.Console(width=40))
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(30, 3)), y=np.arange(30) % 2)
+    for command in (
+        ("compare", *SMALL, "--regularizers", "none", "--jobs", "1", "--out", tmp_path),
+        ("audit", tmp_path / "data.npz", "--epochs", "1", "--out", tmp_path),
+        ("measure", linear, tmp_path / "data.npz"),
+        ("check", linear),
+        ("backends",),
+    ):
+        assert "…" not in mgs_command(*command)
+
+
 def test_failed_runs_are_shown_and_set_the_status(mgs_command, tmp_path, capsys):
     command = ("compare", *SMALL, "--regularizers", "none,dropout", "--learning-rate", "1e8", "--jobs", "2", "--out", tmp_path)
     mgs_command(*command, status=1)
@@ -177,7 +211,9 @@ def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp
     ("command", "arrays", "message"),
     [
         (("audit",), {"x": np.eye(3), "y": np.eye(3)}, "labels.argmax(axis=1)"),
-        (("audit",), {"x": np.eye(3), "y": np.arange(2)}, "Pass one label for each sample."),
+        (("audit",), {"x": np.eye(3), "y": np.arange(2)}, "Give each sample one label."),
+        (("audit",), {"x": np.eye(3), "y": np.arange(3)[:, None]}, "Drop the second axis: labels.ravel()."),
+        (("audit",), {"x": np.eye(3), "y": np.array([0.5, 1, 2])}, "what is measured has none: this is for classifiers."),
         (("audit",), {"x": np.eye(3), "y": np.zeros(3, int)}, "samples of several classes"),
         (("measure", "--output", "loss"), {"x": np.eye(2, 3), "y": np.array(["cat", "dog"])}, "`y` must hold real numbers"),
         (("measure",), {"x": np.eye(3), "y": np.arange(2)}, "`y` must hold a label for each of the 3 samples of `x`; got 2"),
@@ -277,7 +313,12 @@ def test_audit_lists_and_writes(mgs_command, tmp_path):
 def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(mgs, "audit", None)
-    assert "`out` must be a folder that can be written" in mgs_command("audit", "digits", "--out", tmp_path / "file", status=2)
+    command = ("audit", "digits", "--out")
+    assert "`out` must be a folder that can be written" in mgs_command(*command, tmp_path / "file", status=2)
+    (tmp_path / "old" / "suspects.csv").mkdir(parents=True)
+    assert "suspects.csv is a folder). Choose another." in mgs_command(*command, tmp_path / "old", status=2)
+    monkeypatch.setattr("secrets.token_hex", lambda size: "x" * 300)  # no name of a file; root may write everywhere
+    assert "`out` must be a folder that can be written" in mgs_command(*command, tmp_path / "new", status=2)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.experiments.data import Dataset, count_classes, scale
+from mgs_core.experiments.data import Dataset, count_classes, label_remedy, scale
 from mgs_core.experiments.models import MODELS, build
 from mgs_core.experiments.networks import own_network
 from mgs_core.experiments.optimizer import adam, check_learning_rate, schedule, start
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
-from mgs_core.summary import _cosine
+from mgs_core.summary import _cosine, as_numpy
 from mgs_core.suspicion import suspicion
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
@@ -97,7 +97,7 @@ def audit(
 
     Args:
         inputs: (n, …), real numbers; scaled here as a whole to mean 0 and standard deviation 1, but for a model of yours. A
-            warning says so of a table in which one column has most of the variance.
+            warning says so of a table of which half of the columns together have hardly any of the variance.
         labels: integers (n,), from 0.
         model: "mlp", "cnn", or a classifier in ONNX (path or proto) that takes the inputs as they are, and is trained before a
             softmax or sigmoid at its end; or a `FunctionalModel` on the backend that takes them in float32 and returns logits
@@ -255,15 +255,20 @@ class _Training:
 
 
 def _warn_of_units(x: Array) -> None:
-    """Warn of a table of which one column outweighs all others, as one in other units does; of pixels none does."""
-    if x.ndim != 2 or x.shape[1] < 4:
+    """Warn of a table that half of the columns have next to no part in, as where others are in much larger units.
+
+    Both their variance and their range must be small: pixels at an edge and rare categories vary little, but range like others.
+    """
+    if x.ndim != 2:
         return
-    variances = np.var(x, axis=0, dtype=np.float64)
-    share = float(variances.max() / max(variances.sum(), np.finfo(np.float64).tiny))
-    if share > 0.5:
+    ranges, variances = np.ptp(x, axis=0), np.var(x, axis=0, dtype=np.float64)
+    half = np.count_nonzero(ranges) // 2  # constant columns say nothing in any unit
+    squares = np.sort([variances[ranges > 0], np.square(ranges[ranges > 0], dtype=np.float64)])
+    if half and np.all(squares[:, :half].sum(axis=1) < 0.01 * squares.sum(axis=1)):
         warnings.warn(
-            f"Column {int(variances.argmax())} of `inputs` has {share:.0%} of their variance, so that the networks see little "
-            "else, for inputs are scaled as a whole. Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
+            f"Column {variances.argmax()} of `inputs` has {variances.max() / variances.sum():.0%} of their variance and half of "
+            "the columns together less than 1%, so that the networks see little of these, for inputs are scaled as a whole. "
+            "Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
             UserWarning,
             stacklevel=3,
         )
@@ -283,17 +288,13 @@ def _warn_of_chance(predictable: float, given: Array) -> None:
 
 def _remedy(x: Array, y: Array) -> str:
     """Say what to do about labels that do not fit."""
-    if y.ndim == 2 and len(y) == len(x) and y.shape[1] > 1:
-        return "Take the class of each row: labels.argmax(axis=1)."
-    if y.shape != (len(x),):
-        return "Pass one label for each sample."
-    if y.min() == y.max() if np.issubdtype(y.dtype, np.number) else len(np.unique(y)) < 2:
+    if y.shape == (len(x),) and len(np.unique(y)) < 2:
         return "An audit needs samples of several classes."
-    return "Number the classes from 0: numpy.unique(labels, return_inverse=True)[1]."
+    return label_remedy("labels", y, len(x), "numpy.unique(labels, return_inverse=True)[1]")
 
 
 def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
-    x, y = np.asarray(inputs), np.asarray(labels)
+    x, y = as_numpy(inputs), as_numpy(labels)
     real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
     if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
         remedy = "Convert them to numbers" if not real else "Give each sample an axis: x[:, None]" if x.ndim == 1 else "Pass more"

@@ -199,15 +199,24 @@ def require(arrays: Mapping[str, Array], names: Iterable[str], path: str | Path)
             raise ArgumentError(f"`path` must hold samples along the first axis of {name!r}; {str(path)!r} holds a single value.")
 
 
-def _remedy(name: str, y: Array, n: int) -> str:
-    """Say what to do about labels that do not fit."""
-    if y.ndim == 2 and len(y) == n and y.shape[1] > 1:
+def label_remedy(name: str, labels: Array, samples: int, numbered: str) -> str:
+    """Say what to do about labels that do not fit.
+
+    Args:
+        name: what the user calls them.
+        labels: what was given.
+        samples: how many there are.
+        numbered: what numbers the classes from 0.
+    """
+    if labels.shape == (samples, 1):
+        return f"Drop the second axis: {name}.ravel()."
+    if labels.ndim == 2 and len(labels) == samples and labels.size:
         return f"Take the class of each row: {name}.argmax(axis=1)."
-    if y.shape != (n,):
+    if labels.shape != (samples,):
         return "Give each sample one label."
-    if np.issubdtype(y.dtype, np.floating) and not np.all(y == np.floor(y)):
-        return "Classes are numbered; what is measured has none: this compares classifiers."
-    return f"Number the classes from 0: numpy.searchsorted(numpy.unique(y_train), {name})."
+    if np.issubdtype(labels.dtype, np.floating) and not np.all(labels == np.floor(labels)):
+        return "Classes are numbered; what is measured has none: this is for classifiers."
+    return f"Number the classes from 0: {numbered}."
 
 
 def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:
@@ -223,7 +232,7 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
             raise ArgumentError(
                 f"`y_{part}` must be integers of at least 0, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-                f"{_remedy(f'y_{part}', y, len(x))}"
+                f"{label_remedy(f'y_{part}', y, len(x), f'numpy.searchsorted(numpy.unique(y_train), y_{part})')}"
             )
         if len(x) < 2:
             raise ArgumentError(f"`x_{part}` must hold at least 2 samples; got {len(x)}.")
@@ -272,7 +281,7 @@ def count_classes(labels: Array, name: str) -> int:
     if classes > max(1000, 10 * distinct):
         raise ArgumentError(
             f"`{name}` must number its classes from 0 without large gaps; got {distinct} classes and labels up to {classes - 1}. "
-            "Number them anew: numpy.unique(labels, return_inverse=True)."
+            "Number them anew: numpy.unique(labels, return_inverse=True)[1]."
         )
     return classes
 

@@ -37,7 +37,8 @@ def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[
     Args:
         model: "mlp" (two hidden layers of 256) or "cnn" (two 3×3 convolutions of 16 and 32 channels with max pooling, one hidden
             layer of 64).
-        shape: of one sample; (height, width) or (channels, height, width) for "cnn".
+        shape: of one sample; (height, width) or (channels, height, width) for "cnn". A last axis of at most 4 beside two that
+            are larger is taken for channels, and refused.
         classes: number of outputs.
         seed: seed of the weights, He-normal; biases are 0.
 
@@ -49,7 +50,8 @@ def build(model: str, shape: tuple[int, ...], classes: int, *, seed: int | list[
     """
     if model not in _WIRED:
         raise ArgumentError(f"`model` must be one of {', '.join(MODELS)}, or the path of an .onnx file; got {model!r}.")
-    if model == "cnn" and (len(shape) not in (2, 3) or min(shape[-2:]) < 4):
+    channels_last = len(shape) == 3 and shape[-1] <= 4 and shape[-1] < min(shape[:-1])
+    if model == "cnn" and (len(shape) not in (2, 3) or min(shape[-2:]) < 4 or channels_last):
         raise ArgumentError(
             f"`model` must be mlp for samples that are no images of at least 4×4; got cnn for {shape}. "
             "Images are (height, width) or (channels, height, width): numpy.moveaxis(x, -1, 1) puts the channels there."

@@ -16,6 +16,9 @@ from mgs_core._errors import ArgumentError
 from mgs_core._types import Array
 from mgs_core.report.files import write_files
 from mgs_core.report.page import render
+from mgs_core.summary import as_numpy
+
+FILES = ("weights.npy", "suspects.csv", "audit.html")
 
 
 def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequence[str] | None = None, shown: int = 200) -> Path:
@@ -23,7 +26,8 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
 
     Args:
         audit: what `mgs_core.audit` returned.
-        inputs: the samples, (n, …); images are shown: (height, width), or with 1 or 3 channels first or last.
+        inputs: the samples, (n, …); images are shown: (height, width), or with 1, 3 or 4 channels first or last, the fourth
+            their opacity.
         folder: where the files go; made if need be.
         names: of the classes; None for their numbers.
         shown: samples in the gallery.
@@ -66,7 +70,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
         title=headline(audit),
         facts=[
             f"{len(order)} samples",
-            f"{len(called)} classes",
+            f"{len(np.unique(audit.given))} classes",
             *([f"judged in {audit.blocks} blocks"] if audit.blocks > 1 else []),
             *([] if np.isnan(audit.predictable) else [f"others predict {audit.predictable:.0%} of the labels as given"]),
             f"the {min(shown, len(order))} most suspicious are shown",
@@ -85,7 +89,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
             for a in order[:shown]
         ],
     )
-    files = {"weights.npy": weights.getvalue(), "suspects.csv": table.getvalue().encode(), "audit.html": page.encode()}
+    files = dict(zip(FILES, (weights.getvalue(), table.getvalue().encode(), page.encode()), strict=True))
     return write_files(folder, files) / "audit.html"
 
 
@@ -113,15 +117,20 @@ def headline(audit: Any) -> str:
 
 def _picture(sample: Array) -> str | None:
     """Return an image as a data URI, or None for what is no image."""
-    image = np.asarray(sample, dtype=np.float64)
-    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+    image = np.asarray(as_numpy(sample), dtype=np.float64)
+    if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[0] < min(image.shape[1:]):
         image = np.moveaxis(image, 0, -1)
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[..., 0]
-    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or min(image.shape[:2]) < 4:
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))) or min(image.shape[:2]) < 4:
         return None
+    image, opacity = (image[..., :3], image[..., 3:]) if image.ndim == 3 else (image, image[:0])
     low, high = float(image.min()), float(image.max())
     image = (image - low) / (high - low or 1.0)
+    if opacity.size and np.ptp(opacity):
+        low = min(0.0, float(opacity.min()))
+        opacity = (opacity - low) / (opacity.max() - low)
+        image = opacity * image + (1 - opacity) / 2  # over grey, on which neither black nor white is lost
     drawn = io.BytesIO()
     imsave(drawn, image, cmap="gray", format="png")
     return "data:image/png;base64," + base64.b64encode(drawn.getvalue()).decode()

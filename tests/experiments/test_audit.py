@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
+import io
+import re
 
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ import mgs_core as mgs
 
 onnx = pytest.importorskip("onnx")
 roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
-load_wine = pytest.importorskip("sklearn.datasets").load_wine
+datasets = pytest.importorskip("sklearn.datasets")
 load_digits_arrays = pytest.importorskip("mgs_core.experiments.data").load_digits_arrays
 module = pytest.importorskip("mgs_core.experiments.audit")
 write_audit = pytest.importorskip("mgs_core.report").write_audit
+gallery = pytest.importorskip("mgs_core.report.gallery")
+imread = pytest.importorskip("matplotlib.image").imread
 
 IMAGES, TRUE = (array[:600] for array in load_digits_arrays())
 RANDOM = np.random.default_rng(0)
@@ -57,7 +62,7 @@ def test_inputs_that_say_nothing_are_warned_of():
 
 
 def test_few_samples_most_of_them_wrong():
-    inputs, true = load_wine(return_X_y=True)
+    inputs, true = datasets.load_wine(return_X_y=True)
     random = np.random.default_rng(0)
     wrong = random.random(len(true)) < 0.55
     labels = np.where(wrong, (true + random.integers(1, 3, len(true))) % 3, true)
@@ -171,17 +176,54 @@ def test_files_hold_every_sample(found, tmp_path):
     assert "<3>" not in text
     assert f"fits {(found.scores > 0).sum()} of 600 samples better; {found.contradicted.sum()} labels are surely" in text
     assert "http" not in text
+    assert "<li>10 classes</li>" in text
+    skipping = dataclasses.replace(found, given=found.given + 2, suggested=found.suggested + 2)  # none is of class 0 or 1
+    assert "<li>10 classes</li>" in write_audit(skipping, IMAGES, tmp_path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("shape", "pictures"),
-    [((5,), 0), ((4, 4), 6), ((3, 5, 5), 6), ((5, 5, 3), 6), ((1, 5, 5), 6), ((5, 5, 1), 6), ((2, 9, 9), 0)],
-)
+    [
+        ((5,), 0), ((4, 4), 6), ((3, 5, 5), 6), ((5, 5, 3), 6), ((1, 5, 5), 6), ((5, 5, 1), 6), ((2, 9, 9), 0), ((9, 9, 2), 0),
+        ((4, 5, 5), 6), ((5, 5, 4), 6), ((4, 4, 4), 6), ((3, 4, 4), 6), ((3, 9, 2), 0), ((4, 9, 3), 6), ((3, 9, 9, 3), 0),
+    ],
+)  # fmt: skip
 def test_samples_that_are_images_are_shown(shape, pictures, tmp_path):
     inputs = RANDOM.normal(size=(6, *shape))
     zero = np.zeros(6)
     audit = mgs.Audit(zero, np.array([0, 1] * 3), np.array([0, 1] * 3), zero > 0, zero, zero, zero + 1)
     assert write_audit(audit, inputs, tmp_path).read_text().count("<img") == pictures
+
+
+def test_pictures_are_square_and_cards_apart(found, tmp_path):
+    """Their attribute `height` would outweigh the ratio, and cards on a telephone reach over their margin."""
+    text = write_audit(found, IMAGES, tmp_path).read_text(encoding="utf-8")
+    assert re.search(r"\.suspects img \{[^}]* height: auto; aspect-ratio: 1;", text)
+    assert re.search(r"\.suspects \.card \{[^}]* margin-inline: 0;", text)
+
+
+def test_what_is_transparent_is_grey():
+    def drawn(image):
+        return imread(io.BytesIO(base64.b64decode(gallery._picture(image).partition(",")[2])))[..., :3]
+
+    colours = RANDOM.uniform(0, 9, (5, 6, 3))
+    opacity = np.repeat([[[0.0]], [[1.0]], [[4.0]]], [1, 2, 2], axis=0) * np.ones((5, 6, 1))
+    plain = drawn(colours)
+    for constant in (0.0, 255.0):
+        np.testing.assert_array_equal(drawn(np.concatenate([colours, constant + 0 * opacity], axis=2)), plain)
+    for image in (rgba := np.concatenate([colours, opacity], axis=2), np.moveaxis(rgba, 2, 0)):
+        for row, share in ((0, 0.0), (1, 0.25), (3, 1.0)):
+            np.testing.assert_allclose(drawn(image)[row], share * plain[row] + (1 - share) / 2, atol=0.01)
+    rgba[..., 3] -= 1  # as scaled inputs have it
+    np.testing.assert_allclose(drawn(rgba)[0], 0.5, atol=0.01)
+
+
+def test_tensors_with_a_graph_are_taken(tmp_path):
+    torch = pytest.importorskip("torch")
+    inputs = torch.tensor(IMAGES[:60], requires_grad=True)
+    found = mgs.audit(inputs, torch.tensor(LABELS[:60]), networks=1, epochs=1)
+    np.testing.assert_array_equal(found.scores, mgs.audit(IMAGES[:60], LABELS[:60], networks=1, epochs=1).scores)
+    assert write_audit(found, inputs, tmp_path, shown=2).read_text(encoding="utf-8").count("<img") == 2
 
 
 @pytest.mark.parametrize(("factor", "shift"), [(1e30, 0.0), (1e-30, 0.0), (1.0, 1e9)])
@@ -205,6 +247,7 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
             r"`model` must be one of mlp, cnn, or the path of an .onnx file; got 'res",
         ),
         (lambda: mgs.audit(np.arange(96.0).reshape(2, 4, 4, 3), [0, 1], model="cnn"), r"numpy.moveaxis\(x, -1, 1\) puts"),
+        (lambda: mgs.audit(np.arange(400.0).reshape(2, 5, 10, 4), [0, 1], model="cnn"), r"numpy.moveaxis\(x, -1, 1\) puts"),
         (lambda: mgs.audit(np.full((5, 2), np.nan), np.arange(5)), "`inputs` must be finite"),
         (lambda: mgs.audit(np.zeros((5, 2)), np.arange(4)), r"`labels` must be integers from 0.*shape \(5,\)"),
         (lambda: mgs.audit(np.zeros((5, 2)), np.zeros(5, int)), "of at least 2 classes"),
@@ -213,7 +256,7 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
         (lambda: mgs.audit(IMAGES, LABELS, seed=-1), "`seed` must be an integer of at least 0; got -1"),
         (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 3; got 1"),
         (lambda: mgs.audit(IMAGES, LABELS, learning_rate=float("nan")), "`learning_rate` must be a finite number above 0"),
-        (lambda: mgs.audit(IMAGES[:5], [0, 1, 0, 1, 10**7]), "`labels` must number its classes from 0 without large"),
+        (lambda: mgs.audit(IMAGES[:5], [0, 1, 0, 1, 10**7]), r"from 0 without large gaps.*return_inverse=True\)\[1\]"),
         (lambda: mgs.audit(IMAGES, LABELS, model="oracle.onnx"), "oracle.onnx"),
     ],
 )
@@ -248,11 +291,31 @@ def test_an_unwritable_folder_is_refused(found, tmp_path):
         write_audit(found, IMAGES, tmp_path / "file")
 
 
-def test_a_table_in_several_units_is_warned_of():
+@pytest.mark.parametrize(
+    ("units", "match"),
+    [
+        ([1, 1, 30, 1, 1], "Column 2 of `inputs` has 99% of their variance and half of the columns together less than 1%"),
+        ([1, 1, 1e4], "Column 2 of `inputs` has 100%"),
+        ([1e4, 1], "Column 0 of `inputs` has 100%"),
+        ([1] * 7 + [1e4], "Column 7 of `inputs` has 100%"),
+        ([1] * 13 + [20] * 3, r"Column 1[345] of `inputs` has [34]\d%"),  # no column has most
+        ([0, 0, 1, 0, 300], "Column 4 of `inputs` has 100%"),  # constant columns count neither way
+    ],
+)
+def test_a_table_in_several_units_is_warned_of(units, match):
+    x, y = np.random.default_rng(0).normal(size=(60, len(units))), np.arange(60) % 2
+    with pytest.warns(UserWarning, match=match):
+        mgs.audit(x * units, y, networks=1, epochs=1)
+    mgs.audit((x - x.mean(0)) / x.std(0), y, networks=1, epochs=1)  # warnings are errors
+
+
+def test_tables_in_one_unit_are_not_warned_of():
+    """Nor is one in which a column varies some times as much, from which the audit learns no less."""
     random = np.random.default_rng(0)
-    x, y = random.normal(size=(60, 5)), np.arange(60) % 2
-    x[:, 0] += 3 * y
-    x[:, 2] *= 30
-    with pytest.warns(UserWarning, match="Column 2 of `inputs` has 99% of their variance"):
-        mgs.audit(x, y, epochs=1)
-    mgs.audit((x - x.mean(0)) / x.std(0), y, epochs=1)  # warnings are errors
+    pixels = random.uniform(0, 255, (300, 64)) * (np.arange(64) < 20)
+    pixels[np.arange(44), np.arange(20, 64)] = 255  # each of these is lit once
+    coins = (random.random((5000, 10)) < [0.5] * 5 + [0.001] * 5).astype(float)
+    scaled = (coins - coins.mean(0)) / coins.std(0)  # those that are rare range far
+    some = random.normal(size=(60, 5)) * [1, 7, 1, 0, 0]
+    for x in (IMAGES.reshape(600, -1), pixels, coins, scaled, datasets.load_iris().data, some, some[:, :1], some[:, 3:]):
+        module._warn_of_units(x)  # warnings are errors

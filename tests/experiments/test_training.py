@@ -135,6 +135,8 @@ def test_models_that_do_not_fit_are_refused():
         experiments.models.build("rnn", (8, 8), 10, seed=0)
     with pytest.raises(mgs.ArgumentError, match="`model` must be mlp for samples that are no images"):
         experiments.models.build("cnn", (8,), 10, seed=0)
+    for taken in ((4, 4, 4), (8, 4, 4), (4, 8, 8)):  # channels first
+        experiments.models.build("cnn", taken, 10, seed=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
