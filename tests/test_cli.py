@@ -82,6 +82,7 @@ def test_the_page_does_not_wait_for_the_table(mgs_command, tmp_path, monkeypatch
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.filterwarnings("ignore:The samples predict")
 def test_narrow_terminals_cut_no_number(mgs_command, linear, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "console", cli.Console(width=40))
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(30, 3)), y=np.arange(30) % 2)

@@ -302,6 +302,7 @@ def test_an_unwritable_folder_is_refused(found, tmp_path):
         ([0, 0, 1, 0, 300], "Column 4 of `inputs` has 100%"),  # constant columns count neither way
     ],
 )
+@pytest.mark.filterwarnings("ignore:The samples predict")  # their labels are anyone's
 def test_a_table_in_several_units_is_warned_of(units, match):
     x, y = np.random.default_rng(0).normal(size=(60, len(units))), np.arange(60) % 2
     with pytest.warns(UserWarning, match=match):
