@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 from mgs_core import ArgumentError
 
@@ -18,15 +19,15 @@ def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
     """Return a loss as `(outputs, targets) → (n,)`, for `mgs_core.kernel(model, x, y, output="loss", loss=…)`.
 
     Args:
-        loss: a name, a function `(y_true, y_pred)` or an object of `keras.losses`; or a compiled model that has been trained or
-            evaluated on a batch, whose losses are added up with their weights.
+        loss: a name, a function `(y_true, y_pred)` or an object of `keras.losses`; or a compiled model, whose losses are added up
+            with their weights.
 
     Returns:
         The function; the mean over what axes a sample's loss has, without reduction over samples. Where a loss returns a scalar,
         that of each sample is the loss of a batch of it alone.
 
     Raises:
-        ArgumentError: when a model is not compiled with a loss or has seen no batch.
+        ArgumentError: when a model is not compiled with a loss.
 
     Example:
         >>> import keras
@@ -56,13 +57,11 @@ def compiled_loss(model: Any, spec: Any, *, weighted: bool = False) -> Callable[
         `(outputs (n, c), targets) → (n,)`; targets may be those of `masked`.
 
     Raises:
-        ArgumentError: when it has none, or they are not built yet, or cannot be weighted.
+        ArgumentError: when it has none, or they cannot be weighted.
     """
     compiled = model._compile_loss
-    if compiled is None or not compiled.built:
-        raise ArgumentError(
-            f"`model` must be compiled with a loss and have seen a batch; got {model.name!r}. Evaluate it first, or pass a loss."
-        )
+    if compiled is None:
+        raise ArgumentError(f"`model` must be compiled with a loss; got {model.name!r} without. Compile it, or pass a loss.")
 
     def loss(outputs: Any, targets: Any) -> Any:
         predicted = outputs if spec is None else like(spec, outputs)
@@ -91,7 +90,7 @@ def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, 
     """Return those of the losses that a model was compiled with that return a scalar, and what they give for each sample alone.
 
     Args:
-        compiled: the losses, built.
+        compiled: the losses.
         outputs: in the model's own structure.
         targets: as it is trained with.
     """
@@ -105,6 +104,7 @@ def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, 
 
 def _parts(compiled: Any, targets: Any, predicted: Any, masks: Any) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
     """Yield each loss with its weight, targets, outputs and mask."""
+    compiled = compiled if compiled.built else _built(compiled, targets, predicted)
     masks = None if masks is None else keras.tree.pack_sequence_as(predicted, masks)
     if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
         targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
@@ -113,6 +113,27 @@ def _parts(compiled: Any, targets: Any, predicted: Any, masks: Any) -> Iterator[
         for key in path:
             y_true, y_pred, mask = y_true[key], y_pred[key], None if mask is None else mask[key]
         yield function, weight, y_true, y_pred, mask
+
+
+def _built(compiled: Any, targets: Any, predicted: Any) -> Any:
+    """Return a copy of losses that Keras has not built yet, built as Keras does it, by shapes alone; the model keeps its own."""
+
+    def symbolic(leaf: Any) -> Any:
+        return leaf if leaf is None else keras.KerasTensor(leaf.shape, keras.backend.standardize_dtype(leaf.dtype))
+
+    copy = type(compiled)(compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names)
+    with _apart():
+        keras.src.backend.compute_output_spec(copy, *keras.tree.map_structure(symbolic, (targets, predicted)))
+    return copy
+
+
+def _apart() -> AbstractContextManager[Any]:
+    """Build in a graph apart: of several losses Keras keeps means, and TensorFlow's functions make no variables the second time."""
+    if keras.backend.backend() != "tensorflow":
+        return nullcontext()
+    from tensorflow import Graph
+
+    return cast(AbstractContextManager[Any], Graph().as_default())
 
 
 def masked(targets: Any, outputs: Any) -> Any:
