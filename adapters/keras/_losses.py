@@ -8,6 +8,8 @@ from functools import partial
 from math import prod
 from typing import Any, cast
 
+from keras.src.trainers.compile_utils import CompileLoss
+
 from mgs_core import ArgumentError
 
 from ._keras import keras
@@ -104,31 +106,43 @@ def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, 
 
 def _parts(compiled: Any, targets: Any, predicted: Any, masks: Any) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
     """Yield each loss with its weight, targets, outputs and mask."""
-    compiled = compiled if compiled.built else _built(compiled, targets, predicted)
+    losses = _flat_losses(compiled, targets, predicted)
     masks = None if masks is None else keras.tree.pack_sequence_as(predicted, masks)
     if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
         targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
-    for path, function, weight, _ in compiled._flat_losses:
+    for path, function, weight, _ in losses:
         y_true, y_pred, mask = targets, predicted, masks
         for key in path:
             y_true, y_pred, mask = y_true[key], y_pred[key], None if mask is None else mask[key]
         yield function, weight, y_true, y_pred, mask
 
 
-def _built(compiled: Any, targets: Any, predicted: Any) -> Any:
-    """Return a copy of losses that Keras has not built yet, built as Keras does it, by shapes alone; the model keeps its own."""
+class _Unevaluated(CompileLoss):  # type: ignore[misc]  # keras has no types
+    """Find which loss is of which output, as Keras does at the first batch, and evaluate none."""
 
-    def symbolic(leaf: Any) -> Any:
-        return leaf if leaf is None else keras.KerasTensor(leaf.shape, keras.backend.standardize_dtype(leaf.dtype))
+    found: Any = None
 
-    copy = type(compiled)(compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names)
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        super().build(y_true, y_pred)
+        self.found = self._flat_losses
+        self._flat_losses: list[Any] = []
+
+
+def _flat_losses(compiled: Any, targets: Any, predicted: Any) -> Any:
+    """Return the losses with path and weight; those that Keras has not built yet stay so, for they are the model's."""
+    if compiled.built:
+        return compiled._flat_losses
+    copy = _Unevaluated(compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names)
     with _apart():
-        keras.src.backend.compute_output_spec(copy, *keras.tree.map_structure(symbolic, (targets, predicted)))
-    return copy
+        if keras.tree.is_nested(targets) or keras.tree.is_nested(predicted):
+            copy.call(targets, predicted)  # makes one structure of both
+        else:
+            copy.build(targets, predicted)
+    return copy.found
 
 
 def _apart() -> AbstractContextManager[Any]:
-    """Build in a graph apart: of several losses Keras keeps means, and TensorFlow's functions make no variables the second time."""
+    """Take a graph apart: Keras makes means of several losses, and TensorFlow no variables in a function's second trace."""
     if keras.backend.backend() != "tensorflow":
         return nullcontext()
     from tensorflow import Graph

@@ -245,8 +245,9 @@ class Training:
         losses = self._model._compile_loss
         if losses is None:
             raise mgs.ArgumentError(
-                '`loss` must be given to `compile` for output="loss" and for weighting, which are of that loss; got None. Give one '
-                'that is trained with, by `super().compute_loss`; or choose another `output`, such as "trace", and no weighting.'
+                '`loss` must be given to `compile` for output="loss" and for weighting, which are of that loss; got None. '
+                "Compile the model with one, which a `compute_loss` of your own takes from `super().compute_loss`; or choose another "
+                '`output`, such as "trace", and no weighting.'
             )
         if not losses.built:
             raise mgs.UnsupportedModelError(
@@ -347,7 +348,7 @@ class Training:
         self._checked = True
 
     def _check_losses(self, x: Any, y: Any, trainable: Any, fixed: Any) -> None:
-        """Compare losses that are scalars with the mean, or the sum, over samples alone, also where Keras will build them only."""
+        """Compare losses that are scalars with the mean, or the sum, over samples alone; before Keras builds them, if need be."""
         losses = self._model._compile_loss
         if self._losses_checked or self.regularizer.output != "loss" or losses is None:
             return
