@@ -246,8 +246,8 @@ class Training:
         if losses is None:
             raise mgs.ArgumentError(
                 '`loss` must be given to `compile` for output="loss" and for weighting, which are of that loss; got None. '
-                "Compile the model with one, which a `compute_loss` of your own takes from `super().compute_loss`; or choose another "
-                '`output`, such as "trace", and no weighting.'
+                "Compile the model with one, which a `compute_loss` of your own takes from `super().compute_loss`; or choose "
+                'another `output`, such as "trace", and no weighting.'
             )
         if not losses.built:
             raise mgs.UnsupportedModelError(
