@@ -29,7 +29,7 @@ def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
         that of each sample is the loss of a batch of it alone.
 
     Raises:
-        ArgumentError: when a model is not compiled with a loss.
+        ArgumentError: when a model is not compiled with a loss, or is a subclass of several outputs.
 
     Example:
         >>> import keras
@@ -59,7 +59,7 @@ def compiled_loss(model: Any, spec: Any, *, weighted: bool = False) -> Callable[
         `(outputs (n, c), targets) → (n,)`; targets may be those of `masked`.
 
     Raises:
-        ArgumentError: when it has none, or they cannot be weighted.
+        ArgumentError: when it has none, they cannot be weighted, or shapes of several outputs are not known.
     """
     compiled = model._compile_loss
     if compiled is None:
@@ -68,6 +68,11 @@ def compiled_loss(model: Any, spec: Any, *, weighted: bool = False) -> Callable[
     def loss(outputs: Any, targets: Any) -> Any:
         predicted = outputs if spec is None else like(spec, outputs)
         targets, masks = (targets[_TARGETS], targets[_MASKS]) if _is_masked(targets) else (targets, None)
+        if spec is None and len(keras.tree.flatten(targets)) > 1:
+            raise ArgumentError(
+                f"`model` must be sequential or functional for the losses of several outputs, whose shapes it knows; got "
+                f"{model.name!r} of class {type(model).__name__}. Pass a loss of outputs side by side, (n, c), and targets."
+            )
         total = 0.0
         for function, weight, y_true, y_pred, mask in _parts(compiled, targets, predicted, masks):
             values = _values(function, y_true, y_pred)

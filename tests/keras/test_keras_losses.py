@@ -115,6 +115,23 @@ def test_losses_of_a_loaded_model_are_those_of_the_model_that_was_trained(name, 
     assert again.evaluate(X, y, verbose=0) == pytest.approx(model.evaluate(X, y, verbose=0), rel=1e-5)
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_losses_of_outputs_whose_shapes_are_not_known_are_refused(evaluated):
+    class Pair(OwnLoss):
+        compute_loss = keras.Model.compute_loss
+
+        def call(self, x):
+            return self.out(x), 2.0 * self.out(x)
+
+    model, y = Pair(), (ops.convert_to_tensor(X[:, :3]),) * 2
+    model(X)
+    model.compile("sgd", ["mse", "mse"])
+    if evaluated:
+        model.evaluate(X, y, verbose=0)
+    with pytest.raises(mgs.ArgumentError, match=r"`model` must be sequential or functional for the losses of several outputs"):
+        mgs.kernel(model, X, y, output="loss", loss=sample_loss(model))
+
+
 class Ctc:
     """Sequences of five positions, of four symbols, with two labels each."""
 
