@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
+
+from keras.src.trainers.compile_utils import CompileLoss
 
 from mgs_core import ArgumentError
 
@@ -18,15 +21,15 @@ def sample_loss(loss: Any) -> Callable[[Any, Any], Any]:
     """Return a loss as `(outputs, targets) → (n,)`, for `mgs_core.kernel(model, x, y, output="loss", loss=…)`.
 
     Args:
-        loss: a name, a function `(y_true, y_pred)` or an object of `keras.losses`; or a compiled model that has been trained or
-            evaluated on a batch, whose losses are added up with their weights.
+        loss: a name, a function `(y_true, y_pred)` or an object of `keras.losses`; or a compiled model, whose losses are added up
+            with their weights.
 
     Returns:
         The function; the mean over what axes a sample's loss has, without reduction over samples. Where a loss returns a scalar,
         that of each sample is the loss of a batch of it alone.
 
     Raises:
-        ArgumentError: when a model is not compiled with a loss or has seen no batch.
+        ArgumentError: when a model is not compiled with a loss, or is a subclass of several outputs.
 
     Example:
         >>> import keras
@@ -56,17 +59,20 @@ def compiled_loss(model: Any, spec: Any, *, weighted: bool = False) -> Callable[
         `(outputs (n, c), targets) → (n,)`; targets may be those of `masked`.
 
     Raises:
-        ArgumentError: when it has none, or they are not built yet, or cannot be weighted.
+        ArgumentError: when it has none, they cannot be weighted, or shapes of several outputs are not known.
     """
     compiled = model._compile_loss
-    if compiled is None or not compiled.built:
-        raise ArgumentError(
-            f"`model` must be compiled with a loss and have seen a batch; got {model.name!r}. Evaluate it first, or pass a loss."
-        )
+    if compiled is None:
+        raise ArgumentError(f"`model` must be compiled with a loss; got {model.name!r} without. Compile it, or pass a loss.")
 
     def loss(outputs: Any, targets: Any) -> Any:
         predicted = outputs if spec is None else like(spec, outputs)
         targets, masks = (targets[_TARGETS], targets[_MASKS]) if _is_masked(targets) else (targets, None)
+        if spec is None and len(keras.tree.flatten(targets)) > 1:
+            raise ArgumentError(
+                f"`model` must be sequential or functional for the losses of several outputs, whose shapes it knows; got "
+                f"{model.name!r} of class {type(model).__name__}. Pass a loss of outputs side by side, (n, c), and targets."
+            )
         total = 0.0
         for function, weight, y_true, y_pred, mask in _parts(compiled, targets, predicted, masks):
             values = _values(function, y_true, y_pred)
@@ -91,7 +97,7 @@ def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, 
     """Return those of the losses that a model was compiled with that return a scalar, and what they give for each sample alone.
 
     Args:
-        compiled: the losses, built.
+        compiled: the losses.
         outputs: in the model's own structure.
         targets: as it is trained with.
     """
@@ -105,14 +111,48 @@ def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, 
 
 def _parts(compiled: Any, targets: Any, predicted: Any, masks: Any) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
     """Yield each loss with its weight, targets, outputs and mask."""
+    losses = _flat_losses(compiled, targets, predicted)
     masks = None if masks is None else keras.tree.pack_sequence_as(predicted, masks)
     if keras.tree.is_nested(predicted) and len(keras.tree.flatten(targets)) == len(keras.tree.flatten(predicted)):
         targets = keras.tree.pack_sequence_as(predicted, keras.tree.flatten(targets))
-    for path, function, weight, _ in compiled._flat_losses:
+    for path, function, weight, _ in losses:
         y_true, y_pred, mask = targets, predicted, masks
         for key in path:
             y_true, y_pred, mask = y_true[key], y_pred[key], None if mask is None else mask[key]
         yield function, weight, y_true, y_pred, mask
+
+
+class _Unevaluated(CompileLoss):  # type: ignore[misc]  # keras has no types
+    """Find which loss is of which output, as Keras does at the first batch, and evaluate none."""
+
+    found: Any = None
+
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        super().build(y_true, y_pred)
+        self.found = self._flat_losses
+        self._flat_losses: list[Any] = []
+
+
+def _flat_losses(compiled: Any, targets: Any, predicted: Any) -> Any:
+    """Return the losses with path and weight; those that Keras has not built yet stay so, for they are the model's."""
+    if compiled.built:
+        return compiled._flat_losses
+    copy = _Unevaluated(compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names)
+    with _apart():
+        if keras.tree.is_nested(targets) or keras.tree.is_nested(predicted):
+            copy.call(targets, predicted)  # makes one structure of both
+        else:
+            copy.build(targets, predicted)
+    return copy.found
+
+
+def _apart() -> AbstractContextManager[Any]:
+    """Take a graph apart: Keras makes means of several losses, and TensorFlow no variables in a function's second trace."""
+    if keras.backend.backend() != "tensorflow":
+        return nullcontext()
+    from tensorflow import Graph
+
+    return cast(AbstractContextManager[Any], Graph().as_default())
 
 
 def masked(targets: Any, outputs: Any) -> Any:

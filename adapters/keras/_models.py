@@ -87,14 +87,15 @@ class MGSSequential(MGSMixin, keras.Sequential):  # type: ignore[misc]
 
 
 _REGISTERED = {Functional: MGSFunctional, keras.Sequential: MGSSequential}
+_PLAIN = {registered: plain for plain, registered in _REGISTERED.items()}
 
 
 def regularize(model: Any, regularizer: MGSRegularizer | None) -> Any:
     """Regularise a model's `fit`, so that its file brings the regulariser back.
 
     A sequential or functional model becomes `MGSSequential` or `MGSFunctional`, the same object with the same layers, compiled as
-    it is; a subclass with `MGSMixin` keeps its class. Any other class cannot hold the regulariser in its file and is treated
-    by `attach`.
+    it is, and with None what it was again; a subclass with `MGSMixin` keeps its class. Any other class cannot hold the
+    regulariser in its file and is treated by `attach`.
 
     Args:
         model: a Keras model, compiled or not.
@@ -114,7 +115,9 @@ def regularize(model: Any, regularizer: MGSRegularizer | None) -> Any:
         'MGSSequential'
     """
     _refuse(model, regularizer)
-    if type(model) in _REGISTERED and "_mgs" not in model.__dict__:
+    if type(model) in _REGISTERED and regularizer is not None:
+        if getattr(model, "_mgs", None) is not None:
+            attach(model, None)  # or what it changed on the instance would stand before the class
         model.__class__ = _REGISTERED[type(model)]
     return attach(model, regularizer)
 
@@ -142,6 +145,8 @@ def attach(model: Any, regularizer: MGSRegularizer | None) -> Any:
     _refuse(model, regularizer)
     if isinstance(model, MGSMixin):
         _install(model, regularizer)
+        if regularizer is None:
+            model.__class__ = _PLAIN.get(type(model), type(model))
         return model
     for name in ("compute_loss", "get_metrics_result", "make_train_function"):
         model.__dict__.pop(name, None)

@@ -58,5 +58,12 @@ def make_train_function(model: Any, check: Callable[[Any], None]) -> Callable[[I
                 f"`jit_compile` must be off where XLA lacks an operation that the penalty needs; got True and a {lacking[1]} of "
                 "numbers for which XLA has none. Compile the model with jit_compile=False."
             ) from error
+        except tf.errors.NotFoundError as error:
+            if not re.search("SymbolicGradient|No gradient defined for op", str(error)):
+                raise
+            raise mgs.UnsupportedModelError(
+                "`model` must be twice differentiable for a penalty; got an operation, such as that of the CTC loss, whose "
+                'gradient TensorFlow cannot differentiate. Penalise another head than the losses, or use `weighting="agreement"`.'
+            ) from error
 
     return train

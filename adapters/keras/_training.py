@@ -237,8 +237,26 @@ class Training:
         probes: Any = None,
         differentiable: bool = True,
     ) -> Any:
-        loss = compiled_loss(self._model, y_pred, weighted=not differentiable) if output == "loss" else None
+        loss = self._losses(y_pred, weighted=not differentiable) if output == "loss" else None
         return mgs.kernel(model, x, y, **self._head(output, probes), loss=loss, differentiable=differentiable)
+
+    def _losses(self, y_pred: Any, weighted: bool = False) -> Callable[[Any, Any], Any]:
+        """Return the losses that the model is compiled with and trained by, which Keras has built when it took them."""
+        losses = self._model._compile_loss
+        if losses is None:
+            raise mgs.ArgumentError(
+                '`loss` must be given to `compile` for output="loss" and for weighting, which are of that loss; got None. '
+                "Compile the model with one, which a `compute_loss` of your own takes from `super().compute_loss`; or choose "
+                'another `output`, such as "trace", and no weighting.'
+            )
+        if not losses.built:
+            raise mgs.UnsupportedModelError(
+                "`compute_loss` must take its loss from `super().compute_loss(x, y, y_pred, sample_weight, training)` for "
+                'output="loss" and for weighting, which are of the losses that the model is compiled with; that of '
+                f'{type(self._model).__name__} does not. Call it there; or choose another `output`, such as "trace", and no '
+                "weighting."
+            )
+        return compiled_loss(self._model, y_pred, weighted=weighted)
 
     def _replays(self, model: mgs.FunctionalModel) -> bool:
         """Say whether to trace: not where it does not pay, nor where the loss is scaled, which must reach every derivative."""
@@ -284,7 +302,7 @@ class Training:
         """Return the kernel and the outputs of one pass; of the outputs that are there already, JAX has no graph."""
         backend: Any = mgs.get_backend(self._model)
         regularizer = self.regularizer
-        loss = compiled_loss(self._model, y_pred) if regularizer.output == "loss" else None
+        loss = self._losses(y_pred) if regularizer.output == "loss" else None
         options = self._head(regularizer.output, self._probes(y_pred))
         head = make_head(options["output"], options["transform"], loss, 1, 0, y)
         _, outputs, found = backend.framework.one_pass(
@@ -330,9 +348,9 @@ class Training:
         self._checked = True
 
     def _check_losses(self, x: Any, y: Any, trainable: Any, fixed: Any) -> None:
-        """Compare losses that are scalars with the mean, or the sum, over samples alone, once Keras has built them."""
+        """Compare losses that are scalars with the mean, or the sum, over samples alone; before Keras builds them, if need be."""
         losses = self._model._compile_loss
-        if self._losses_checked or self.regularizer.output != "loss" or losses is None or not losses.built:
+        if self._losses_checked or self.regularizer.output != "loss" or losses is None:
             return
         self._losses_checked = True
         backend: Any = mgs.get_backend(self._model)

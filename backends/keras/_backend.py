@@ -157,7 +157,7 @@ class KerasBackend:
         if name in ("softmax", "sigmoid"):
             raise ArgumentError(
                 f'`model` must return logits for the cross-entropy of output="loss"; got layer {last.name!r} with {name}. '
-                "Pass the loss that it is trained with: loss=mgs_core.adapters.keras.sample_loss(model), after a batch."
+                "Pass the loss that it is trained with: loss=mgs_core.adapters.keras.sample_loss(model)."
             )
 
     def replay(self) -> Any:

@@ -520,7 +520,7 @@ def test_clones_have_no_regularizer():
         (lambda: setattr(MGSRegularizer(), "strength", "much"), "`strength` must be a finite number"),
         (lambda: regularize(layers.Dense(2), MGSRegularizer()), "`model` must be a keras.Model; got Dense"),
         (lambda: regularize(network(), "l2"), "`regularizer` must be an MGSRegularizer or None; got str"),
-        (lambda: sample_loss(network()), "`model` must be compiled with a loss and have seen a batch"),
+        (lambda: sample_loss(network()), "`model` must be compiled with a loss; got 'sequential"),
         (lambda: StrengthSchedule(lambda n: 1.0, by="day"), "`by` must be epoch or batch"),
         (lambda: fit(compiled(network()), callbacks=[StrengthSchedule(float)]), "`model` must have a regularizer for"),
         (lambda: mgs.kernel(keras.Sequential([layers.Dense(2)]), X), "`model` must be built"),
