@@ -183,6 +183,9 @@ def _of_function(value: Any, seen: _Seen) -> Hashable:
         seen.note(id(value), value)
         world = (value.__code__, _Same(value.__globals__), _key(value.__defaults__, seen), _key(value.__kwdefaults__, seen))
         return ("function", *world, tuple(_key(_content(cell), seen) for cell in value.__closure__ or ()))
+    if isinstance(value, (jax.custom_jvp, jax.custom_vjp)):  # which a rule may call
+        seen.note(id(value), value)
+        return ("custom", _key(vars(value), seen))
     if isinstance(value, MethodType):
         return ("method", _key(value.__func__, seen), _key(value.__self__, seen))
     if isinstance(value, functools.partial):
