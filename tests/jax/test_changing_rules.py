@@ -94,7 +94,7 @@ def test_rules_that_are_made_anew_and_do_the_same_are_compiled_once(monkeypatch)
         return q
 
     assert made(monkeypatch, quantised(), quantised()) == 1
-    assert made(monkeypatch, by_jvp(lambda: SLOPE), by_jvp(lambda: SLOPE)) == 1
+    assert made(monkeypatch, by_jvp(SLOPES[0]), by_jvp(SLOPES[0])) == 1
 
 
 def test_policies_that_close_over_sets_are_compiled_once(monkeypatch):

@@ -34,9 +34,7 @@ STRICT = {"dtype": lambda: jax.numpy_dtype_promotion("strict"), "rank": lambda: 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-@pytest.mark.parametrize(
-    "setting", [jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")], ids=["dtype", "rank"]
-)
+@pytest.mark.parametrize("setting", STRICT)
 def test_strict_promotion(setting, dtype):
     p, batch = parameters(dtype), {"x": jnp.asarray(X, dtype), "y": jnp.asarray(Y)}
     with STRICT[setting]():
