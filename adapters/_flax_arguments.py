@@ -1,4 +1,4 @@
-"""Arguments of Flax's `regularized`: what is refused at once, and what its function takes after the batch."""
+"""Arguments of Flax's `regularized`: what is refused at once, what comes after the batch; and parameters of NumPy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mgs_core import ArgumentError
 from mgs_core.kernel import check_options
@@ -85,3 +86,8 @@ def _is_key(value: Any) -> bool:
         return False
     typed = bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
     return bool(value.ndim == 0 if typed else value.ndim == 1 and value.dtype == jnp.uint32)  # of the newer or the older kind
+
+
+def arrays_of_jax(parameters: Any) -> Any:
+    """Return parameters as arrays of JAX: those of a checkpoint are NumPy's, for which another backend would be taken."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, parameters)

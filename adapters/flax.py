@@ -38,7 +38,7 @@ from mgs_core.kernel import kernel
 from mgs_core.monitor import Sink
 from mgs_core.statistics import merge
 
-from ._flax_arguments import key_of, refuse, step_of
+from ._flax_arguments import arrays_of_jax, key_of, refuse, step_of
 
 _backend: Any = get_backend("jax")
 
@@ -86,7 +86,8 @@ def regularized(
         output: the head, as for `mgs_core.kernel`; every head but "loss" needs `outputs`.
         outputs: `(params, batch, *rest) → (n, c)`, the model's outputs.
         targets: `batch → targets`, for heads that need them.
-        weighting: "agreement": the loss is `mean(w · losses)`, `w` from the kernel of the losses, constant for the gradient.
+        weighting: "agreement": the loss is `mean(w · losses)`, `w` from the kernel of the losses, constant for the gradient
+            `Σ w_a g_a / n`: a `custom_vjp` that is not linear, as clipping of gradients, comes before the weights.
         every: penalise each `every`-th step only, `every` times as much; the function then takes the step's
             number after the batch.
         max_samples: the kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
@@ -144,15 +145,15 @@ class _Regularized:
             )
         step, rest = step_of(rest) if self.every > 1 else (None, rest)
         key, rest = key_of(rest) if self.output == "random" and "seed" not in self.options else (None, rest)
-        if step is None:
-            return self._penalised(params, batch, rest, key)
-
-        def penalised() -> tuple[Any, Parts]:
-            value, parts = self._penalised(params, batch, rest, key)
-            return value, parts._replace(kernel=parts.kernel.astype(_wide(value)))  # both branches must give one type
-
-        value, parts = jax.lax.cond(jnp.asarray(step) % self.every == 0, penalised, lambda: self._skipped(params, batch, rest))
-        return value, parts
+        if self.weighting is not None and self.penalty is None:
+            return self._weighted(params, batch, rest)
+        due = None if step is None else jnp.asarray(step) % self.every == 0
+        if self.output == "loss" and self.max_samples is None:
+            return self._together(params, batch, rest, due)
+        value, aux = self._loss(params, batch, rest)  # which may change the state of an nnx module, so not within a branch
+        few = jax.tree.map(lambda leaf: leaf[: self.max_samples], batch)
+        added, matrix = _when(due, lambda: self._added(self._kernel(params, few, rest, key), value), lambda: _none(few, value))
+        return value + added, Parts(value, added, matrix, None, aux)
 
     def _loss(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Any]:
         with _backend.noting("loss_fn", batch):
@@ -184,21 +185,28 @@ class _Regularized:
         )
         return losses[:, 0], merge(found), more[0]
 
-    def _penalised(self, params: Any, batch: Any, rest: tuple[Any, ...], key: Any) -> tuple[Any, Parts]:
-        if self.weighting is not None and self.penalty is None:
-            return self._weighted(params, batch, rest)
-        if self.output == "loss" and self.max_samples is None:
-            chosen = self.options.get("parameters")
-            losses, found, more = self._one_pass(params, batch, rest, chosen, differentiable=True)
+    def _together(self, params: Any, batch: Any, rest: tuple[Any, ...], due: Any) -> tuple[Any, Parts]:
+        """Take loss and penalty from the same pass."""
+
+        def penalised(params: Any) -> tuple[Any, Parts]:
+            losses, found, more = self._one_pass(params, batch, rest, self.options.get("parameters"), differentiable=True)
             matrix = contract(found, found)
             weights = None if self.weighting is None else _weights(matrix, losses)
             value = jnp.mean(losses if weights is None else weights * losses)
             aux = self._loss(params, batch, rest)[1] if more else None
-        else:
-            (value, aux), weights = self._loss(params, batch, rest), None
-            matrix = self._kernel(params, jax.tree.map(lambda leaf: leaf[: self.max_samples], batch), rest, key)
-        added = self.every * self.penalty(matrix).astype(value.dtype)
-        return value + added, Parts(value, added, matrix, weights, aux)
+            added, matrix = self._added(matrix, value)
+            return value + added, Parts(value, added, matrix, weights, aux)
+
+        def skipped(params: Any) -> tuple[Any, Parts]:
+            value, aux = self._loss(params, batch, rest)
+            return value, Parts(value, *_none(batch, value), None, aux)
+
+        result: tuple[Any, Parts] = _when(due, penalised, skipped, params)
+        return result
+
+    def _added(self, matrix: Any, value: Any) -> tuple[Any, Any]:
+        """Return the penalty and the kernel, of the types that steps without have."""
+        return self.every * self.penalty(matrix).astype(value.dtype), matrix.astype(_wide(value)) if self.every > 1 else matrix
 
     def _kernel(self, params: Any, batch: Any, rest: tuple[Any, ...], key: Any) -> Any:
         if self.output == "loss":
@@ -225,12 +233,6 @@ class _Regularized:
         value = _attach(jnp.mean(weights * losses), parameters, gradient)
         aux = self._loss(params, batch, rest)[1] if more else None
         return value, Parts(value, jnp.zeros_like(value), matrix, weights, aux)
-
-    def _skipped(self, params: Any, batch: Any, rest: tuple[Any, ...]) -> tuple[Any, Parts]:
-        value, aux = self._loss(params, batch, rest)
-        m = min(_count(batch), self.max_samples or _count(batch))
-        matrix = jnp.zeros((m, m), _wide(value))
-        return value, Parts(value, jnp.zeros_like(value), matrix, None, aux)
 
 
 class MGSMonitor:
@@ -297,7 +299,7 @@ class MGSMonitor:
         elif isinstance(self._model, linen.Module):
             model = linen_model(self._model, variables)
         else:
-            model = FunctionalModel(self._model, variables)
+            model = FunctionalModel(self._model, arrays_of_jax(variables))
         return self._recorder(model, self._step, **extra)
 
 
@@ -328,8 +330,8 @@ def linen_model(module: linen.Module, variables: Any, **apply_options: Any) -> F
     if not isinstance(variables, Mapping) or "params" not in variables:
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ArgumentError(f'`variables` must hold "params"; got {got}. Pass what module.init returned.')
-    fixed = {name: value for name, value in variables.items() if name != "params"}
-    return FunctionalModel(lambda p, x: module.apply({"params": p, **fixed}, x, **apply_options), variables["params"])
+    params, fixed = variables["params"], {name: value for name, value in variables.items() if name != "params"}
+    return FunctionalModel(lambda p, x: module.apply({"params": p, **fixed}, x, **apply_options), arrays_of_jax(params))
 
 
 def _probed(transform: Any, probes: int, key: Any) -> Callable[[Any], Any]:
@@ -344,12 +346,20 @@ def _probed(transform: Any, probes: int, key: Any) -> Callable[[Any], Any]:
     return probed
 
 
+def _when(due: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *params: Any) -> Any:
+    """Return what one of two functions gives, the first where nothing is asked; either may change the state of an nnx module."""
+    if due is None:
+        return then(*params)
+    return (nnx.cond if params and isinstance(params[0], nnx.Module) else jax.lax.cond)(due, then, otherwise, *params)
+
+
+def _none(batch: Any, value: Any) -> tuple[Any, Any]:
+    n = len(jax.tree.leaves(batch)[0])
+    return jnp.zeros_like(value), jnp.zeros((n, n), _wide(value))
+
+
 def _wide(value: Any) -> Any:
-    return jnp.promote_types(value.dtype, jnp.float32)
-
-
-def _count(batch: Any) -> int:
-    return len(jax.tree.leaves(batch)[0])
+    return value.dtype if jnp.finfo(value.dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def _weights(matrix: Any, losses: Any) -> Any:

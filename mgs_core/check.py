@@ -133,4 +133,4 @@ def _uneven(outputs: Array, _: Any) -> Array:
     if outputs.ndim != 2:  # images, or one number for each sample
         outputs = xp.reshape(outputs, (outputs.shape[0], -1))
     c = outputs.shape[-1]
-    return xp.sum(outputs * (xp.arange(1, c + 1, dtype=outputs.dtype) / c), axis=-1)
+    return xp.sum(outputs * (xp.arange(1, c + 1, dtype=outputs.dtype)[None, :] / c), axis=-1)

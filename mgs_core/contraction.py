@@ -249,17 +249,17 @@ def _pairwise(left: Outer | Lookup, right: Outer | Lookup, full: bool) -> Array:
     n, k, s = left.gradients.shape[0], left.gradients.shape[1], left.gradients.shape[-2]
     m, t = right.gradients.shape[0], right.gradients.shape[-2]
     same = right is left
+    gradients = _gradients_by_group(left, full)
+    d = _product(xp, gradients, gradients if same else _gradients_by_group(right, full))
     if isinstance(left, Outer) and isinstance(right, Outer):
         groups, inputs = left.inputs.shape[1], _inputs_by_group(left)
         a = _product(xp, inputs, inputs if same else _inputs_by_group(right))
         a = a + 1.0 if left.one else a
     elif isinstance(left, Lookup) and isinstance(right, Lookup):
         groups = 1
-        a = equal(xp, xp.reshape(left.indices, (n * s,)), xp.reshape(right.indices, (m * t,)), left.gradients)
+        a = equal(xp, xp.reshape(left.indices, (n * s,)), xp.reshape(right.indices, (m * t,)), d)
     else:
         raise TypeError(f"`left` must be Outer or Lookup on both sides; got {type(left).__name__}, {type(right).__name__}.")
-    gradients = _gradients_by_group(left, full)
-    d = _product(xp, gradients, gradients if same else _gradients_by_group(right, full))
     if full:
         d = xp.reshape(d, (groups, n, k, s, m, k, t))
         return xp.sum(xp.reshape(a, (groups, n, 1, s, m, 1, t)) * d, axis=(0, 3, 6))

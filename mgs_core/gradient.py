@@ -58,7 +58,7 @@ def _contraction(xp: Namespace, use: LayerStatistics, weights: Array) -> Array:
         values, indices = xp.reshape(weighted, (n * s, o)), xp.reshape(use.indices, (n * s,))
         if native is not None:
             return native(values, indices, use.size)
-        hit = xp.astype(xp.expand_dims(xp.arange(use.size), axis=1) == indices, weighted.dtype)
+        hit = xp.astype(xp.expand_dims(xp.arange(use.size), axis=1) == xp.expand_dims(indices, axis=0), weighted.dtype)
         return xp.matmul(hit, values)
     if isinstance(use, Outer):
         groups, i = use.inputs.shape[1], use.inputs.shape[3]

@@ -147,4 +147,5 @@ def arranged(xp: Namespace, array: Array, order: tuple[int, ...], shape: tuple[i
 
 def equal(xp: Namespace, a: Array, b: Array, like: Array) -> Array:
     """Return the outer equality of `a` (…, s) and `b` (t,), as numbers of the dtype of `like`."""
+    b = xp.reshape(b, (*[1] * a.ndim, b.shape[0]))
     return xp.astype(xp.expand_dims(xp.astype(a, b.dtype), axis=-1) == b, like.dtype)  # few bits of `a` may have no room for `b`

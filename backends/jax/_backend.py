@@ -111,7 +111,8 @@ class JaxBackend:
         traced, returned = jax.make_jaxpr(one, return_shape=True)(shapes, slices)
         _refuse_mapped(traced, samples)
         jaxpr = squeezed(traced)
-        key = fingerprint(jaxpr.jaxpr)
+        # shapes within the jaxpr, which a program keeps, belong to the mesh of a map around the call
+        key = (fingerprint(jaxpr.jaxpr), jax.sharding.get_abstract_mesh())
         program = program_for(key, jaxpr, list(leaves), chosen, differentiable)
         if n > 1:
             refuse_interaction(key, batch, jaxpr, list(leaves.values()), samples)

@@ -2,7 +2,8 @@
 
 A trace makes new objects each time, so objects are compared by content where their content is known, and by identity elsewhere:
 an unknown object costs a new compilation. Constants are inputs of a program: equal keys say nothing of their values, on which it
-may depend whether samples interact; see `interaction.py`.
+may depend whether samples interact; see `interaction.py`. Derivative rules that are not JAX's own may read what changes, the
+slope of a surrogate gradient for instance: they are compared by what they come to when they are traced.
 """
 
 from __future__ import annotations
@@ -13,11 +14,33 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from mgs_core._types import Array
+
+from .equations import bind
+
 #: Objects of JAX that say where and when a function was traced, not what it does.
 _BOOKKEEPING = {"Store", "EqualStore", "DynamicJaxprTrace"}
+#: Primitives that come with a derivative rule.
+_RULES = {"custom_jvp_call", "custom_vjp_call"}
+#: Elements up to which arrays of the host are compared by value: a rule may make them anew each time.
+_FEW = 1024
+#: Derivatives that are traced: the gradient of a kernel takes two. Rules that call their own function have them without end.
+_ORDERS = 2
+
+
+class _Seen(dict[Hashable, tuple[int, Any]]):
+    """Hold what was seen, numbered in order and kept alive: objects by identity, rules by structure; and how deep rules nest."""
+
+    def __init__(self, rules: bool = True) -> None:
+        super().__init__()
+        self.rules, self.order = rules, 0
+
+    def note(self, key: Hashable, value: Any) -> None:
+        self[key] = (len(self), value)
 
 
 class _Same:
@@ -33,19 +56,20 @@ class _Same:
         return id(self._value)
 
 
-def fingerprint(value: Any) -> Hashable:
+def fingerprint(value: Any, *, rules: bool = True) -> Hashable:
     """Return a hashable key that equals another's only when the two values do the same.
 
     Args:
         value: a jaxpr, the parameters of an equation, or a part of them.
+        rules: whether derivative rules count too; no value depends on them.
 
     Returns:
         The key.
     """
-    return _key(value, {})
+    return _key(value, _Seen(rules))
 
 
-def _key(value: Any, seen: dict[int, Any]) -> Hashable:
+def _key(value: Any, seen: _Seen) -> Hashable:
     if isinstance(value, ClosedJaxpr):
         return ("closed", _key(value.jaxpr, seen), tuple(_key(constant, seen) for constant in value.consts))
     if isinstance(value, Jaxpr):
@@ -55,6 +79,8 @@ def _key(value: Any, seen: dict[int, Any]) -> Hashable:
             "mapping",
             tuple((str(name), _key(entry, seen)) for name, entry in sorted(value.items(), key=lambda i: str(i[0]))),
         )
+    if isinstance(value, (set, frozenset)):
+        return ("set", frozenset(_key(entry, seen) for entry in value))
     if type(value) in (list, tuple):
         return (type(value).__name__, tuple(_key(entry, seen) for entry in value))
     if isinstance(value, (bool, int, float, complex, str, bytes, type(None), np.dtype)):
@@ -62,14 +88,21 @@ def _key(value: Any, seen: dict[int, Any]) -> Hashable:
     if isinstance(value, (np.ndarray, np.generic)):
         return ("array", value.shape, str(value.dtype), value.tobytes()) if value.dtype != object else _Same(value)
     if isinstance(value, jax.Array):
-        return _Same(value)
+        return _of_array(value)
     return _of_function(value, seen)
 
 
-def _of_jaxpr(jaxpr: Jaxpr, seen: dict[int, Any]) -> Hashable:
+def _of_array(value: Array) -> Hashable:
+    plain = not isinstance(value, jax.core.Tracer) and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+    if not plain or value.size > _FEW or value.is_deleted() or any(device.platform != "cpu" for device in value.devices()):
+        return _Same(value)
+    return ("array", str(jax.typeof(value)), value.sharding, np.asarray(value).tobytes())
+
+
+def _of_jaxpr(jaxpr: Jaxpr, seen: _Seen) -> Hashable:
     if id(jaxpr) in seen:  # the same function, called again
-        return ("again", seen[id(jaxpr)])
-    seen[id(jaxpr)] = len(seen)
+        return ("again", seen[id(jaxpr)][0])
+    seen.note(id(jaxpr), jaxpr)
     numbers: dict[Any, int] = {}
 
     def atom(variable: Any) -> Hashable:
@@ -82,12 +115,57 @@ def _of_jaxpr(jaxpr: Jaxpr, seen: dict[int, Any]) -> Hashable:
         (
             e.primitive.name,
             tuple(atom(variable) for variable in e.invars),
-            _key(e.params, seen),
+            _of_rule(e, seen) if e.primitive.name in _RULES else _key(e.params, seen),
             tuple(str(variable.aval) if type(variable).__name__ == "DropVar" else atom(variable) for variable in e.outvars),
         )
         for e in jaxpr.eqns
     )
     return ("jaxpr", bound, equations, tuple(atom(variable) for variable in jaxpr.outvars))
+
+
+def _of_rule(equation: Any, seen: _Seen) -> Hashable:
+    """Return the key of an equation with a derivative rule of its own, by the rule's trace unless all of it is JAX's."""
+    if not seen.rules:
+        return _key(equation.params["call_jaxpr"], seen)
+    own = _Seen()
+    structure = (_key(equation.params, own), tuple(str(variable.aval) for variable in equation.invars))
+    if structure in seen:
+        return ("again", seen[structure][0])
+    if seen.order == _ORDERS or all(_is_of_jax(value) for _, value in own.values()):
+        return structure
+    seen.note(structure, equation)
+    shapes = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
+    try:
+        traced = jax.make_jaxpr(functools.partial(_differentiated, equation))(*shapes)
+    except Exception:  # whatever it is, it is raised where the rule is used, if ever
+        return structure
+    seen.order += 1
+    key = ("rule", _key(traced, seen), structure if equation.params["symbolic_zeros"] else None)
+    seen.order -= 1
+    return key
+
+
+def _differentiated(equation: Any, *operands: Array) -> list[Any]:
+    """Evaluate an equation and its derivative, at changes that are the arrays themselves."""
+
+    def call(*operands: Array) -> list[Any]:
+        return bind(equation, list(operands))
+
+    if equation.primitive.name == "custom_jvp_call":
+        values, changes = jax.jvp(call, operands, tuple(map(_change, operands)))
+    else:
+        values, pull = jax.vjp(call, *operands)
+        changes = pull(jax.tree.map(_change, values))
+    return [leaf for leaf in jax.tree.leaves((values, changes)) if leaf.dtype != jax.dtypes.float0]
+
+
+def _change(array: Array) -> Any:
+    return array if jnp.issubdtype(array.dtype, jnp.inexact) else np.zeros(array.shape, jax.dtypes.float0)
+
+
+def _is_of_jax(value: Any) -> bool:
+    module = getattr(value, "__module__", None)
+    return not callable(value) or (isinstance(module, str) and module.split(".")[0] in ("jax", "jaxlib", "builtins"))
 
 
 def _content(cell: CellType) -> Any:
@@ -97,14 +175,17 @@ def _content(cell: CellType) -> Any:
         return cell
 
 
-def _of_function(value: Any, seen: dict[int, Any]) -> Hashable:
+def _of_function(value: Any, seen: _Seen) -> Hashable:
     """Return the key of a function by its code and what it closes over, of other objects by equality or identity."""
     if id(value) in seen:
-        return ("again", seen[id(value)])
+        return ("again", seen[id(value)][0])
     if isinstance(value, FunctionType):
-        seen[id(value)] = len(seen)
+        seen.note(id(value), value)
         world = (value.__code__, _Same(value.__globals__), _key(value.__defaults__, seen), _key(value.__kwdefaults__, seen))
         return ("function", *world, tuple(_key(_content(cell), seen) for cell in value.__closure__ or ()))
+    if isinstance(value, (jax.custom_jvp, jax.custom_vjp)):  # which a rule may call
+        seen.note(id(value), value)
+        return ("custom", _key(vars(value), seen))
     if isinstance(value, MethodType):
         return ("method", _key(value.__func__, seen), _key(value.__self__, seen))
     if isinstance(value, functools.partial):
@@ -117,4 +198,6 @@ def _of_function(value: Any, seen: dict[int, Any]) -> Hashable:
         hash(value)
     except TypeError:
         return _Same(value)
+    if callable(value):
+        seen.note(id(value), value)
     return (type(value), value)

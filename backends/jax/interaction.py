@@ -9,13 +9,15 @@ values decide, and samples are compared at each call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mgs_core._errors import SamplesInteractError
@@ -66,7 +68,8 @@ def refuse_interaction(
     few = min(len(samples[0]), _FEW)
     shapes = [jax.ShapeDtypeStruct((few, *value.shape[1:]), value.dtype) for value in samples]
     batch = jax.make_jaxpr(whole)([jax.ShapeDtypeStruct(value.shape, value.dtype) for value in parameters], shapes)
-    key = (known_by, fingerprint(batch.jaxpr))  # what the program of one sample hides, as in `h + h[:1]`, that of a few shows
+    # what the program of one sample hides, as in `h + h[:1]`, that of a few shows
+    key = (known_by, fingerprint(batch.jaxpr, rules=False))
 
     def find() -> tuple[bool, bool]:
         if _interact(key, batch, single, parameters, samples):
@@ -81,6 +84,14 @@ def refuse_interaction(
     _verdicts.of(key, find)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let made-up values give NaN, the host's arrays be moved, and the comparison be compiled, whatever the user's settings."""
+    with jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False), jax.transfer_guard("allow"):
+        yield
+
+
+@_undisturbed()
 def _interact(
     key: Hashable,
     batch: ClosedJaxpr,
@@ -137,8 +148,14 @@ def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, *given: Any
         together, *_ = jaxpr_as_fun(ClosedJaxpr(_open(batch), ()))(*constants[1], *theta, *data)
         return alone, together
 
+    effects = (*single.effects, *batch.effects)
+    if any(type(effect).__name__ == "ErrorEffect" for effect in effects):  # of checks, which mean nothing on made-up values
+        checked = checkify.checkify(compare)
+        function = jax.jit(lambda *given: checked(*given)[1])
+    else:
+        function = jax.jit(compare)
     # a compiled program takes values even where a call would become part of the function that is being traced
-    return _comparisons.put(key, _comparisons.take(key) or _compiled(jax.jit(compare).lower(*given)))
+    return _comparisons.put(key, _comparisons.take(key) or _compiled(function.lower(*given)))
 
 
 def _compiled(lowered: Any) -> Any:

@@ -16,8 +16,8 @@ from mgs_core._known import Recent
 from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
 from mgs_core._types import Array
 
-from .equations import loses_rules
 from .execute import Parameterised, execute
+from .own_rules import loses_rules
 from .plan import DATA, Plan, Site, make_plan, undifferentiated
 from .views import View
 

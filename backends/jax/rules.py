@@ -153,12 +153,12 @@ def _strided(equation: Any, by_products: Callable[[Array, Array], Array]) -> Cal
 def _gather(equation: Any, place: int, view: View) -> Rule | None:
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     table, indices, out = equation.invars[0].aval.shape, equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-    if place != 0 or len(numbers.start_index_map) != 1 or tuple(numbers.collapsed_slice_dims) != tuple(numbers.start_index_map):
+    cut = [at for at, (size, length) in enumerate(zip(sizes, table, strict=True)) if size != length]
+    # slices are whole but along one axis; `jax.vmap(lambda i: table[i])` gives where they start along the others too
+    axes = [at for at in numbers.start_index_map if sizes[at] == 1 and set(cut) <= {at}]
+    if place != 0 or not axes or numbers.operand_batching_dims or prod(table) == 0:
         return None
-    (axis,) = numbers.start_index_map
-    whole = all(size == length for at, (size, length) in enumerate(zip(sizes, table, strict=True)) if at != axis)
-    if numbers.operand_batching_dims or not whole or prod(table) == 0:
-        return None
+    axis, column = axes[0], tuple(numbers.start_index_map).index(axes[0])
     lead = tuple(at for at in range(len(out)) if at not in numbers.offset_dims)
     s, size = prod(indices[:-1]), table[axis]
     o = prod(table) // size
@@ -171,12 +171,13 @@ def _gather(equation: Any, place: int, view: View) -> Rule | None:
         return jnp.reshape(jnp.transpose(d, (*lead, *numbers.offset_dims)), (1, s, o))
 
     def inputs(index: Array) -> Array:
-        index = jnp.reshape(index, (s,))
+        index = jnp.reshape(index[..., column], (s,))
         return jnp.clip(index, 0, size - 1) if mode == lax.GatherScatterMode.CLIP else index
 
     def valid(index: Array) -> Array:
-        index = jnp.reshape(index, (s,))
-        return (index >= 0) & (index < size)
+        index = jnp.reshape(index, (s, -1))
+        last = jnp.asarray([table[at] - sizes[at] for at in numbers.start_index_map], index.dtype)  # of where a slice may start
+        return jnp.all((index >= 0) & (index <= last[None, :]), 1)
 
     key, drops = ("table", axis), mode == lax.GatherScatterMode.FILL_OR_DROP
     return Rule("lookup", view.then(key, arrange), gradient, inputs, valid=valid if drops else None, size=size)

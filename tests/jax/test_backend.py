@@ -211,6 +211,23 @@ def test_rows_beyond_the_end_of_a_table_have_no_gradient():
     close(mgs.kernel(model, at), 2.0 * np.outer(at < 50, at < 50))
 
 
+@pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
+def test_rows_of_a_table_looked_up_one_by_one_have_statistics(mode):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 3)))
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2, 3), collapsed_slice_dims=(), start_index_map=(2, 0))
+    starts = jnp.asarray([[[0, 3], [0, 0]], [[0, 3], [0, 4]], [[0, 0], [0, 0]]])
+    starts = starts if mode == "promise_in_bounds" else starts.at[0, 0].set(jnp.asarray([1, 3])).at[1, 1].set(jnp.asarray([0, 7]))
+
+    def function(p, x):
+        rows = jax.vmap(lambda at: jax.lax.gather(p, at, numbers, slice_sizes=(1, 2, 3), mode=mode, fill_value=0.0))(x)
+        return jnp.sum(jnp.sin(rows), (1, 2, 3))
+
+    model = mgs.FunctionalModel(function, table)
+    rows = jax.vmap(lambda x: jax.jacrev(lambda p: function(p, x[None])[0])(table))(starts)
+    close(mgs.kernel(model, starts), jnp.einsum("akpqr,bkpqr->ab", rows, rows))
+    assert [(layer.kind, layer.route) for layer in mgs.check(model, starts).layers] == [("lookup", "statistics")]
+
+
 def test_a_parameter_without_elements_has_no_gradient(recwarn):
     found = mgs.kernel(mgs.FunctionalModel(lambda p, x: x @ p["w"] + jnp.sum(p["none"]), {"w": EYE, "none": jnp.zeros(0)}), EYE)
     np.testing.assert_array_equal(found, 3.0 * EYE)

@@ -1,0 +1,43 @@
+"""Derivative rules of their own, of `custom_jvp` and `custom_vjp`: whether they outlive a derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from .equations import bind
+from .fingerprint import fingerprint
+
+
+def loses_rules(jaxpr: Jaxpr) -> bool:
+    """Say whether values that come with a derivative have other derivatives than the program by itself.
+
+    Where a derivative is taken, `custom_vjp` gives the value by its forward rule, as operations without a rule of their own; so
+    does `custom_jvp`, unless its rule calls the function again.
+
+    Args:
+        jaxpr: the program.
+
+    Returns:
+        True when they may.
+    """
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name.startswith("custom_vjp") or (name == "custom_jvp_call" and not _calls_itself(equation)):
+            return True
+        for value in equation.params.values() if name != "custom_jvp_call" else ():
+            for entry in value if isinstance(value, (tuple, list)) else (value,):
+                body = entry.jaxpr if isinstance(entry, ClosedJaxpr) else entry
+                if isinstance(body, Jaxpr) and loses_rules(body):
+                    return True
+    return False
+
+
+def _calls_itself(equation: Any) -> bool:
+    shapes = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
+    traced = jax.make_jaxpr(lambda *given: jax.vjp(lambda *operands: bind(equation, list(operands)), *given)[0])(*shapes).jaxpr
+    calls = {variable: made for made in traced.eqns if made.primitive is equation.primitive for variable in made.outvars}
+    own = fingerprint(equation.params["call_jaxpr"])
+    return all(variable in calls and fingerprint(calls[variable].params["call_jaxpr"]) == own for variable in traced.outvars)
