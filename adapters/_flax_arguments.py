@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mgs_core import ArgumentError
 from mgs_core.kernel import check_options
@@ -90,4 +89,8 @@ def _is_key(value: Any) -> bool:
 
 def arrays_of_jax(parameters: Any) -> Any:
     """Return parameters as arrays of JAX: those of a checkpoint are NumPy's, for which another backend would be taken."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, parameters)
+
+    def of_jax(leaf: Any) -> Any:
+        return jnp.asarray(leaf) if hasattr(leaf, "__array__") and not isinstance(leaf, jax.Array) else leaf
+
+    return jax.tree.map(of_jax, parameters)
