@@ -277,7 +277,8 @@ floating-point initialisers.
 What an exporter has changed cannot always be undone. Undone are: transposed copies of tied embeddings, weights that a loop
 hands on as state, the zero half of Keras' recurrent biases, the ones and zeros that PyTorch writes for the gain of a
 normalisation that has none (but those of group normalisation with `affine=False`), and the coefficients that scikit-learn's
-linear models keep in attributes. Not undone are batch normalisation that was folded into a convolution (export without constant folding), that of
+linear models keep in attributes. Not undone are batch normalisation that was folded into a convolution (export without
+constant folding), that of
 Keras, whose export multiplies gains with statistics (the kernel is that of the products), equal
 weights that were merged (a freshly initialised model), and a fixed table that is added to data, which looks like a learnt
 one.
