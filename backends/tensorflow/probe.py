@@ -125,7 +125,8 @@ def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: boo
         return tf.cast(tf.constant(bits), leaf.dtype)
     fan_in = max(1, int(np.prod(shape[:-1])))
     scale = 1.0 if len(shape) < 2 else fan_in**-0.5
-    return tf.constant(0.5 * (len(shape) < 2) + scale * random.normal(size=shape), dtype=leaf.dtype)
+    smaller = 4.0 ** -(attempt // 2)  # where losses clip what is large, no gradient would be seen
+    return tf.constant(smaller * (0.5 * (len(shape) < 2) + scale * random.normal(size=shape)), dtype=leaf.dtype)
 
 
 def _evaluation(

@@ -97,6 +97,21 @@ LOSSES = {
 }
 
 
+def hardest(labels, outputs):
+    apart = ops.sum(ops.square(outputs[:, None] - outputs[None]), -1)
+    same = ops.reshape(labels, (-1, 1)) == ops.reshape(labels, (1, -1))
+    return ops.relu(1.0 + ops.max(ops.where(same, apart, 0.0), -1) - ops.min(ops.where(same, 1e9, apart), -1))
+
+
+@pytest.mark.parametrize("loss", [hardest, keras.losses.Circle()], ids=["triplet", "circle"])
+def test_losses_that_compare_samples_by_their_labels_are_refused(loss):
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(4, activation="tanh"), layers.Dense(3)])
+    model = regularize(model, MGSRegularizer("trace", 0.1))
+    model.compile("sgd", loss)
+    with pytest.raises(mgs.SamplesInteractError, match="treat each sample by itself|single loss"):
+        model.fit(X, np.arange(12) // 4, verbose=0)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_a_loaded_model_are_those_of_the_model_that_was_trained(name, tmp_path):
     """They are found from the batch alone, also in a function that is traced twice; the model's own stay as they were loaded."""
