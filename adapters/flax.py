@@ -171,7 +171,7 @@ class _Regularized:
     def _one_pass(
         self, params: Any, batch: Any, rest: tuple[Any, ...], parameters: Any, *, differentiable: bool
     ) -> tuple[Any, list[Any], bool]:
-        """Return losses (n,), merged statistics of the same pass, and whether the loss function returns more than a loss."""
+        """Return losses (n,), merged statistics of the same pass, and whether the loss function may give or change more."""
         more: list[bool] = []
 
         def loss(params: Any, batch: Any) -> Any:
@@ -183,7 +183,8 @@ class _Regularized:
         losses, _, found = _backend.one_pass(
             _backend.pure(loss, params), batch, None, head, parameters, differentiable=differentiable, mean=True
         )
-        return losses[:, 0], merge(found), more[0]
+        # the pass works on a copy of an nnx module; what is computed twice, and not asked for, XLA leaves out
+        return losses[:, 0], merge(found), more[0] or isinstance(params, nnx.Module)
 
     def _together(self, params: Any, batch: Any, rest: tuple[Any, ...], due: Any) -> tuple[Any, Parts]:
         """Take loss and penalty from the same pass."""

@@ -145,7 +145,7 @@ def measure(
 
 
 def _cross_entropy(model: Any, inputs: Any, backend: str) -> Callable[[Any, Any], Any]:
-    """Return the cross-entropy of a classifier's outputs, which may be logits, probabilities or one score."""
+    """Return the cross-entropy of a classifier's outputs: logits, probabilities of all classes, or the score of the second."""
     outputs = mgs.get_backend(backend).to_numpy(model(inputs))
     logits = logits_of(outputs) if outputs.ndim == 2 else lambda y: y
     return lambda y, labels: mgs.cross_entropy(logits(y), labels)

@@ -147,7 +147,7 @@ def test_measure_takes_the_scores_of_a_classifier_for_its_loss(mgs_command, line
     assert soft == pytest.approx(plain)
 
 
-@pytest.mark.parametrize("ending", ["probabilities", "one score"])
+@pytest.mark.parametrize("ending", ["probabilities", "Identity", "Clip", "Flatten"])
 def test_measure_takes_what_classifiers_return_for_its_loss(mgs_command, tmp_path, ending):
     """As scikit-learn's and Keras' do: probabilities of one operator, or the score of the second class."""
     random = np.random.default_rng(0)
@@ -159,7 +159,7 @@ def test_measure_takes_what_classifiers_return_for_its_loss(mgs_command, tmp_pat
         shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(2)[y]
         expected = (shares @ shares.T) * (x @ x.T + 1)
     else:
-        nodes = [make("Gemm", ["x", "w"], ["score"]), make("Sigmoid", ["score"], ["y"])]
+        nodes = [make("Gemm", ["x", "w"], ["score"]), make("Sigmoid", ["score"], ["share"]), make(ending, ["share"], ["y"])]
         shares = 1 / (1 + np.exp(-x @ w[:, 0])) - y
         expected = np.outer(shares, shares) * (x @ x.T)
     graph = onnx.helper.make_graph(

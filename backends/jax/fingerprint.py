@@ -134,9 +134,9 @@ def _of_rule(equation: Any, seen: _Seen) -> Hashable:
     if seen.order == _ORDERS or all(_is_of_jax(value) for _, value in own.values()):
         return structure
     seen.note(structure, equation)
-    shapes = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
+    moved = equation.invars if equation.primitive.name == "custom_jvp_call" else equation.outvars
     try:
-        traced = jax.make_jaxpr(functools.partial(_differentiated, equation))(*shapes)
+        traced = jax.make_jaxpr(functools.partial(_differentiated, equation))(_shapes(equation.invars), _shapes(moved))
     except Exception:  # whatever it is, it is raised where the rule is used, if ever
         return structure
     seen.order += 1
@@ -145,18 +145,23 @@ def _of_rule(equation: Any, seen: _Seen) -> Hashable:
     return key
 
 
-def _differentiated(equation: Any, *operands: Array) -> list[Any]:
-    """Evaluate an equation and its derivative, at changes that are the arrays themselves."""
+def _shapes(variables: list[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in variables]
+
+
+def _differentiated(equation: Any, operands: list[Array], changes: list[Array]) -> list[Any]:
+    """Evaluate an equation and its derivative, forward from changes of the operands or backward from those of the results."""
 
     def call(*operands: Array) -> list[Any]:
         return bind(equation, list(operands))
 
+    given = [_change(array) for array in changes]
     if equation.primitive.name == "custom_jvp_call":
-        values, changes = jax.jvp(call, operands, tuple(map(_change, operands)))
+        values, found = jax.jvp(call, operands, given)
     else:
         values, pull = jax.vjp(call, *operands)
-        changes = pull(jax.tree.map(_change, values))
-    return [leaf for leaf in jax.tree.leaves((values, changes)) if leaf.dtype != jax.dtypes.float0]
+        found = pull(given)
+    return [leaf for leaf in jax.tree.leaves((values, found)) if leaf.dtype != jax.dtypes.float0]
 
 
 def _change(array: Array) -> Any:
@@ -194,10 +199,10 @@ def _of_function(value: Any, seen: _Seen) -> Hashable:
         return ("wrapped", _key(value.f, seen), _key(value.transforms, seen), _key(value.params, seen))
     if type(value) is object or type(value).__name__ in _BOOKKEEPING:
         return type(value).__name__
+    if callable(value):
+        seen.note(id(value), value)
     try:
         hash(value)
     except TypeError:
         return _Same(value)
-    if callable(value):
-        seen.note(id(value), value)
     return (type(value), value)

@@ -104,7 +104,9 @@ class JaxNamespace:
     def mgs_picked(outputs: Array, labels: Array) -> Array:
         """Return the labelled outputs (n,); NaN, with a gradient of NaN, for a label that names none."""
         c = outputs.shape[-1]
-        labels = jnp.expand_dims(labels.astype(np.promote_types(labels.dtype, np.int32)), -1)
+        if jnp.issubdtype(labels.dtype, jnp.integer) and jnp.iinfo(labels.dtype).bits < 32:
+            labels = labels.astype(jnp.int32)  # in 8 bits there may be no room for c
+        labels = jnp.expand_dims(labels, -1)
         known = (labels >= 0) & (labels < c)
         picked = jnp.where((labels == jnp.arange(c, dtype=labels.dtype)[None]) | ~known, outputs, 0.0)
         return jnp.sum(picked * jnp.where(known, 1.0, jnp.nan), -1)  # within the sum, so that the gradient has the NaN too
@@ -139,7 +141,9 @@ class JaxNamespace:
 
 
 def _product(left: Array, right: Array) -> Array:
-    dtype = max(left.dtype, right.dtype, jnp.dtype(jnp.float32), key=lambda dtype: jnp.finfo(dtype).bits)
+    inexact = [array.dtype for array in (left, right) if jnp.issubdtype(array.dtype, jnp.inexact)]
+    dtype = max([*inexact, jnp.dtype(jnp.float32)], key=lambda dtype: jnp.finfo(dtype).bits)
+    left, right = (array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(dtype) for array in (left, right))
     last, batch = (left.ndim - 1,), tuple(range(left.ndim - 2))
     product: Array = lax.dot_general(left, right, ((last, last), (batch, batch)), preferred_element_type=dtype)
     return product

@@ -194,6 +194,8 @@ class TensorFlowNamespace:
 
     def mgs_shares(self, targets: Array) -> Array:
         """Return shares of the outputs; the graph refuses those below 0 as it runs."""
+        if targets.dtype == tf.bool:
+            return targets
         least = tf.reduce_min(targets)
         message = '`targets` must be labels, or shares of the outputs of at least 0, for output="target"; got'
         tf.debugging.Assert(least >= 0, [message, least])

@@ -221,7 +221,7 @@ class _Fitted:
 
 
 def logits_of(outputs: Array) -> Callable[[Array], Array]:
-    """Return what makes logits (n, c) of a classifier's outputs: a score, probabilities or logits, as a few of them tell.
+    """Return what makes logits (n, c) of a classifier's outputs, as a few of them tell: probabilities or logits, or one score.
 
     Args:
         outputs: (n, c), on the host.

@@ -8,7 +8,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, inliner
 from mgs_core import onnx
 from mgs_core._errors import ArgumentError
 
-_PASSING = ("Identity", "Cast", "ZipMap")  # hand scores on
+_PASSING = ("Identity", "Cast", "ZipMap", "Clip", "Flatten")  # hand scores on
 _LAST = ("Softmax", "LogSoftmax", "Sigmoid")
 
 

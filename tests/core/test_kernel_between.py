@@ -39,7 +39,7 @@ def model_and(backend, *arrays):
 
 
 @FRAMEWORKS
-@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("chunk_size", [None, 5, 4])
 def test_it_is_the_product_of_the_two_jacobians(framework, chunk_size):
     pytest.importorskip(framework)
     backend = mgs.get_backend(framework)
@@ -103,10 +103,14 @@ def test_blocks_cover_each_pair_once():
 
 
 def test_regression_by_the_kernel_predicts_what_a_linear_model_learns():
-    linear = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": np.zeros((3, 1))})
-    truth = RANDOM.normal(size=(3, 1))
-    predicted = mgs.kernel(linear, TEST, others=TRAIN) @ np.linalg.pinv(mgs.kernel(linear, TRAIN)) @ (TRAIN @ truth)
-    np.testing.assert_allclose(predicted, TEST @ truth)
+    start, targets = RANDOM.normal(size=(3, 1)), RANDOM.normal(size=(2, 1))
+    train = TRAIN[:2]  # fewer samples than parameters, so that where training starts is seen in the end
+    linear = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": start})
+    learnt = start
+    for _ in range(3000):
+        learnt = learnt - 0.1 * train.T @ (train @ learnt - targets)
+    change = mgs.kernel(linear, TEST, others=train) @ np.linalg.inv(mgs.kernel(linear, train)) @ (targets - train @ start)
+    np.testing.assert_allclose(TEST @ start + change, TEST @ learnt, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

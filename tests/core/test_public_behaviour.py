@@ -230,7 +230,13 @@ def test_labels_may_stand_in_a_column_and_shares_have_any_dtype(framework, outpu
         inputs = backend.asarray(PROBE.astype("float32"))
         return backend.to_numpy(mgs.kernel(model, inputs, backend.asarray(targets), output=output))
 
-    for same in (labels[:, None], np.eye(2)[labels], np.eye(2, dtype=np.int64)[labels], np.eye(2, dtype=np.float16)[labels]):
+    for same in (
+        labels[:, None],
+        np.eye(2)[labels],
+        np.eye(2, dtype=bool)[labels],
+        np.eye(2, dtype=np.int64)[labels],
+        np.eye(2, dtype=np.float16)[labels],
+    ):
         np.testing.assert_allclose(kernel(same), kernel(labels), rtol=1e-4, atol=1e-5)
 
 

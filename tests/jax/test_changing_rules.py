@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,46 @@ def test_rules_are_those_of_the_call(make, slope, monkeypatch):
         np.testing.assert_allclose(found[-1], by_loop(spike, parameters()), rtol=1e-12)
         np.testing.assert_allclose(jax.jit(lambda p: trace(spike, p))(parameters()), found[-1], rtol=1e-12)
     assert found[0] > 1.1 * found[1]
+
+
+RULES = {
+    "left": lambda primals, tangents: (primals[0] * primals[1], tangents[0] * primals[1]),
+    "right": lambda primals, tangents: (primals[0] * primals[1], primals[0] * tangents[1]),
+}
+
+
+def test_rules_that_differ_in_what_they_differentiate_are_told_apart():
+    p = parameters()
+    for rule in RULES.values():
+        half = jax.custom_jvp(lambda a, b: a * b)
+        half.defjvp(rule)
+
+        def function(p, x, half=half):
+            return half(x @ p["w"], x @ jnp.tanh(p["w"])) @ p["v"]
+
+        jacobian = jax.vmap(lambda x, function=function: jax.jacrev(lambda p: function(p, x[None])[0])(p))(X)
+        expected = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jacobian))
+        np.testing.assert_allclose(jnp.trace(mgs.kernel(mgs.FunctionalModel(function, p), X)), expected, rtol=1e-12)
+
+
+@dataclass
+class Rule:
+    """One that cannot be hashed."""
+
+    slope: float
+
+    def __call__(self, primals, tangents):
+        return step(*primals), self.slope * tangents[0]
+
+
+def test_rules_may_be_objects_that_change():
+    spike, rule = jax.custom_jvp(step), Rule(1.0)
+    spike.defjvp(rule)
+    found = []
+    for rule.slope in (1.0, 3.0):
+        found.append(float(trace(spike, {"w": parameters()["w"], "v": parameters()["v"]})))
+        np.testing.assert_allclose(found[-1], by_loop(spike, parameters()), rtol=1e-12)
+    assert found[1] > found[0]
 
 
 def test_rules_within_rules_are_those_of_the_call(monkeypatch):

@@ -126,13 +126,40 @@ def test_losses_that_change_the_state_of_a_module(jit):
         assert bool(jnp.any(module.norm.mean[...] != 0))
 
 
-@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit])
-def test_losses_of_one_pass_may_change_the_state_of_a_module(jit):
-    def counting(m, batch):
-        return jnp.mean(jnp.sum(m(batch["x"]) ** 2, -1)), jnp.zeros(())
+ONE_PASS = {"every": {"every": 2}, "each": {}, "weights": {"weighting": "agreement"}}
 
-    step = jit(nnx.value_and_grad(regularized(counting, PENALTY, every=2), has_aux=True))
+
+@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize("options", ONE_PASS)
+@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit])
+def test_losses_of_one_pass_may_change_the_state_of_a_module(jit, options, aux):
+    def counting(m, batch):
+        value = jnp.mean(jnp.sum(m(batch["x"]) ** 2, -1))
+        return (value, jnp.zeros(())) if aux else value
+
+    options = ONE_PASS[options]
+    penalty = None if "weighting" in options else PENALTY
+    step = jit(nnx.value_and_grad(regularized(counting, penalty, **options), has_aux=True))
     module, batch = Dropping(), {"x": jnp.asarray(X, jnp.float32)}
     for number in (0, 1):
-        step(module, batch, jnp.asarray(number))
+        step(module, batch, *[jnp.asarray(number)] * ("every" in options))
         assert float(module.calls[...]) == number + 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "uint8", "uint32", "int32"])
+def test_labels_of_any_dtype(dtype):
+    """Without a warning, which would be an error here."""
+    p, x = parameters(), jnp.asarray(X)
+    model = mgs.FunctionalModel(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], p)
+    found = mgs.kernel(model, x, jnp.asarray(Y, dtype), output="loss")
+    np.testing.assert_array_equal(found, mgs.kernel(model, x, jnp.asarray(Y), output="loss"))
+
+
+def test_inputs_of_a_layer_may_be_integers():
+    quantised, p = jnp.asarray(np.round(4 * X), jnp.int8), {"w": jnp.asarray(np.ones((3, 2)), jnp.float32)}
+
+    def product(p, x):
+        return jax.lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    expected = 2 * np.round(4 * X) @ np.round(4 * X).T
+    np.testing.assert_allclose(mgs.kernel(mgs.FunctionalModel(product, p), quantised), expected)
