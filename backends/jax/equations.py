@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from mgs_core._types import Array
@@ -46,3 +48,12 @@ def bind(equation: Any, operands: list[Array]) -> list[Array]:
         return [None if type(variable).__name__ == "DropVar" else next(results) for variable in equation.outvars]
     result = equation.primitive.bind(*operands, **equation.params)
     return list(result) if equation.primitive.multiple_results else [result]
+
+
+def shapes(variables: Iterable[Any]) -> list[jax.ShapeDtypeStruct]:
+    """Return shapes and dtypes of variables, to trace with.
+
+    Args:
+        variables: of an equation.
+    """
+    return [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in variables]

@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from mgs_core._types import Array
 
-from .equations import bind
+from .equations import bind, shapes
 
 #: Objects of JAX that say where and when a function was traced, not what it does.
 _BOOKKEEPING = {"Store", "EqualStore", "DynamicJaxprTrace"}
@@ -136,17 +136,13 @@ def _of_rule(equation: Any, seen: _Seen) -> Hashable:
     seen.note(structure, equation)
     moved = equation.invars if equation.primitive.name == "custom_jvp_call" else equation.outvars
     try:
-        traced = jax.make_jaxpr(functools.partial(_differentiated, equation))(_shapes(equation.invars), _shapes(moved))
+        traced = jax.make_jaxpr(functools.partial(_differentiated, equation))(shapes(equation.invars), shapes(moved))
     except Exception:  # whatever it is, it is raised where the rule is used, if ever
         return structure
     seen.order += 1
     key = ("rule", _key(traced, seen), structure if equation.params["symbolic_zeros"] else None)
     seen.order -= 1
     return key
-
-
-def _shapes(variables: list[Any]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in variables]
 
 
 def _differentiated(equation: Any, operands: list[Array], changes: list[Array]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from .equations import bind
+from .equations import bind, shapes
 from .fingerprint import fingerprint
 
 
@@ -36,8 +36,8 @@ def loses_rules(jaxpr: Jaxpr) -> bool:
 
 
 def _calls_itself(equation: Any) -> bool:
-    shapes = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
-    traced = jax.make_jaxpr(lambda *given: jax.vjp(lambda *operands: bind(equation, list(operands)), *given)[0])(*shapes).jaxpr
+    given = shapes(equation.invars)
+    traced = jax.make_jaxpr(lambda *arrays: jax.vjp(lambda *operands: bind(equation, list(operands)), *arrays)[0])(*given).jaxpr
     calls = {variable: made for made in traced.eqns if made.primitive is equation.primitive for variable in made.outvars}
     own = fingerprint(equation.params["call_jaxpr"])
     return all(variable in calls and fingerprint(calls[variable].params["call_jaxpr"]) == own for variable in traced.outvars)

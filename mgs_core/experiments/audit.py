@@ -141,10 +141,10 @@ def audit(
     check_learning_rate(learning_rate)
     epochs = usual_epochs(len(given), batch_size, model) if epochs is None else integer("epochs", epochs, 1)
     x = x.astype(np.float32, copy=False)
-    starts = [
-        _built(model, backend, x, classes, seed, number) if built_in else _own(model, backend, x, given, classes)
-        for number in range(networks)
-    ]
+    if built_in:
+        starts = [_built(model, backend, x, classes, seed, number) for number in range(networks)]
+    else:
+        starts = [_own(model, backend, x, given, classes)] * networks
     outputs = starts[0](get_backend(backend).asarray(x[:1])).shape
     if len(outputs) != 2 or outputs[1] < classes:
         raise ArgumentError(f"`model` must return (n, c), c ≥ {classes} for these labels; for one sample it returned {outputs}.")
