@@ -187,11 +187,18 @@ def audit(
     data: Annotated[str, typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train; or digits.")],
     model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file of a classifier, which takes x as it is.")] = "mlp",
     backend: _BackendOption = "numpy",
-    networks: Annotated[int, typer.Option(help="Networks that are trained; their kernels are averaged.")] = 2,
+    networks: Annotated[
+        int, typer.Option(help="Networks that are trained, each on its share of the samples; their kernels are averaged.")
+    ] = 2,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="Judge a sample only by networks that were not trained on it; for samples of many columns."),
+    ] = False,
     epochs: Annotated[
         int | None,
         typer.Option(
-            help="Passes over the samples; 4 by default, more where samples are few. Longer training learns wrong labels."
+            help="Steps of each network, as passes over all samples; 4 by default, more where samples are few. Longer training "
+            "learns wrong labels."
         ),
     ] = None,
     samples: Annotated[
@@ -231,8 +238,8 @@ def audit(
         task = bar.add_task("", total=networks * epochs)
         with renamed(inputs=pair[0], labels=pair[1]):
             found = mgs.audit(
-                images, labels, model=model, backend=backend, networks=networks, epochs=epochs, block=block, seed=seed,
-                on_epoch=lambda _: bar.advance(task),
+                images, labels, model=model, backend=backend, networks=networks, apart=apart, epochs=epochs, block=block,
+                seed=seed, on_epoch=lambda _: bar.advance(task),
             )  # fmt: skip
     page = write_audit(found, images, out, shown=shown)
     if found.blocks > 1:

@@ -33,6 +33,7 @@ class Suspicion:
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)`, and labels that the others contradict count for little.
         predictable: share of the labels that all others predict as given, before any label is distrusted. Where it is low,
             classes overlap or labels are wrong, and no kernel tells which.
+        ridge: λ, which was chosen.
 
     Example:
         >>> import numpy as np
@@ -47,6 +48,7 @@ class Suspicion:
     neighbours: Array
     weights: Array
     predictable: float
+    ridge: float
 
 
 def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None = None, rounds: int = 6) -> Suspicion:
@@ -104,21 +106,40 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     rounds = integer("rounds", rounds, 0, "The default is 6.")
     matrix = _checked(kernel)
     given, c = _labels(labels, n, classes)
-    cosine = _cosine(matrix, np.linalg.diagonal(matrix))
-    one_hot = np.astype(given[:, None] == np.arange(c)[None, :], np.float64)
-    centre = np.mean(one_hot, axis=0)
-    ridge, residual = _best_ridge(cosine, one_hot - centre)
+    return judge([_cosine(matrix, np.linalg.diagonal(matrix))], [np.ones(n, dtype=bool)], given, c, rounds)
+
+
+def judge(kernels: list[Array], members: list[Array], given: Array, classes: int, rounds: int = 6) -> Suspicion:
+    """Do what `suspicion` does where samples are judged by different kernels, which are known to fit.
+
+    Args:
+        kernels: cosine kernels (n, n) of the same samples, in float64.
+        members: which samples (n,) of bool each judges; each sample is judged by one.
+        given: integers (n,).
+        classes: their number.
+        rounds: as in `suspicion`.
+    """
+    one_hot = np.astype(given[:, None] == np.arange(classes)[None, :], np.float64)
+    centred = one_hot - np.mean(one_hot, axis=0)
+    ridge, residual = _best_ridge(kernels, members, centred)
     predicted = one_hot - residual
-    predictable = float(np.mean(np.argmax(predicted, axis=1) == given))
+    right = float(np.mean(np.argmax(predicted, axis=1) == given))
     weights = _trust(predicted, one_hot)
     for _ in range(rounds):
-        inverse = np.linalg.inv(cosine + np.eye(n) * (ridge / np.maximum(weights, _LEAST_WEIGHT)))
-        predicted = one_hot - (inverse @ (one_hot - centre)) / np.linalg.diagonal(inverse)[:, None]
+        predicted = one_hot - _residual(kernels, members, centred, ridge / np.maximum(weights, _LEAST_WEIGHT))
         before, weights = weights, _trust(predicted, one_hot)
         if float(np.max(np.abs(weights - before))) < _SETTLED:
             break
     scores, suggested = _scores(predicted, one_hot), np.argmax(predicted, axis=1)
-    return Suspicion(scores, suggested, _contradicted(predicted, one_hot), _neighbours(cosine, given), weights, predictable)
+    neighbours = np.sum([_neighbours(own, given) * judged for own, judged in zip(kernels, members, strict=True)], axis=0)
+    return Suspicion(scores, suggested, _contradicted(predicted, one_hot), neighbours, weights, right, ridge)
+
+
+def predictable(kernels: list[Array], members: list[Array], given: Array, classes: int, ridge: float) -> float:
+    """Return the share of the labels that leave-one-out regression predicts as given; arguments as those of `judge`."""
+    one_hot = np.astype(given[:, None] == np.arange(classes)[None, :], np.float64)
+    residual = _residual(kernels, members, one_hot - np.mean(one_hot, axis=0), np.full(len(given), ridge))
+    return float(np.mean(np.argmax(one_hot - residual, axis=1) == given))
 
 
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
@@ -139,20 +160,34 @@ def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
     return given, c
 
 
-def _best_ridge(cosine: Array, centred: Array) -> tuple[float, Array]:
+def _best_ridge(kernels: list[Array], members: list[Array], centred: Array) -> tuple[float, Array]:
     """Return the ridge with the least leave-one-out error, and the leave-one-out residuals that it leaves."""
-    eigenvalues, vectors = np.linalg.eigh((cosine + cosine.T) / 2)
-    eigenvalues, turned = np.maximum(eigenvalues, 0.0), vectors.T @ centred
+    parts = []
+    for cosine in kernels:
+        eigenvalues, vectors = np.linalg.eigh((cosine + cosine.T) / 2)
+        parts.append((np.maximum(eigenvalues, 0.0), vectors, vectors.T @ centred))
     best: tuple[float, float, Array] | None = None
     for ridge in _RIDGES:
-        shrunk = 1.0 / (eigenvalues + ridge)
-        residual = (vectors @ (shrunk[:, None] * turned)) / ((vectors * vectors) @ shrunk)[:, None]
+        residual = np.zeros_like(centred)
+        for (eigenvalues, vectors, turned), judged in zip(parts, members, strict=True):
+            shrunk = 1.0 / (eigenvalues + ridge)
+            own = (vectors @ (shrunk[:, None] * turned)) / ((vectors * vectors) @ shrunk)[:, None]
+            residual = np.where(judged[:, None], own, residual)
         error = float(np.mean(residual * residual))
         if best is None or error < best[0]:
             best = error, ridge, residual
     if best is None:
         raise TypeError("`_RIDGES` must hold at least one ridge; it is empty.")
     return best[1], best[2]
+
+
+def _residual(kernels: list[Array], members: list[Array], centred: Array, ridges: Array) -> Array:
+    """Return the leave-one-out residuals with a ridge for each sample."""
+    residual = np.zeros_like(centred)
+    for cosine, judged in zip(kernels, members, strict=True):
+        inverse = np.linalg.inv(cosine + np.eye(cosine.shape[0]) * ridges)
+        residual = np.where(judged[:, None], (inverse @ centred) / np.linalg.diagonal(inverse)[:, None], residual)
+    return residual
 
 
 def _usual(predicted: Array, one_hot: Array) -> Array:

@@ -1,9 +1,9 @@
-"""Audit labels: train networks for a few epochs, and let their kernel say which labels other samples contradict."""
+"""Audit labels: train networks, each on its share, and let their kernel say which labels other samples contradict."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
 from mgs_core.summary import _cosine, as_numpy
-from mgs_core.suspicion import suspicion
+from mgs_core.suspicion import Suspicion, judge, predictable
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
 BLOCK = 2048
 _EPOCHS = 4
+#: Share of the labels that networks not trained on them contradict and those trained on them do not, from which a warning is due.
+_MEMORY = 0.4
 _LEAST_STEPS, _LEAST_STEPS_OF_OTHERS = 24, 84  # convolutions learn more slowly what to look at than "mlp"
 
 
@@ -48,8 +50,9 @@ class Audit:
         neighbours: (n,), share of the ten nearest samples of its block that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)` to make little of suspicious labels.
         blocks: how many blocks the samples were split into.
-        predictable: share of the labels that the others of the block predict as given, before any label is distrusted. Where it
-            is low, classes overlap or labels are wrong, and the audit cannot tell which.
+        predictable: share of the labels that the others of the block predict as given, before any label is distrusted, by the
+            networks that were not trained on them; where there is one network, by that. Where it is low, classes overlap or
+            labels are wrong, and the audit cannot tell which.
 
     Example:
         >>> import mgs_core as mgs
@@ -83,6 +86,7 @@ def audit(
     model: Any = "mlp",
     backend: str = "numpy",
     networks: int = 2,
+    apart: bool = False,
     epochs: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
@@ -92,8 +96,8 @@ def audit(
 ) -> Audit:
     """Rank labels by how far the gradients of other samples contradict them: all others, or of many samples those of a block.
 
-    Networks are trained for a few epochs, before they can learn wrong labels by heart, and the mean of their cosine kernels goes
-    through `suspicion`.
+    Networks are trained each on its share of the samples, and not for long, before they can learn wrong labels by heart. The mean
+    of their cosine kernels goes through `suspicion`.
 
     Args:
         inputs: (n, …), real numbers; scaled here as a whole to mean 0 and standard deviation 1, but for a model of yours. A
@@ -103,9 +107,12 @@ def audit(
             softmax or sigmoid at its end; or a `FunctionalModel` on the backend that takes them in float32 and returns logits
             (n, c).
         backend: name of the backend that trains.
-        networks: how many are trained; each from weights and in an order of its own, those of a model of yours from its weights.
-        epochs: passes of each over the samples; None for 4, or more where samples are few: enough for 24 steps of "mlp" and
-            84 of others.
+        networks: how many are trained, each on 1/networks of the samples of each label, but on two at least; each from weights of
+            its own, those of a model of yours from its weights.
+        apart: judge each sample only by the networks that were not trained on it; it takes two. It finds more where samples have
+            many columns, whose labels a network learns at once by heart; elsewhere less, and it contradicts more right labels.
+        epochs: steps of each network, as passes over all samples; None for 4, or more where samples are few: enough for 24 steps
+            of "mlp" and 84 of others.
         batch_size: samples per step.
         learning_rate: of Adam, at the start; above 0.
         block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this
@@ -121,8 +128,9 @@ def audit(
 
     Cost:
         For each network its training, with one kernel per step (about twice plain training), and one kernel of the c outputs of
-        each block; for each block one eigendecomposition and up to six inversions, together at most about `22 · n · block²`
-        operations; memory for `block²` numbers.
+        each block; for each block one eigendecomposition, up to six inversions and one for each network, together at most about
+        `(22 + 2·networks) · n · block²` operations, with `apart` `22 · networks · n · block²`; memory for
+        `2 · networks · block²` numbers.
 
     Example:
         >>> import mgs_core as mgs
@@ -137,10 +145,15 @@ def audit(
         x, _, _ = scale(x)
         _warn_of_units(x)
     networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
+    if apart and networks < 2:
+        raise ArgumentError(
+            f"`networks` must be at least 2 with apart=True; got {networks}. One network is trained on all samples."
+        )
     block, seed = integer("block", block, 3), integer("seed", seed, 0)
     check_learning_rate(learning_rate)
     epochs = usual_epochs(len(given), batch_size, model) if epochs is None else integer("epochs", epochs, 1)
     x = x.astype(np.float32, copy=False)
+    networks = min(networks, max(1, len(given) // 2))  # each is trained on at least two samples
     if built_in:
         starts = [_built(model, backend, x, classes, seed, number) for number in range(networks)]
     else:
@@ -150,33 +163,63 @@ def audit(
         raise ArgumentError(f"`model` must return (n, c), c ≥ {classes} for these labels; for one sample it returned {outputs}.")
     classes = outputs[1]
     random = np.random.default_rng([seed, 3])
+    share, steps = _shares(given, len(starts), random), len(given) // min(batch_size, len(given))
     trained = []
     for number, own in enumerate(starts):
         training = _Training(own, backend, x, given, classes)
+        batches = _batches(np.flatnonzero(share == number), batch_size, random)
         for epoch in range(epochs):
-            training.epoch(epoch, epochs, batch_size, learning_rate, random.permutation(len(given)))
+            for step in range(epoch * steps, (epoch + 1) * steps):
+                training.step(next(batches), schedule(step, epochs * steps, learning_rate))
             on_epoch(number * epochs + epoch + 1)
         trained.append(training)
-    parts = np.array_split(random.permutation(len(given)), -(-len(given) // block))
-    judged = [
-        suspicion(np.mean([own.cosine(part) for own in trained], axis=0), given[part], classes=classes)
-        for part in map(np.sort, parts)
-    ]
-    back = np.argsort(np.concatenate([np.sort(part) for part in parts]))
+    parts = [np.sort(part) for part in np.array_split(random.permutation(len(given)), -(-len(given) // block))]
+    judged = [_judged([own.cosine(part) for own in trained], share[part], given[part], classes, apart) for part in parts]
+    back = np.argsort(np.concatenate(parts))
     fields = {
-        name: np.concatenate([getattr(one, name) for one in judged])[back]
+        name: np.concatenate([getattr(one, name) for one, _ in judged])[back]
         for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
-    class_cosine = np.mean([own.class_cosine for own in trained], axis=0)
-    predictable = float(np.average([one.predictable for one in judged], weights=list(map(len, parts))))
-    _warn_of_chance(predictable, given)
-    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), predictable=predictable, **fields)
+    class_cosine = sum(own.sums for own in trained) / np.maximum(sum(own.counts for own in trained), 1)
+    seen, unseen = np.average([(one.predictable, right) for one, right in judged], axis=0, weights=list(map(len, parts)))
+    _warn_of_memory(float(seen), float(unseen))
+    _warn_of_chance(float(unseen), given)
+    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), predictable=float(unseen), **fields)
 
 
 def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
     """Return the default number of epochs: 4, or enough for 24 steps of the MLP and 84 of other models."""
     least = _LEAST_STEPS if model == "mlp" else _LEAST_STEPS_OF_OTHERS
     return max(_EPOCHS, -(-least // max(1, samples // batch_size)))
+
+
+def _shares(given: Array, networks: int, random: np.random.Generator) -> Array:
+    """Return which network is trained on each sample; each gets as many samples of a label, drawn at random."""
+    order = random.permutation(len(given))
+    order = order[np.argsort(given[order], kind="stable")]
+    share = np.empty(len(given), dtype=np.int64)
+    share[order] = np.arange(len(given)) % networks
+    return share
+
+
+def _batches(samples: Array, batch_size: int, random: np.random.Generator) -> Iterator[Array]:
+    """Yield batches, pass after pass in a new order; a last one that is not full is left out."""
+    size = min(batch_size, len(samples))
+    while True:
+        order = random.permutation(samples)
+        yield from (order[start : start + size] for start in range(0, len(order) - size + 1, size))
+
+
+def _judged(kernels: list[Array], share: Array, given: Array, classes: int, apart: bool) -> tuple[Suspicion, float]:
+    """Return what the kernels say of a block's labels, and how many of these those predict that were not trained on them."""
+    total, networks = np.sum(kernels, axis=0), len(kernels)
+    own = [share == number for number in range(networks)]
+    others = [total if networks == 1 else (total - kernel) / (networks - 1) for kernel in kernels]
+    if apart:
+        found = judge(others, own, given, classes)
+        return found, found.predictable
+    found = judge([total / networks], [np.ones(len(given), dtype=bool)], given, classes)
+    return found, predictable(others, own, given, classes, found.ridge)
 
 
 def _is_built_in(model: Any) -> bool:
@@ -205,7 +248,7 @@ class _Training:
         self._function, self._x, self._given, self._classes = model.function, x, given, classes
         self._parameters = model.parameters
         self._moments = start(model.parameters)
-        self._sums, self._counts = np.zeros(len(given)), np.zeros(len(given))
+        self.sums, self.counts = np.zeros(len(given)), np.zeros(len(given))  # of cosines with samples of the same label
         value_and_gradient = self._backend.value_and_gradient(self._loss)
 
         def step(parameters: Any, moments: Any, inputs: Array, targets: Array, now: Array) -> tuple[Array, Any, Any]:
@@ -215,24 +258,14 @@ class _Training:
 
         self._step = self._backend.compile(step)
 
-    @property
-    def class_cosine(self) -> Array:
-        """Return the mean cosine with samples of the same label; 0 for a sample that never met one."""
-        return self._sums / np.maximum(self._counts, 1)
-
-    def epoch(self, number: int, epochs: int, batch_size: int, learning_rate: float, order: Array) -> None:
-        """Pass once over the samples."""
-        size = min(batch_size, len(order))
-        steps = len(order) // size
+    def step(self, batch: Array, now: Array) -> None:
+        """Take one step on these samples."""
         asarray = self._backend.asarray
-        for step in range(steps):
-            batch = order[step * size : (step + 1) * size]
-            targets = np.eye(self._classes, dtype=np.float32)[self._given[batch]]
-            now = asarray(schedule(number * steps + step, epochs * steps, learning_rate))
-            matrix, self._parameters, self._moments = self._step(
-                self._parameters, self._moments, asarray(self._x[batch]), asarray(targets), now
-            )
-            self._compare(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
+        targets = np.eye(self._classes, dtype=np.float32)[self._given[batch]]
+        matrix, self._parameters, self._moments = self._step(
+            self._parameters, self._moments, asarray(self._x[batch]), asarray(targets), asarray(now)
+        )
+        self._compare(np.asarray(self._backend.to_numpy(matrix), dtype=np.float64), batch)
 
     def cosine(self, samples: Array) -> Array:
         """Return the cosine kernel of the outputs at samples."""
@@ -250,8 +283,8 @@ class _Training:
         same = (given[:, None] == given) & ~np.eye(len(batch), dtype=bool)
         root = np.sqrt(np.maximum(np.diagonal(matrix), np.finfo(np.float64).tiny))
         met = same.sum(axis=1)
-        self._sums[batch] += (matrix / root[:, None] / root * same).sum(axis=1) / np.maximum(met, 1)
-        self._counts[batch] += met > 0
+        self.sums[batch] += (matrix / root[:, None] / root * same).sum(axis=1) / np.maximum(met, 1)
+        self.counts[batch] += met > 0
 
 
 def _warn_of_units(x: Array) -> None:
@@ -269,6 +302,19 @@ def _warn_of_units(x: Array) -> None:
             f"Column {variances.argmax()} of `inputs` has {variances.max() / variances.sum():.0%} of their variance and half of "
             "the columns together less than 1%, so that the networks see little of these, for inputs are scaled as a whole. "
             "Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_memory(seen: float, unseen: float) -> None:
+    """Warn where networks agree with labels because they have learnt them by heart."""
+    learnt = (seen - unseen) / (1 - unseen) if unseen < 1 else 0.0
+    if learnt > _MEMORY:
+        warnings.warn(
+            f"The networks have learnt labels by heart, as where samples have many columns: they predict {seen:.0%} of the "
+            f"labels, but {unseen:.0%} of those that they were not trained on. Pass apart=True (--apart), so that each sample is "
+            "judged by networks that were not trained on it.",
             UserWarning,
             stacklevel=3,
         )

@@ -97,7 +97,7 @@ def taught(recipe: Recipe, data: Dataset, settings: Settings, seed: int, model: 
     if not (recipe.relabel or recipe.select):
         return inputs, labels
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The samples predict")  # whoever compares knows how many labels are wrong
+        warnings.filterwarnings("ignore", "The samples predict|The networks have learnt")  # a comparison shows what it leads to
         found = audit(
             inputs, labels, model=model if is_file(settings.model) else settings.model,
             backend=settings.backend, batch_size=settings.batch_size, seed=seed,

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -72,23 +73,84 @@ def test_few_samples_most_of_them_wrong():
     assert wrong[~found.contradicted].mean() < 0.15  # of the given labels 0.55
 
 
-def test_kernels_of_different_networks_are_averaged(monkeypatch):
-    made, judged = [], []
-    cosine, suspicion = module._Training.cosine, module.suspicion
+def kept(monkeypatch, **options):
+    """Audit 100 images, and return the kernels, the samples that each network was trained on, and what is judged by what."""
+    made, trained, judged = [], [], []
+    cosine, step, judge = module._Training.cosine, module._Training.step, module.judge
 
     def keep(training, samples):
         made.append(cosine(training, samples))
         return made[-1]
 
+    def follow(training, batch, now):
+        if not trained or trained[-1][0] is not training:
+            trained.append((training, set()))
+        trained[-1][1].update(batch.tolist())
+        step(training, batch, now)
+
     monkeypatch.setattr(module._Training, "cosine", keep)
-    monkeypatch.setattr(
-        module, "suspicion", lambda kernel, *rest, **options: suspicion(judged.append(kernel) or kernel, *rest, **options)
-    )
-    mgs.audit(IMAGES[:100], LABELS[:100], networks=2, epochs=1)
-    first, second = made
+    monkeypatch.setattr(module._Training, "step", follow)
+    monkeypatch.setattr(module, "judge", lambda *given: judged.append(given[:2]) or judge(*given))
+    mgs.audit(IMAGES[:100], LABELS[:100], epochs=3, batch_size=10, **options)
+    return made, [samples for _, samples in trained], judged[0]
+
+
+def test_networks_are_trained_on_shares_of_their_own_and_their_kernels_averaged(monkeypatch):
+    (first, second), (one, other), (kernels, members) = kept(monkeypatch)
+    assert not one & other
+    assert one | other == set(range(100))
+    counts = [np.bincount(LABELS[sorted(share)], minlength=10) for share in (one, other)]
+    assert abs(counts[0] - counts[1]).max() <= 1
     np.testing.assert_allclose(np.diagonal(first), 1.0)
-    assert abs(first - second).max() > 0.05  # their weights are drawn apart
-    np.testing.assert_allclose(judged, [(first + second) / 2])
+    assert abs(first - second).max() > 0.05
+    np.testing.assert_allclose(kernels, [(first + second) / 2])
+    assert members[0].all()
+
+
+def test_apart_each_sample_is_judged_by_networks_that_were_not_trained_on_it(monkeypatch):
+    made, shares, (kernels, members) = kept(monkeypatch, networks=3, apart=True)
+    for number, (kernel, judged) in enumerate(zip(kernels, members, strict=True)):
+        assert set(np.flatnonzero(judged)) == shares[number]
+        np.testing.assert_allclose(kernel, np.mean([own for other, own in enumerate(made) if other != number], axis=0))
+
+
+def clouds(samples, columns, distance):
+    """Two clouds that ten columns tell apart, a fifth of the labels wrong."""
+    random = np.random.default_rng(0)
+    true = random.integers(0, 2, samples)
+    inputs = random.normal(size=(samples, columns))
+    inputs[:, :10] += distance * (true[:, None] - 0.5)
+    wrong = random.random(samples) < 0.2
+    return inputs, np.where(wrong, 1 - true, true), wrong
+
+
+def test_many_columns_are_warned_of_and_judged_apart():
+    inputs, labels, wrong = clouds(300, 300, 2.0)
+    with pytest.warns(UserWarning, match=r"learnt labels by heart.*[89]\d% of the labels, but [67]\d% of those.*Pass apart=True"):
+        together = mgs.audit(inputs, labels)
+    apart = mgs.audit(inputs, labels, apart=True)
+    assert roc_auc_score(wrong, together.scores) < 0.9
+    assert roc_auc_score(wrong, apart.scores) > 0.97
+    assert together.contradicted.sum() < 5  # of 60 that are wrong
+    assert wrong[apart.contradicted].mean() > 0.9
+    assert apart.contradicted[wrong].mean() > 0.6
+    assert abs(together.predictable - apart.predictable) < 0.1  # by networks that were not trained on the samples
+
+
+@pytest.mark.parametrize("options", [{}, {"apart": True}])
+def test_labels_of_noise_are_not_called_predictable(options):
+    random = np.random.default_rng(0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        nothing = mgs.audit(random.normal(size=(300, 400)), random.integers(0, 2, 300), **options)
+    assert abs(nothing.predictable - 0.5) < 0.1
+    assert any("The samples predict" in str(warning.message) for warning in told)
+
+
+def test_few_samples_for_many_networks():
+    with pytest.warns(UserWarning, match="The samples predict"):
+        found = mgs.audit(IMAGES[:5], np.array([0, 1, 0, 1, 1]), networks=8, epochs=1)
+    assert np.isfinite(found.scores).all()
 
 
 def test_short_trainings_have_enough_steps():
@@ -253,6 +315,7 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
         (lambda: mgs.audit(np.zeros((5, 2)), np.zeros(5, int)), "of at least 2 classes"),
         (lambda: mgs.audit(IMAGES, LABELS, epochs=0), "`epochs` must be an integer of at least 1; got 0"),
         (lambda: mgs.audit(IMAGES, LABELS, networks=0), "`networks` must be an integer of at least 1; got 0"),
+        (lambda: mgs.audit(IMAGES, LABELS, networks=1, apart=True), "`networks` must be at least 2 with apart=True; got 1"),
         (lambda: mgs.audit(IMAGES, LABELS, seed=-1), "`seed` must be an integer of at least 0; got -1"),
         (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 3; got 1"),
         (lambda: mgs.audit(IMAGES, LABELS, learning_rate=float("nan")), "`learning_rate` must be a finite number above 0"),
