@@ -5,9 +5,9 @@ is a comparison in a folder of its own, which `mgs report` shows. `--collect FIL
 regularisers were developed on MNIST and digits; `--held FOLDER` has the data sets to judge them by, which `study_data.py` writes.
 
 Protocol, the same for every regulariser: 4 strengths are tried, each by one training on four fifths of the noisy training samples
-and scored on the rest of them after the last epoch; the best trains from 3 other seeds, each of which draws samples, wrong
-labels, weights and order anew. Test samples are clean, and looked at only to report. Regularisers without a strength are not
-tuned.
+and scored on the rest of them after the last epoch; the best trains from 3 other seeds, each of which draws wrong labels, weights
+and order anew, and the samples where not all are taken. Test samples are clean, and looked at only to report. Regularisers
+without a strength are not tuned.
 """
 
 from __future__ import annotations

@@ -46,11 +46,18 @@ class UnsupportedModelError(MgsError, NotImplementedError):
 
 @contextmanager
 def renamed(**names: str) -> Iterator[None]:
-    """Let an `ArgumentError` call its argument as the caller does, who passes it on: `renamed(source="data")`."""
+    """Let an `ArgumentError` call its argument as the caller does, who passes it on: `renamed(source="data")`.
+
+    The name changes at the beginning and in the code of the remedy: `labels.ravel()`, `unique(labels)`.
+    """
     try:
         yield
     except ArgumentError as error:
-        message = re.sub(r"^`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", str(error))
+        message = str(error)
+        found = re.match(r"`(\w+)`", message)
+        if found and found[1] in names:
+            old, new = found[1], names[found[1]]
+            message = re.sub(rf"^`{old}`|\b{old}(?=\.\w+\()|(?<=\(){old}(?=[,)])", lambda hit: hit[0].replace(old, new), message)
         raise ArgumentError(message) from error
 
 

@@ -12,8 +12,9 @@ from mgs_core._namespace import array_namespace
 from mgs_core._types import Array, Shaped
 
 PenaltyName = Literal["trace", "log_trace", "log_determinant", "cosine", "log_determinant_cosine"]
-#: For trace, log_determinant and cosine, of strengths a factor of ten apart, those that did best over the cells of the study; the
-#: other two act alike where their argument is small, and were not studied.
+#: For trace, log_determinant and cosine, of the study's four strengths, a factor of ten apart, that which in its worst cell is
+#: least behind the best of the four on noisy validation labels: by 16, 12 and 13 points. The other two act alike where their
+#: argument is small, and were not studied.
 _STRENGTHS = {"trace": 3e-3, "log_trace": 3e-2, "log_determinant": 0.3, "cosine": 1.0, "log_determinant_cosine": 1.0}
 
 

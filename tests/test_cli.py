@@ -211,9 +211,9 @@ def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp
 @pytest.mark.parametrize(
     ("command", "arrays", "message"),
     [
-        (("audit",), {"x": np.eye(3), "y": np.eye(3)}, "labels.argmax(axis=1)"),
+        (("audit",), {"x": np.eye(3), "y": np.eye(3)}, ": y.argmax(axis=1)."),
         (("audit",), {"x": np.eye(3), "y": np.arange(2)}, "Give each sample one label."),
-        (("audit",), {"x": np.eye(3), "y": np.arange(3)[:, None]}, "Drop the second axis: labels.ravel()."),
+        (("audit",), {"x": np.eye(3), "y": np.arange(3)[:, None]}, "Drop the second axis: y.ravel()."),
         (("audit",), {"x": np.eye(3), "y": np.array([0.5, 1, 2])}, "what is measured has none: this is for classifiers."),
         (("audit",), {"x": np.eye(3), "y": np.zeros(3, int)}, "samples of several classes"),
         (("measure", "--output", "loss"), {"x": np.eye(2, 3), "y": np.array(["cat", "dog"])}, "`y` must hold real numbers"),
@@ -223,7 +223,7 @@ def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp
         (("measure",), {"x": np.eye(2, 3), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'y'"),
         (("audit",), {"x": np.float64(3.0), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'x'"),
         (("audit",), {"images": np.eye(2), "labels": np.arange(2)}, "`data` must hold x, y;"),
-        (("audit",), {"x": np.eye(3), "y": np.array(["a", "b", "b"])}, "numpy.unique(labels, return_inverse=True)[1]"),
+        (("audit",), {"x": np.eye(3), "y": np.array(["a", "b", "b"])}, "numpy.unique(y, return_inverse=True)[1]"),
     ],
 )
 def test_data_that_do_not_fit_are_named(mgs_command, linear, tmp_path, command, arrays, message):

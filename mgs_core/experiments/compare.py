@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, MgsError, writing
 from mgs_core._registry import get_backend
-from mgs_core.experiments.networks import check_fit
+from mgs_core.experiments.audit import _warn_of_units
+from mgs_core.experiments.networks import check_fit, is_file
 from mgs_core.experiments.provenance import definition, other_versions, versions
 from mgs_core.experiments.recipes import RECIPES, Recipe
 from mgs_core.experiments.settings import Settings
@@ -71,7 +72,8 @@ def compare(
         MgsError: when worker processes end before their runs.
 
     Warns:
-        UserWarning: when the folder holds runs that were made with other versions of this library or the backend's packages.
+        UserWarning: when the folder holds runs that were made with other versions of this library or the backend's packages, or
+            half of the columns of a table together have hardly any of its variance, for inputs are scaled as a whole.
 
     Example:
         >>> import tempfile
@@ -87,7 +89,9 @@ def compare(
         raise ArgumentError(f"`recipes` must be registered in RECIPES, where other processes find them; got {strange}.")
     jobs = integer("jobs", jobs, 1)
     get_backend(settings.backend)
-    check_fit(settings, dropout=any(recipe.dropout for recipe in chosen))
+    data = check_fit(settings, dropout=any(recipe.dropout for recipe in chosen))
+    if not is_file(settings.model):  # which takes the samples as they are
+        _warn_of_units(data.train_inputs)
     out = Path(folder)
     with _open_folder(out, settings) as path, JSONLinesSink(path) as sink:
         for tasks in (_trials, _runs):

@@ -281,7 +281,7 @@ def count_classes(labels: Array, name: str) -> int:
     if classes > max(1000, 10 * distinct):
         raise ArgumentError(
             f"`{name}` must number its classes from 0 without large gaps; got {distinct} classes and labels up to {classes - 1}. "
-            "Number them anew: numpy.unique(labels, return_inverse=True)[1]."
+            f"Number them anew: numpy.unique({name}, return_inverse=True)[1]."
         )
     return classes
 

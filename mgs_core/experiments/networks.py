@@ -76,12 +76,15 @@ def make_network(model: str, data: Dataset, *, backend: str, seed: int) -> Netwo
     )
 
 
-def check_fit(settings: Settings, *, dropout: bool) -> None:
+def check_fit(settings: Settings, *, dropout: bool) -> Dataset:
     """Refuse data that cannot be read and a model that does not fit them, before anything is trained.
 
     Args:
         settings: of the comparison.
         dropout: whether a recipe drops hidden units.
+
+    Returns:
+        The data of seed 0, their labels clean.
 
     Raises:
         ArgumentError: when they do not fit, or no hidden unit can be dropped.
@@ -91,6 +94,7 @@ def check_fit(settings: Settings, *, dropout: bool) -> None:
     network = make_network(settings.model, data, backend="numpy", seed=0)
     if dropout:
         network.masked()
+    return data
 
 
 def save_own(model: str, parameters: Any, path: Path) -> None:

@@ -12,7 +12,8 @@ from mgs_core._namespace import array_namespace
 from mgs_core._types import Array
 
 Parameters: TypeAlias = dict[str, Array]
-Moments: TypeAlias = tuple[Parameters, Parameters]
+#: The first and the second moments; a step may carry more behind them.
+Moments: TypeAlias = tuple[Parameters, ...]
 
 _FIRST, _SECOND = 0.9, 0.999
 

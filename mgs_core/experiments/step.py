@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import Backend
 from mgs_core._types import Array
 from mgs_core.agreement import agreement_weights
-from mgs_core.experiments.losses import generalised_cross_entropy, spectral_gradient
-from mgs_core.experiments.optimizer import Moments, Parameters, adam
+from mgs_core.experiments.losses import generalised_cross_entropy, singular_vector, spectral_gradient
+from mgs_core.experiments.optimizer import Moments, Parameters, adam, start
 from mgs_core.experiments.recipes import Recipe
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
@@ -18,6 +20,30 @@ from mgs_core.kernel import kernel
 
 #: Prefix of the parameters of the second network of co-teaching, and name of the input that holds the Jacobian's projection.
 PEER, PROBE = "peer:", "probe"
+_ROUNDS_BEFORE = 128  # towards the first singular vectors, from drawn ones; each step adds some
+
+
+def begin(recipe: Recipe, backend: Backend, parameters: Parameters) -> Moments:
+    """Return what a step carries beside the parameters, before the first step.
+
+    Args:
+        recipe: the regulariser.
+        backend: whose arrays the parameters are.
+        parameters: by name.
+
+    Returns:
+        The moments of Adam; behind them, where the recipe penalises spectral norms, a singular vector of each weight by name.
+    """
+    if not recipe.spectral_penalty:
+        return start(parameters)
+    random = np.random.default_rng(0)
+    vectors = {}
+    for name, value in parameters.items():
+        if value.ndim > 1:
+            weight, drawn = np.asarray(backend.to_numpy(value)), random.normal(size=(value.shape[0], 1))
+            drawn = (drawn / np.linalg.norm(drawn)).astype(weight.dtype)
+            vectors[name] = backend.asarray(singular_vector(weight, drawn, _ROUNDS_BEFORE))
+    return *start(parameters), vectors
 
 
 def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], Array]) -> Callable[..., Any]:
@@ -29,9 +55,10 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         function: the network, `function(parameters, inputs) → (n, c)`; its inputs are a dict with "x" and masks.
 
     Returns:
-        `step(parameters, moments, inputs, targets (n, c), now, kept=None) → (loss, parameters, moments)`. `now` is what
-        `optimizer.schedule` says. A recipe with a Jacobian penalty takes unit vectors (n, c) as `inputs["probe"]`; one of two
-        networks takes the second's parameters too, their names after "peer:", and `kept`, how many samples each learns from.
+        `step(parameters, moments, inputs, targets (n, c), now, kept=None) → (loss, parameters, moments)`. `moments` is what
+        `begin` or the step before gave, `now` what `optimizer.schedule` says. A recipe with a Jacobian penalty takes unit
+        vectors (n, c) as `inputs["probe"]`; one of two networks takes the second's parameters too, their names after "peer:",
+        and `kept`, how many samples each learns from.
     """
 
     def loss_of(outputs: Array, targets: Array) -> Array:
@@ -87,6 +114,7 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         parameters: Parameters, moments: Moments, inputs: Any, targets: Array, now: Array, kept: Array = None
     ) -> tuple[Array, Parameters, Moments]:
         weights: Any = None
+        more: tuple[Parameters, ...] = ()
         given = _of_network(inputs)
         if recipe.agreement:
             weights = agreement_weights(kernel_of(parameters, given, targets, "loss"))
@@ -97,11 +125,12 @@ def make_step(recipe: Recipe, backend: Backend, function: Callable[[Any, Any], A
         if recipe.sharpness:
             gradient = value_and_gradient(_ascended(parameters, gradient, recipe.sharpness), inputs, targets, weights)[1]
         if recipe.spectral_penalty:
-            gradient = {
-                name: g + recipe.spectral_penalty * spectral_gradient(parameters[name]) if g.ndim > 1 else g
-                for name, g in gradient.items()
-            }
-        return (loss, *adam(parameters, gradient, moments, now, weight_decay=recipe.weight_decay))
+            vectors = {name: singular_vector(parameters[name], vector) for name, vector in moments[2].items()}
+            slopes = {name: spectral_gradient(parameters[name], vector) for name, vector in vectors.items()}
+            gradient = {name: g + recipe.spectral_penalty * slopes[name] if name in slopes else g for name, g in gradient.items()}
+            more = (vectors,)
+        parameters, moments = adam(parameters, gradient, moments, now, weight_decay=recipe.weight_decay)
+        return loss, parameters, (*moments, *more)
 
     return backend.compile(step)
 

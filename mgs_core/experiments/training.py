@@ -16,10 +16,10 @@ from mgs_core._types import Array
 from mgs_core.experiments.audit import audit
 from mgs_core.experiments.data import Dataset, corrupt, load_dataset
 from mgs_core.experiments.networks import is_file, make_network, save_own
-from mgs_core.experiments.optimizer import schedule, start
+from mgs_core.experiments.optimizer import schedule
 from mgs_core.experiments.recipes import Recipe
 from mgs_core.experiments.settings import Settings
-from mgs_core.experiments.step import PEER, PROBE, make_step
+from mgs_core.experiments.step import PEER, PROBE, begin, make_step
 from mgs_core.functional import FunctionalModel
 from mgs_core.kernel import kernel
 from mgs_core.summary import summarize
@@ -178,7 +178,7 @@ class Trainer:
         if recipe.forgotten:
             self._parameters = {**self._parameters, **{PEER + name: value for name, value in network.peer().items()}}
         self._best = -1.0
-        self._moments = start(self._parameters)
+        self._moments = begin(recipe, self._backend, self._parameters)
         self._step = make_step(recipe, self._backend, trained.function)
         self._forward = self._backend.compile(self._model.function)
         probe = slice(self._held, self._held + settings.probe_samples)
@@ -236,10 +236,11 @@ class Trainer:
         try:
             summary = summarize(kernel(model, self._probe), self._probe_labels)
         except MgsError as error:  # the model was accepted before it was trained
+            strength = f", or the strength of {self._recipe.name}" if self._recipe.tuned else ""
             top = max(float(np.max(np.abs(self._backend.to_numpy(value)))) for value in self.kept.values())
             raise ArgumentError(
                 f"`learning_rate` must be one at which training converges; got {self._settings.learning_rate!r}, and after epoch "
-                f"{epoch} the largest weight is {top:.3g}. Lower it, or the strength of {self._recipe.name}."
+                f"{epoch} the largest weight is {top:.3g}. Lower it{strength}."
                 + (f" The kernel says: {error}" if np.isfinite(top) else "")
             ) from error
         matrix = kernel(model, self._probe, self._backend.asarray(self._probe_labels), output="loss")

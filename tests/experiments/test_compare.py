@@ -101,6 +101,16 @@ def test_processes_that_fail_in_their_runs_go_on(tmp_path):
         assert record["error"].startswith(
             "`learning_rate` must be one at which training converges; got 100000000.0, and after epoch"
         )
+        strength = ", or the strength of dropout" if record["regularizer"] == "dropout" else ""  # "none" has no strength
+        assert f". Lower it{strength}." in record["error"]
+
+
+def test_a_table_in_several_units_is_warned_of(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(60, 5)), np.arange(60) % 2
+    np.savez(tmp_path / "data.npz", x_train=x * [1, 1, 1e8, 1, 1], y_train=y, x_test=x, y_test=y)
+    settings = dataclasses.replace(SETTINGS, data=str(tmp_path / "data.npz"), samples=None)
+    with pytest.warns(UserWarning, match="Column 2 of `inputs` has 100% of their variance and half of the columns"):
+        compare(settings, TWO[:1], tmp_path / "run")
 
 
 def test_errors_of_other_kinds_are_named(tmp_path, monkeypatch):

@@ -13,13 +13,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("onnx")
 
 from mgs_core.experiments import RECIPES, Recipe
+from mgs_core.experiments.losses import singular_vector, spectral_gradient
 from mgs_core.experiments.optimizer import adam, schedule, start
 from mgs_core.experiments.recipes import choose
-from mgs_core.experiments.step import make_step
+from mgs_core.experiments.step import begin, make_step
 
 RANDOM = np.random.default_rng(0)
 PARAMETERS = {
-    "w1": RANDOM.normal(size=(4, 6)) + 1.5,  # one singular value is well apart
+    "w1": RANDOM.normal(size=(4, 6)) + 1.5,
     "b1": RANDOM.normal(size=6),
     "w2": RANDOM.normal(size=(6, 3)) + 1.5,
     "b2": RANDOM.normal(size=3),
@@ -120,19 +121,19 @@ ONE_NETWORK = [recipe for recipe in RECIPES.values() if not recipe.forgotten]
 
 @pytest.mark.parametrize("recipe", [*ONE_NETWORK, RANDOM_HEAD, TOGETHER, TRUNCATED], ids=lambda recipe: recipe.name)
 def test_a_step_follows_the_gradient_of_the_recipe(recipe):
-    step = make_step(recipe, mgs.get_backend("numpy"), network)
+    numpy = mgs.get_backend("numpy")
+    step = make_step(recipe, numpy, network)
     before = {name: value.copy() for name, value in PARAMETERS.items()}
     inputs = {"x": X, "probe": PROBES} if recipe.jacobian_penalty else {"x": X}
-    loss, moved, (first, second) = step(PARAMETERS, start(PARAMETERS), inputs, TARGETS, NOW)
+    loss, moved, (first, second, *_) = step(PARAMETERS, begin(recipe, numpy, PARAMETERS), inputs, TARGETS, NOW)
     expected_loss = objective(recipe)(PARAMETERS)
     assert float(loss) == pytest.approx(expected_loss, rel=1e-10)
     gradient = gradient_of(recipe, PARAMETERS)
-    near = 1e-4 if recipe.spectral_penalty else 1e-8  # of the power iteration
     for name, value in PARAMETERS.items():
         np.testing.assert_array_equal(value, before[name])
         size = np.abs(gradient[name]).max()
-        np.testing.assert_allclose(first[name], 0.1 * gradient[name], rtol=near, atol=1e-10 * size)
-        np.testing.assert_allclose(second[name], 0.001 * gradient[name] ** 2, rtol=2 * near, atol=1e-10 * size**2)
+        np.testing.assert_allclose(first[name], 0.1 * gradient[name], rtol=1e-8, atol=1e-10 * size)
+        np.testing.assert_allclose(second[name], 0.001 * gradient[name] ** 2, rtol=2e-8, atol=1e-10 * size**2)
         decay = recipe.weight_decay if value.ndim > 1 else 0.0
         expected = value * (1 - 1e-2 * decay) - 1e-2 * gradient[name] / (np.abs(gradient[name]) + 1e-8)
         np.testing.assert_allclose(moved[name], expected, rtol=1e-7)
@@ -154,6 +155,49 @@ def test_each_network_of_co_teaching_learns_from_the_samples_that_are_easy_for_t
         expected = {name: g + slope[name] - plain[name] for name, g in expected.items()}
         for name in own:
             np.testing.assert_allclose(first[prefix + name], 0.1 * expected[name], rtol=1e-9, atol=1e-12)
+
+
+def of_svd(weight):
+    left, sizes, right = np.linalg.svd(weight)
+    return sizes[0] * np.outer(left[:, 0], right[0])
+
+
+def alike(a, b):
+    return float(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+SPECTRAL = Recipe("spectral", spectral_penalty=0.3)
+
+
+def test_the_largest_singular_value_is_found_among_many_that_are_close():
+    left, _, right = np.linalg.svd(RANDOM.normal(size=(256, 256)))
+    weight = left * np.linspace(2.0, 1.0, 256) @ right  # the second is 0.998 of the first
+    vector = begin(SPECTRAL, mgs.get_backend("numpy"), {"w": weight})[2]["w"]
+    found, expected = spectral_gradient(weight, vector), of_svd(weight)
+    assert alike(found, expected) > 0.999
+    assert np.linalg.norm(found) == pytest.approx(2.0, rel=1e-5)
+
+
+def test_the_singular_vector_follows_the_weight():
+    """From random values, where the largest is one of many, to where the penalty has brought it, a third lower."""
+    numpy = mgs.get_backend("numpy")
+    weight, inputs = RANDOM.normal(size=(256, 256)).astype(np.float32) / 16, RANDOM.normal(size=(16, 256)).astype(np.float32)
+    step = make_step(Recipe("spectral", spectral_penalty=10.0), numpy, lambda p, inputs: inputs["x"] @ p["w"])
+    parameters, targets = {"w": weight}, np.eye(256, dtype=np.float32)[:16]
+    moments = begin(SPECTRAL, numpy, parameters)
+    for number in range(200):
+        _, parameters, moments = step(parameters, moments, {"x": inputs}, targets, schedule(number, 200, 2e-3))
+    now, largest = parameters["w"], np.linalg.norm(parameters["w"], 2)
+    assert largest < 0.7 * np.linalg.norm(weight, 2)
+    found = np.linalg.norm(spectral_gradient(now, moments[2]["w"]))
+    assert 0.99 * largest < found <= 1.0001 * largest
+
+
+def test_a_weight_that_begins_at_zero_has_a_singular_vector_as_soon_as_it_moves():
+    vector = begin(SPECTRAL, mgs.get_backend("numpy"), {"w": np.zeros((3, 4)), "b": np.zeros(3)})[2]
+    assert list(vector) == ["w"]
+    weight = np.outer([0.0, 2.0, 0.0], [0.0, 0.0, 0.6, 0.8])
+    np.testing.assert_allclose(spectral_gradient(weight, singular_vector(weight, vector["w"])), weight, atol=1e-12)
 
 
 def test_adam_is_that_of_the_paper():

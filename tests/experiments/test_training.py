@@ -143,7 +143,7 @@ def test_models_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("name", "model"),
     [(name, "mlp") for name in ("none", "dropout", "gradient-penalty", "mgs-trace", "mgs-log-determinant", "mgs-agreement")]
-    + [("mgs-trace", "cnn")],
+    + [("spectral-norm", "mlp"), ("mgs-trace", "cnn")],
 )
 def test_backends_draw_the_same_curves(backend, name, model):
     """From one start, on one order of batches: losses to 1e-3, kernels to 1e-2, accuracies to one test sample in two hundred."""
