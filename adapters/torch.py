@@ -18,7 +18,7 @@ import torch
 
 import mgs_core as mgs
 
-from ._torch_criterion import sample_losses
+from ._torch_criterion import Parts
 
 _backend: Any = mgs.get_backend("torch")
 Configured = _backend.Configured
@@ -97,7 +97,8 @@ class MGSLoss(torch.nn.Module):
 
         Args:
             criterion: a loss module or function with an attribute or argument `reduction`, or a callable
-                `(outputs, targets) → (n, …)` without reduction. It is not changed.
+                `(outputs, targets) → (n, …)` without reduction. Its value enters as it is. Where each sample's part in it is
+                needed, it is called a second time, unreduced, with the same random numbers and with copies of its buffers.
             penalty: what to add; None adds nothing.
             weighting: "agreement" or None.
             output: the head whose kernel is penalised, as for `mgs_core.kernel`. Agreement always uses the losses.
@@ -145,6 +146,7 @@ class MGSLoss(torch.nn.Module):
         self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
         self.last: LossRecord | None = None
         self._head: dict[str, Any] = {"output": output, "transform": transform, "probes": probes}
+        self._parts = Parts()
         self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": _backend.Plans()}
         self._models = None if model is None else _backend.Models(model)
         self._chosen = parameters
@@ -165,34 +167,39 @@ class MGSLoss(torch.nn.Module):
             A scalar.
 
         Raises:
-            ArgumentError: when the criterion gives no loss for each sample, or the outputs have no graph.
+            ArgumentError: when each sample's part of the criterion is needed and it gives none, or one whose sum is not a
+                constant times its value; or when the outputs have no graph.
         """
         outputs = self._take(outputs)
-        of_losses = self.penalty is not None and self._head["output"] == "loss"
-        each = of_losses or self.weighting is not None or sample_weight is not None
-        losses, reduce = sample_losses(self.criterion, outputs, arguments, keywords, each=each)
-        if sample_weight is not None:
+        active = self.training and torch.is_grad_enabled()
+        due = self.penalty if active and self._calls % self.every == 0 else None
+        weighted = active and self.weighting is not None
+        each = weighted or sample_weight is not None or (due is not None and self._head["output"] == "loss")
+        found = self._parts.evaluate(self.criterion, outputs, arguments, keywords, each=each)
+        value, losses = found.value, found.losses
+        if sample_weight is not None and losses is not None:
             shape = tuple(getattr(sample_weight, "shape", ()))
             if shape != losses.shape:
                 got = f"shape {shape}" if shape else type(sample_weight).__name__
                 raise mgs.ArgumentError(f"`sample_weight` must be a tensor of shape ({len(losses)},); got {got}.")
             losses = losses * sample_weight
+            value = found.reduce(losses)
         penalty = kernel = weights = attach = None
         graph = {**self._graph, "others": (arguments, keywords)}
-        if self.training and torch.is_grad_enabled() and (self.penalty is not None or self.weighting is not None):
-            if self.penalty is not None and self._calls % self.every == 0:
-                kernel = self._kernel(outputs, losses, arguments, graph)
-                penalty = self.every * _penalty(self.penalty, kernel)
-            if self.weighting is not None:
-                shared = self._head["output"] == "loss" and self.max_samples is None
-                if kernel is not None and shared:
-                    agreeing = kernel.detach()
-                else:
-                    agreeing, attach = self._agreement(outputs, losses, graph, reuse=self._reuse and kernel is None)
-                weights = mgs.agreement_weights(agreeing).to(losses.dtype)
-                kernel = agreeing if kernel is None else kernel
+        if due is not None:
+            kernel = self._kernel(outputs, losses, arguments, graph)
+            penalty = self.every * _penalty(due, kernel)
+        if weighted and losses is not None:
+            shared = self._head["output"] == "loss" and self.max_samples is None
+            if kernel is not None and shared:
+                agreeing = kernel.detach()
+            else:
+                agreeing, attach = self._agreement(outputs, losses, graph, reuse=self._reuse and kernel is None)
+            weights = mgs.agreement_weights(agreeing).to(losses.dtype)
+            kernel = agreeing if kernel is None else kernel
+            value = found.reduce(weights * losses)
+        if active and (self.penalty is not None or self.weighting is not None):
             self._calls += 1
-        value = reduce(losses if weights is None else weights * losses)
         if attach is not None:
             value = attach(value)
         total = value if penalty is None else value + penalty
@@ -201,10 +208,10 @@ class MGSLoss(torch.nn.Module):
         return total
 
     def _kernel(
-        self, outputs: torch.Tensor, losses: torch.Tensor, arguments: tuple[Any, ...], graph: dict[str, Any]
+        self, outputs: torch.Tensor, losses: torch.Tensor | None, arguments: tuple[Any, ...], graph: dict[str, Any]
     ) -> torch.Tensor:
         """Return the kernel to penalise."""
-        if self._head["output"] == "loss":
+        if self._head["output"] == "loss" and losses is not None:
             return self._loss_kernel(outputs, losses, graph, differentiable=True, samples=self.max_samples)
         wants_targets = self._head["output"] == "target" or callable(self._head["output"])
         targets = arguments[0] if arguments and wants_targets else None
