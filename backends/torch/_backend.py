@@ -35,11 +35,13 @@ from .graph import Graph, read_graph
 from .namespace import namespace
 from .plan import Plan, make_plan
 from .products import differentiated_once
+from .retained import note_retained
 from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
 from .run import Configured, as_tensor, is_sharded, recordable, refuse_sharded, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
+note_retained()
 
 _plans: KnownByOwner[Plan] = KnownByOwner()
 #: Whether the call is within one of `value_and_gradient`.

@@ -17,6 +17,7 @@ from mgs_core._tree import flatten
 
 from .graph import operation
 from .plan import Plan
+from .retained import retained
 from .rules.normalisation import BATCH_NORMS
 from .run import BatchNorm, is_sharded, refuse_sharded, unwrap
 
@@ -118,12 +119,14 @@ def evaluated(
 def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     """Return whether statistics of the model's parameters give the gradient of the losses that a backward pass would give.
 
-    Not so where other leaves need gradients, where a module has backward hooks, where a table wants a sparse gradient, where
-    batch normalisation is frozen for the kernel but not for training, and in low precision, in which a scaled loss keeps small
-    gradients that the statistics lose.
+    Not so where other leaves need gradients or tensors retain theirs, where a module has backward hooks, where a table wants a
+    sparse gradient, where batch normalisation is frozen for the kernel but not for training, and in low precision, in which a
+    scaled loss keeps small gradients that the statistics lose.
     """
-    own = {id(value) for value in model.parameters.values()}
-    for node in _nodes(losses):
+    own, nodes = {id(value) for value in model.parameters.values()}, _nodes(losses)
+    if retained(nodes):
+        return False
+    for node in nodes:
         name = operation(node)
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)
