@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from .graph import Edge, Graph
-from .retained import kept_gradients
+from .observed import kept_gradients
 
 _WEIGHT_NORM = "WeightNormInterface"
 #: Views with several outputs, which share no element.

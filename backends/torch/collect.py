@@ -17,9 +17,9 @@ from mgs_core.statistics import as_rows
 
 from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
 from .graph import Edge, Graph
+from .observed import kept_gradients
 from .order import follow_each_contraction, next_number
 from .plan import Plan, Use
-from .retained import kept_gradients
 from .rules import Place, Site, site_of
 from .scattered import Scattered
 from .second import cheaper_second_derivatives
