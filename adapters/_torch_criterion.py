@@ -29,6 +29,13 @@ class Evaluation:
     losses: torch.Tensor | None
     reduce: Callable[[torch.Tensor], torch.Tensor]
 
+    def weighted(self, weights: torch.Tensor) -> Evaluation:
+        """Return what it is with weights (n,) of the samples."""
+        if self.losses is None:
+            raise TypeError("`losses` must be asked for to be weighted; got None.")
+        losses = weights * self.losses
+        return Evaluation(self.reduce(losses), losses, self.reduce)
+
 
 class Parts:
     """Evaluate a criterion and find the part of each sample in its value, as long as this is a constant times the losses' sum.
@@ -44,9 +51,16 @@ class Parts:
         self._signed = False
 
     def evaluate(
-        self, criterion: Callable[..., Any], outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: Any, *, each: bool
+        self,
+        criterion: Callable[..., Any],
+        outputs: torch.Tensor,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        *,
+        each: bool,
+        whole: bool,
     ) -> Evaluation:
-        """Return the criterion's value, and its parts if `each` sample's is needed."""
+        """Return the criterion's value, with its graph if it enters as a `whole`, and its parts if `each` sample's is needed."""
         n = outputs.shape[0] if outputs.ndim else None
         if not n:
             got = "none, for they have no axis. Leave the batch's axis in." if n is None else "0. Leave empty batches out."
@@ -59,7 +73,8 @@ class Parts:
         if each and reduction != "none":
             with _kept_random_state(outputs):
                 elements = unreduced(*given, **keywords)
-        value = criterion(*given, **keywords)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or self._looks())):
+            value = criterion(*given, **keywords)
         if each and reduction == "none":
             losses = _by_sample(value, n) * (n / value.numel())
             return Evaluation(losses.mean(), losses, torch.mean)
@@ -77,24 +92,31 @@ class Parts:
             return Evaluation(value, losses * self._factor(value, losses, elements, tensors, 1), torch.sum)
         return Evaluation(value, losses * n * self._factor(value, losses, elements, tensors, elements.numel()), torch.mean)
 
+    def _due(self) -> bool:
+        """Return whether to verify at this use."""
+        return self._uses & (self._uses + 1) == 0
+
+    def _looks(self) -> bool:
+        """Return whether to look at gradients at this use."""
+        return self._signed or self._due()
+
     def _factor(
         self, value: torch.Tensor, losses: torch.Tensor, elements: torch.Tensor, tensors: list[torch.Tensor], count: int
     ) -> torch.Tensor:
         """Return the constant, about one by `count`, by which the sum of the losses gives the value."""
         own, total = value.detach().to(losses.dtype), losses.detach().sum()
         quotient = torch.where(total == 0, 1.0 / count, own / total)
-        if not (value.requires_grad and losses.requires_grad):
-            return quotient
-        due = self._uses & (self._uses + 1) == 0
-        if not (due or self._signed):
+        if not self._looks():
             self._uses += 1
+            return quotient
+        if not (value.requires_grad and losses.requires_grad):
             return quotient
         seed = 2.0 ** min(15, count.bit_length() - 1)  # so that float16 holds the gradient of a mean
         of_value = _gradient(value, tensors, seed).to(losses.dtype) / seed
         of_total = _gradient(losses.sum(), tensors, 1.0).to(losses.dtype)
         square = of_total @ of_total
         factor = torch.where(square == 0, quotient, of_value @ of_total / square)
-        if due:
+        if self._due():
             size = _wide(elements.detach()).abs().sum()
             if not bool(torch.isfinite(own + size + square + of_value.sum()) & (square > 0)):
                 return quotient  # nothing can be seen: verify at the next use

@@ -158,19 +158,19 @@ class MGSLoss(torch.nn.Module):
         due = self.penalty if active and self._calls % self.every == 0 else None
         weighted = active and self.weighting is not None
         each = weighted or sample_weight is not None or (due is not None and self._head["output"] == "loss")
-        found = self._parts.evaluate(self.criterion, outputs, arguments, keywords, each=each)
-        value, losses = found.value, found.losses
-        if sample_weight is not None and losses is not None:
+        whole = not weighted and sample_weight is None
+        found = self._parts.evaluate(self.criterion, outputs, arguments, keywords, each=each, whole=whole)
+        if sample_weight is not None and found.losses is not None:
             shape = tuple(getattr(sample_weight, "shape", ()))
-            if shape != losses.shape:
+            if shape != found.losses.shape:
                 got = f"shape {shape}" if shape else type(sample_weight).__name__
-                raise mgs.ArgumentError(f"`sample_weight` must be a tensor of shape ({len(losses)},); got {got}.")
-            losses = losses * sample_weight
-            value = found.reduce(losses)
+                raise mgs.ArgumentError(f"`sample_weight` must be a tensor of shape ({len(found.losses)},); got {got}.")
+            found = found.weighted(sample_weight)
         penalty = kernel = weights = None
         try:
-            value, penalty, kernel, weights = self._regularise(due, weighted, outputs, arguments, keywords, value, losses, found)
+            value, penalty, kernel, weights = self._regularise(due, weighted, outputs, arguments, keywords, found)
         except mgs.ArgumentError:
+            value = found.value if whole or found.losses is None else found.reduce(found.losses)
             if bool(torch.isfinite(value)):
                 raise
             # what has no finite value has no kernel; it is passed on, so that a GradScaler skips the step
@@ -188,13 +188,12 @@ class MGSLoss(torch.nn.Module):
         outputs: torch.Tensor,
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
-        value: torch.Tensor,
-        losses: torch.Tensor | None,
         found: Evaluation,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the value, weighted if need be; the penalty that is due; the kernel and the weights."""
-        penalty = kernel = weights = attach = None
+        value, losses, penalty, kernel, weights = found.value, found.losses, None, None, None
         graph = {**self._graph, "others": (arguments, keywords)}
+        attach = None
         if due is not None:
             kernel = self._kernel(outputs, losses, arguments, graph)
             penalty = self.every * _penalty(due, kernel)
@@ -205,7 +204,7 @@ class MGSLoss(torch.nn.Module):
                 agreeing, attach = self._agreement(outputs, losses, graph, reuse=self._reuse and kernel is None)
             weights = mgs.agreement_weights(agreeing).to(losses.dtype)
             kernel = agreeing if kernel is None else kernel
-            value = found.reduce(weights * losses)
+            value = found.weighted(weights).value
         return value if attach is None else attach(value), penalty, kernel, weights
 
     def _kernel(
