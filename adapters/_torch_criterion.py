@@ -75,14 +75,14 @@ class Parts:
                 elements = unreduced(*given, **keywords)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or self._looks())):
             value = criterion(*given, **keywords)
-        if each and reduction == "none":
+        if not isinstance(value, torch.Tensor) or (each and reduction == "none"):
             losses = _by_sample(value, n) * (n / value.numel())
             return Evaluation(losses.mean(), losses, torch.mean)
-        if not isinstance(value, torch.Tensor) or value.ndim:
-            value = _wide(value if isinstance(value, torch.Tensor) else outputs.new_tensor(value)).mean()
+        if value.ndim:
+            value = _wide(value).mean()
         if reduction != "none" and bool(value.isnan()):  # a mean of nothing?
             elements = unreduced(*given, **keywords) if elements is None else elements
-            if not bool(elements.any()):
+            if isinstance(elements, torch.Tensor) and not bool(elements.any()):
                 value = elements.sum()
         if not each:
             return Evaluation(value, None, torch.mean)
@@ -121,9 +121,9 @@ class Parts:
             if not bool(torch.isfinite(own + size + square + of_value.sum()) & (square > 0)):
                 return quotient  # nothing can be seen: verify at the next use
             eps = max(2.0**-23, *(torch.finfo(part.dtype).eps for part in (value, elements, *tensors)))
-            tolerance = min(1e3 * eps, 0.05)
-            differ = (of_value - factor * of_total).abs().max() > tolerance * of_value.abs().max()
-            if bool(differ | ((own - factor * total).abs() > tolerance * factor.abs() * size)):
+            tolerance, floor = min(1e3 * eps, 0.05), 10.0 * eps * factor.abs()  # what rounding makes of terms of size 1
+            differ = (of_value - factor * of_total).abs().max() > tolerance * of_value.abs().max() + floor
+            if bool(differ | ((own - factor * total).abs() > tolerance * factor.abs() * size + floor * elements.numel())):
                 raise mgs.ArgumentError(
                     "`criterion` must have a value that is a constant times the sum of its unreduced losses where each sample's "
                     'part in it is asked for, as by output="loss", `weighting` and `sample_weight`; got another (as a root, the '

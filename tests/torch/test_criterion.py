@@ -237,3 +237,22 @@ def test_the_scale_is_verified_again():
 def test_outputs_have_an_axis_of_samples():
     with pytest.raises(mgs.ArgumentError, match="`outputs` must hold at least one sample; got none, for they have no axis"):
         MGSLoss(nn.MSELoss(), penalty=NOTHING)(network()(X).sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2])
+@pytest.mark.parametrize("options", [{"penalty": NOTHING}, {"weighting": "agreement"}])
+def test_a_student_that_is_its_teacher_is_not_refused(distance, options):
+    model, x = network().float(), X.float()
+    teacher = (model(x) + distance * TARGETS.float()).detach().softmax(1)
+
+    def distil(outputs, targets, reduction="batchmean"):
+        return functional.kl_div(outputs.log_softmax(1), targets, reduction=reduction)
+
+    for _ in range(2):
+        assert MGSLoss(distil, **options)(model(x), teacher).isfinite()
+
+
+@pytest.mark.parametrize("options", [{}, {"penalty": NOTHING}])
+def test_a_criterion_returns_a_tensor(options):
+    with pytest.raises(mgs.ArgumentError, match=r"`criterion` must be able to give a loss for each of 7 samples; got shape \(\)"):
+        MGSLoss(lambda outputs, targets: 1.0, **options)(network()(X), Y)
