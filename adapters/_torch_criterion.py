@@ -1,10 +1,12 @@
-"""The loss of each sample, from a criterion of PyTorch that reduces them."""
+"""The value of a criterion of PyTorch, and the part of each sample in it."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,20 +15,129 @@ import torch
 import mgs_core as mgs
 
 
-def sample_losses(
-    criterion: Callable[..., Any], outputs: torch.Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any], *, each: bool
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return losses (n,) and how to reduce them, such that reduced they are the criterion's own value; 0 if nothing counts.
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold what a criterion gives.
 
-    Unless `each` sample's loss is needed, the value of a criterion that gives no other, as one that compares samples, will do.
+    Attributes:
+        value: the criterion's own, with its own graph; 0 if nothing counts.
+        losses: the part of each sample, (n,); None unless asked for.
+        reduce: makes the value of the losses.
     """
-    n = outputs.shape[0]
-    if n == 0:
-        raise mgs.ArgumentError("`outputs` must hold at least one sample; got 0. Leave empty batches out.")
-    unreduced, reduction = _without_reduction(criterion)
-    elements = unreduced(outputs, *arguments, **keywords)
-    if not each and isinstance(elements, torch.Tensor) and elements.ndim == 0:
-        return elements, lambda value: value
+
+    value: torch.Tensor
+    losses: torch.Tensor | None
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+
+    def weighted(self, weights: torch.Tensor) -> Evaluation:
+        """Return what it is with weights (n,) of the samples."""
+        if self.losses is None:
+            raise TypeError("`losses` must be asked for to be weighted; got None.")
+        losses = weights * self.losses
+        return Evaluation(self.reduce(losses), losses, self.reduce)
+
+
+class Parts:
+    """Evaluate a criterion and find the part of each sample in its value, as long as this is a constant times the losses' sum.
+
+    The constant, as of a mean over what is not ignored, only the criterion knows: it is the quotient of value and sum. That this
+    holds, in value and in gradient, is verified at the 1st, 2nd, 4th, 8th, … use. Where losses have both signs, which may cancel,
+    the gradients give the constant at each.
+    """
+
+    def __init__(self) -> None:
+        """Begin without a use."""
+        self._uses = 0
+        self._signed = False
+
+    def evaluate(
+        self,
+        criterion: Callable[..., Any],
+        outputs: torch.Tensor,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        *,
+        each: bool,
+        whole: bool,
+    ) -> Evaluation:
+        """Return the criterion's value, with its graph if it enters as a `whole`, and its parts if `each` sample's is needed."""
+        n = outputs.shape[0] if outputs.ndim else None
+        if not n:
+            got = "none, for they have no axis. Leave the batch's axis in." if n is None else "0. Leave empty batches out."
+            raise mgs.ArgumentError(f"`outputs` must hold at least one sample; got {got}")
+        given: list[Any] = [outputs, *arguments]
+        if each:  # views: the gradients that are taken there pass no hooks of the user's tensors
+            given, keywords = [_view(part) for part in given], {name: _view(part) for name, part in keywords.items()}
+        unreduced, reduction = _without_reduction(criterion)
+        elements: Any = None
+        if each and reduction != "none":
+            with _kept_random_state(outputs):
+                elements = unreduced(*given, **keywords)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or self._looks())):
+            value = criterion(*given, **keywords)
+        if not isinstance(value, torch.Tensor) or (each and reduction == "none"):
+            losses = _by_sample(value, n) * (n / value.numel())
+            return Evaluation(losses.mean(), losses, torch.mean)
+        if value.ndim:
+            value = _wide(value).mean()
+        if reduction != "none" and bool(value.isnan()):  # a mean of nothing?
+            elements = unreduced(*given, **keywords) if elements is None else elements
+            if isinstance(elements, torch.Tensor) and not bool(elements.any()):
+                value = elements.sum()
+        if not each:
+            return Evaluation(value, None, torch.mean)
+        losses = _by_sample(elements, n)
+        tensors = [part for part in (*given, *keywords.values()) if _has_gradient(part)]
+        if reduction == "sum":
+            return Evaluation(value, losses * self._factor(value, losses, elements, tensors, 1), torch.sum)
+        return Evaluation(value, losses * n * self._factor(value, losses, elements, tensors, elements.numel()), torch.mean)
+
+    def _due(self) -> bool:
+        """Return whether to verify at this use."""
+        return self._uses & (self._uses + 1) == 0
+
+    def _looks(self) -> bool:
+        """Return whether to look at gradients at this use."""
+        return self._signed or self._due()
+
+    def _factor(
+        self, value: torch.Tensor, losses: torch.Tensor, elements: torch.Tensor, tensors: list[torch.Tensor], count: int
+    ) -> torch.Tensor:
+        """Return the constant, about one by `count`, by which the sum of the losses gives the value."""
+        own, total = value.detach().to(losses.dtype), losses.detach().sum()
+        quotient = torch.where(total == 0, 1.0 / count, own / total)
+        if not self._looks():
+            self._uses += 1
+            return quotient
+        if not (value.requires_grad and losses.requires_grad):
+            return quotient
+        seed = 2.0 ** min(15, count.bit_length() - 1)  # so that float16 holds the gradient of a mean
+        of_value = _gradient(value, tensors, seed).to(losses.dtype) / seed
+        of_total = _gradient(losses.sum(), tensors, 1.0).to(losses.dtype)
+        square = of_total @ of_total
+        factor = torch.where(square == 0, quotient, of_value @ of_total / square)
+        if self._due():
+            size = _wide(elements.detach()).abs().sum()
+            if not bool(torch.isfinite(own + size + square + of_value.sum()) & (square > 0)):
+                return quotient  # nothing can be seen: verify at the next use
+            eps = max(2.0**-23, *(torch.finfo(part.dtype).eps for part in (value, elements, *tensors)))
+            tolerance, floor = min(1e3 * eps, 0.05), 10.0 * eps * factor.abs()  # what rounding makes of terms of size 1
+            differ = (of_value - factor * of_total).abs().max() > tolerance * of_value.abs().max() + floor
+            if bool(differ | ((own - factor * total).abs() > tolerance * factor.abs() * size + floor * elements.numel())):
+                raise mgs.ArgumentError(
+                    "`criterion` must have a value that is a constant times the sum of its unreduced losses where each sample's "
+                    'part in it is asked for, as by output="loss", `weighting` and `sample_weight`; got another (as a root, the '
+                    "largest losses, a divisor of each sample's or of the outputs', a further term, random numbers of its own). "
+                    "Pass a function that returns each sample's part, (n,), whose mean is then the value, or penalise another "
+                    'head, as output="trace".'
+                )
+            self._signed = bool(total.abs() < 0.5 * size)
+        self._uses += 1
+        return factor
+
+
+def _by_sample(elements: Any, n: int) -> torch.Tensor:
+    """Return the sum of each sample's elements, (n,)."""
     if not isinstance(elements, torch.Tensor) or elements.ndim == 0 or elements.shape[0] != n:
         shape = tuple(getattr(elements, "shape", ()))
         raise mgs.ArgumentError(
@@ -34,17 +145,35 @@ def sample_losses(
             "Give it an argument or attribute `reduction`, or return losses of shape (n,); outputs have the samples first. "
             'A loss that compares samples has none: penalise another head, as output="trace".'
         )
-    losses = elements.reshape(n, -1).sum(1)
-    if reduction == "sum":
-        return losses, torch.sum
-    if reduction == "none":
-        return losses * (n / elements.numel()), torch.mean
-    # what a mean divides by (weights of classes, ignored targets) only the criterion knows; it does not depend on the outputs
-    with torch.no_grad():
-        total, size = elements.sum(), elements.abs().sum()
-        mean = criterion(outputs, *arguments, **keywords)
-        divisor = torch.where(total.abs() > 1e-3 * size, total / mean, float(elements.numel()))
-    return losses * (n / divisor), torch.mean
+    return _wide(elements).reshape(n, -1).sum(1)
+
+
+def _gradient(value: torch.Tensor, tensors: list[torch.Tensor], seed: float) -> torch.Tensor:
+    """Return the gradient of `seed · value` in the tensors, flat."""
+    parts = torch.autograd.grad(
+        value, tensors, torch.full_like(value, seed), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _view(value: Any) -> Any:
+    return value.view_as(value) if _has_gradient(value) and value.layout == torch.strided else value
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """Return low-precision values in float32, in which they are summed."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+@contextmanager
+def _kept_random_state(outputs: torch.Tensor) -> Iterator[None]:
+    """Keep the random state, so that a criterion that draws draws the same again."""
+    with torch.random.fork_rng([outputs.device] if outputs.device.type == "cuda" else []):
+        yield
 
 
 def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any], str]:
@@ -52,7 +181,7 @@ def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any
     if hasattr(criterion, "reduction"):
         unreduced: Any = copy.copy(criterion)
         unreduced.reduction = "none"
-        return unreduced, str(criterion.reduction)
+        return _without_traces(unreduced), str(criterion.reduction)
     try:
         called = criterion.forward if isinstance(criterion, torch.nn.Module) else criterion
         argument = inspect.signature(called).parameters.get("reduction")
@@ -60,4 +189,16 @@ def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any
         argument = None
     if argument is None:
         return criterion, "none"
-    return partial(criterion, reduction="none"), str(argument.default)
+    return partial(_without_traces(criterion), reduction="none"), str(argument.default)
+
+
+def _without_traces(criterion: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the criterion such that its buffers, as the moving average of some, stay as they were."""
+    if not isinstance(criterion, torch.nn.Module) or type(criterion).__module__ == "torch.nn.modules.loss":
+        return criterion
+    buffers = {name: value.clone() for name, value in criterion.named_buffers()}
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return torch.func.functional_call(criterion, buffers, arguments, keywords)
+
+    return call if buffers else criterion

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
+from operator import index
 from typing import Any
 
 import torch
 
 import mgs_core as mgs
 
-from ._torch_criterion import sample_losses
+from ._torch_criterion import Evaluation, Parts
+from ._torch_options import check_options, labels_of
 
 _backend: Any = mgs.get_backend("torch")
 Configured = _backend.Configured
@@ -97,54 +98,38 @@ class MGSLoss(torch.nn.Module):
 
         Args:
             criterion: a loss module or function with an attribute or argument `reduction`, or a callable
-                `(outputs, targets) → (n, …)` without reduction. It is not changed.
+                `(outputs, targets) → (n, …)` without reduction. Its value enters as it is. Where each sample's part in it is
+                needed, it is called a second time, unreduced, with the same random numbers and with copies of its buffers.
             penalty: what to add; None adds nothing.
             weighting: "agreement" or None.
-            output: the head whose kernel is penalised, as for `mgs_core.kernel`. Agreement always uses the losses.
+            output: the head whose kernel is penalised, as for `mgs_core.kernel`. Agreement always uses the losses. For "target"
+                labels that are the criterion's `ignore_index` have no gradient.
             transform: applied to the outputs before that head, as for `mgs_core.kernel`.
             probes: of `output="random"`; drawn anew for each call.
             every: penalise every k-th call, k times as strongly.
-            max_samples: the kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
+            max_samples: the penalised kernel is that of the first so many samples of each batch; None for all. Bounds the cost.
             batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch
                 for constants of the per-sample gradients, as the kernel of a model that trains with it needs.
             model: names the parameters and leaves out others; not kept alive. A deep copy of the criterion knows its copy too.
             parameters: as for `mgs_core.kernel`; names need `model`.
             select: takes the outputs' tensor out of what the model returns; by default the tensor itself, or its `logits`.
             reuse: take the gradient of a step that is weighted but not penalised from the statistics of the kernel. Parameters
-                get it as always; intermediate tensors and hooks on them do not, nor can it be differentiated again. False takes
-                another backward pass.
+                get it as always; intermediate tensors do not, nor can it be differentiated again. False takes another backward
+                pass, as do models with hooks on tensors and others (docs/torch.md).
 
         Raises:
             ArgumentError: when an option is out of range.
         """
         super().__init__()
-        every = mgs.Schedule(every).every  # as an int, or refused
-        if max_samples is not None:
-            if isinstance(max_samples, bool) or not isinstance(max_samples, Integral) or max_samples < 1:
-                raise mgs.ArgumentError(f"`max_samples` must be an integer of at least 1; got {max_samples!r}.")
-            max_samples = int(max_samples)
-        if weighting not in (None, "agreement"):
-            raise mgs.ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
-        if batch_norm not in ("refuse", "frozen"):
-            raise mgs.ArgumentError(f'`batch_norm` must be "refuse" or "frozen"; got {batch_norm!r}.')
-        if output == "loss" and transform != "identity":
-            raise mgs.ArgumentError(
-                f'`transform` must be "identity" for output="loss"; got {transform!r}. The criterion has its own.'
-            )
-        if not callable(criterion) or isinstance(criterion, type):
-            raise mgs.ArgumentError(f"`criterion` must be callable as criterion(outputs, targets); got {criterion!r}.")
-        if not isinstance(model, torch.nn.Module | None):
-            raise mgs.ArgumentError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
-        if not (penalty is None or callable(penalty)):
-            raise mgs.ArgumentError(
-                f'`penalty` must be a mgs_core.Penalty; got {penalty!r}. Make one: mgs_core.Penalty("trace", strength=3e-3).'
-            )
-        if not (select is None or callable(select)):
-            raise mgs.ArgumentError(f"`select` must be a function of what the model returns; got {select!r}.")
+        every, max_samples = check_options(
+            criterion=criterion, penalty=penalty, weighting=weighting, output=output, transform=transform, probes=probes,
+            every=every, max_samples=max_samples, batch_norm=batch_norm, model=model, select=select,
+        )  # fmt: skip
         self.criterion = criterion
         self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
         self.last: LossRecord | None = None
         self._head: dict[str, Any] = {"output": output, "transform": transform, "probes": probes}
+        self._parts = Parts()
         self._graph: dict[str, Any] = {"batch_norm": batch_norm, "plans": _backend.Plans()}
         self._models = None if model is None else _backend.Models(model)
         self._chosen = parameters
@@ -165,49 +150,73 @@ class MGSLoss(torch.nn.Module):
             A scalar.
 
         Raises:
-            ArgumentError: when the criterion gives no loss for each sample, or the outputs have no graph.
+            ArgumentError: when each sample's part of the criterion is needed and it gives none, or one whose sum is not a
+                constant times its value; or when the outputs have no graph.
         """
         outputs = self._take(outputs)
-        of_losses = self.penalty is not None and self._head["output"] == "loss"
-        each = of_losses or self.weighting is not None or sample_weight is not None
-        losses, reduce = sample_losses(self.criterion, outputs, arguments, keywords, each=each)
-        if sample_weight is not None:
+        active = self.training and torch.is_grad_enabled()
+        due = self.penalty if active and self._calls % self.every == 0 else None
+        weighted = active and self.weighting is not None
+        each = weighted or sample_weight is not None or (due is not None and self._head["output"] == "loss")
+        whole = not weighted and sample_weight is None
+        found = self._parts.evaluate(self.criterion, outputs, arguments, keywords, each=each, whole=whole)
+        if sample_weight is not None and found.losses is not None:
             shape = tuple(getattr(sample_weight, "shape", ()))
-            if shape != losses.shape:
+            if shape != found.losses.shape:
                 got = f"shape {shape}" if shape else type(sample_weight).__name__
-                raise mgs.ArgumentError(f"`sample_weight` must be a tensor of shape ({len(losses)},); got {got}.")
-            losses = losses * sample_weight
-        penalty = kernel = weights = attach = None
-        graph = {**self._graph, "others": (arguments, keywords)}
-        if self.training and torch.is_grad_enabled() and (self.penalty is not None or self.weighting is not None):
-            if self.penalty is not None and self._calls % self.every == 0:
-                kernel = self._kernel(outputs, losses, arguments, graph)
-                penalty = self.every * _penalty(self.penalty, kernel)
-            if self.weighting is not None:
-                shared = self._head["output"] == "loss" and self.max_samples is None
-                if kernel is not None and shared:
-                    agreeing = kernel.detach()
-                else:
-                    agreeing, attach = self._agreement(outputs, losses, graph, reuse=self._reuse and kernel is None)
-                weights = mgs.agreement_weights(agreeing).to(losses.dtype)
-                kernel = agreeing if kernel is None else kernel
+                raise mgs.ArgumentError(f"`sample_weight` must be a tensor of shape ({len(found.losses)},); got {got}.")
+            found = found.weighted(sample_weight)
+        penalty = kernel = weights = None
+        try:
+            value, penalty, kernel, weights = self._regularise(due, weighted, outputs, arguments, keywords, found)
+        except mgs.ArgumentError:
+            value = found.value if whole or found.losses is None else found.reduce(found.losses)
+            if bool(torch.isfinite(value)):
+                raise
+            # what has no finite value has no kernel; it is passed on, so that a GradScaler skips the step
+        if active and (self.penalty is not None or self.weighting is not None):
             self._calls += 1
-        value = reduce(losses if weights is None else weights * losses)
-        if attach is not None:
-            value = attach(value)
         total = value if penalty is None else value + penalty
         kept = (None if part is None else part.detach() for part in (penalty, kernel, weights))
         self.last = LossRecord(total.detach(), value.detach(), *kept)
         return total
 
+    def _regularise(
+        self,
+        due: mgs.Penalty | None,
+        weighted: bool,
+        outputs: torch.Tensor,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        found: Evaluation,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the value, weighted if need be; the penalty that is due; the kernel and the weights."""
+        value, losses, penalty, kernel, weights = found.value, found.losses, None, None, None
+        graph = {**self._graph, "others": (arguments, keywords)}
+        attach = None
+        if due is not None:
+            kernel = self._kernel(outputs, losses, arguments, graph)
+            penalty = self.every * _penalty(due, kernel)
+        if weighted and losses is not None:
+            if kernel is not None and self._head["output"] == "loss" and self.max_samples is None:
+                agreeing = kernel.detach()
+            else:
+                agreeing, attach = self._agreement(outputs, losses, graph, reuse=self._reuse and kernel is None)
+            weights = mgs.agreement_weights(agreeing).to(losses.dtype)
+            kernel = agreeing if kernel is None else kernel
+            value = found.weighted(weights).value
+        return value if attach is None else attach(value), penalty, kernel, weights
+
     def _kernel(
-        self, outputs: torch.Tensor, losses: torch.Tensor, arguments: tuple[Any, ...], graph: dict[str, Any]
+        self, outputs: torch.Tensor, losses: torch.Tensor | None, arguments: tuple[Any, ...], graph: dict[str, Any]
     ) -> torch.Tensor:
         """Return the kernel to penalise."""
-        if self._head["output"] == "loss":
+        if self._head["output"] == "loss" and losses is not None:
             return self._loss_kernel(outputs, losses, graph, differentiable=True, samples=self.max_samples)
-        wants_targets = self._head["output"] == "target" or callable(self._head["output"])
-        targets = arguments[0] if arguments and wants_targets else None
+        head = self._head["output"]
+        targets = arguments[0] if arguments and (head == "target" or callable(head)) else None
+        if head == "target":
+            targets = labels_of(self.criterion, targets)
         model = _backend.evaluated(outputs, self._models, samples=self.max_samples, **graph)
         kernel: torch.Tensor = mgs.kernel(
             model, outputs.detach(), targets, seed=self._calls, parameters=self._chosen, differentiable=True, **self._head
@@ -353,8 +362,14 @@ class MGSMonitor:
 
         Returns:
             The summary, or None when no measurement is due.
+
+        Raises:
+            ArgumentError: when the number is no integer.
         """
-        number = self._next if number is None else number
+        try:
+            number = self._next if number is None else index(number)
+        except TypeError:
+            raise mgs.ArgumentError(f"`number` must be an integer; got {number!r}. Count steps or epochs.") from None
         self._next = number + 1
         if not self._schedule(number):
             return None

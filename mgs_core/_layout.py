@@ -18,7 +18,7 @@ from mgs_core._namespace import array_namespace
 from mgs_core._namespace import host as np
 from mgs_core._types import Array
 
-#: Weights are 1, 2, …, 128: far from overflow even in float16.
+#: Weights are 2, 4, …, 256: far from overflow even in float16, and never 1, so that what no weight scales is no sample's.
 BASE = 8
 _FEW = 4
 # spacing of single precision: scaling is exact in lower ones too, and in higher ones losses may be in single precision
@@ -67,7 +67,7 @@ def sample_weights(n: int) -> list[list[float]]:
     passes: list[list[float]] = []
     digit = 1
     while not passes or digit < n:
-        passes.append([2.0 ** (sample // digit % BASE) for sample in range(n)])
+        passes.append([2.0 ** (1 + sample // digit % BASE) for sample in range(n)])
         digit *= BASE
     return passes
 
@@ -168,18 +168,19 @@ def interaction(parameter: str) -> SamplesInteractError:
     )
 
 
-def reaches_others(tainted: Array, layout: Layout, n: int) -> bool:
-    """Return whether anything goes between even and odd samples, by a gradient that began with NaN in the even ones.
+def reaches_others(tainted: Array, layout: Layout, n: int, others: slice | list[int] = slice(1, None, 2)) -> bool:
+    """Return whether anything goes between samples and others, by a gradient that began with NaN in all but these others.
 
     `0 · NaN = NaN`, so this shows ways between samples that only values close, as in `h + 0·h.mean(0)`.
 
     Args:
-        tainted: the gradient, (groups, *lead, features), of heads whose even samples are weighted by NaN.
+        tainted: the gradient, (groups, *lead, features), of heads whose samples are weighted by NaN.
         layout: where the samples are.
         n: number of samples.
+        others: those whose heads were not; by default the odd ones.
     """
     xp = array_namespace(tainted)
-    return n > 1 and bool(xp.any(xp.isnan(layout.split(tainted, n)[1::2])))
+    return n > 1 and bool(xp.any(xp.isnan(layout.split(tainted, n)[others])))
 
 
 def _size(array: Array) -> float:

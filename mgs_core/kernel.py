@@ -58,7 +58,8 @@ def kernel(
         seed: seed of the probes.
         parameters: None for all trainable parameters, names, or a predicate on names.
         chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only. With 1
-            samples cannot interact, so a model whose samples do, such as batch normalisation in training, is another model.
+            samples cannot interact, so a model whose samples do, such as batch normalisation in training, is another model. A
+            model that draws, as dropout in training does, draws for each chunk by itself.
         differentiable: keep the result differentiable in the parameters, for a penalty.
 
     Returns:

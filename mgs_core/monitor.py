@@ -133,7 +133,12 @@ class Recorder:
         self._batch = (inputs, targets)
         self._summarize = Summarizer(labels)
         self._schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
-        self._sinks = tuple(sinks)
+        several = isinstance(sinks, Iterable) and not isinstance(sinks, Sink)
+        self._sinks = tuple(sinks) if several else ()
+        if not several or not all(isinstance(sink, Sink) for sink in self._sinks):
+            raise ArgumentError(
+                f"`sinks` must be a list of objects with `write` and `close`; got {sinks!r}. As [mgs_core.JSONLinesSink(path)]."
+            )
         self._prefix = prefix
         check_options(kernel_options, targets)
         self._options = kernel_options

@@ -26,6 +26,7 @@ ALLOWED_IN = {
     "backends/numpy": {"autograd", "numpy"},
     "backends/torch": {"torch"},
     "adapters/_torch_criterion.py": {"torch"},
+    "adapters/_torch_options.py": {"torch"},
     "adapters/torch.py": {"torch"},
     "adapters/lightning.py": {"lightning"},
     "adapters/huggingface.py": {"torch", "transformers"},

@@ -33,6 +33,7 @@ from .fused import refuse_fused
 from .fused import twice_differentiable as _twice_differentiable
 from .graph import Graph, read_graph
 from .namespace import namespace
+from .observed import note_observed
 from .plan import Plan, make_plan
 from .products import differentiated_once
 from .rules import Place, site_of
@@ -40,6 +41,7 @@ from .rules.normalisation import frozen_batch_norm
 from .run import Configured, as_tensor, is_sharded, recordable, refuse_sharded, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
+note_observed()
 
 _plans: KnownByOwner[Plan] = KnownByOwner()
 #: Whether the call is within one of `value_and_gradient`.
@@ -132,7 +134,10 @@ class TorchBackend:
             else:
                 settings = model if isinstance(model, Configured) else Configured(model)
                 evaluated = Evaluated(settings(inputs), leaves, batch_norm=settings.batch_norm, plans=_plans.of(settings.model))
-            heads = _heads(head(evaluated.outputs, _tensors(targets, evaluated.outputs)), evaluated.outputs, _batch.count(inputs))
+            outputs = evaluated.outputs
+            scalar = isinstance(outputs, torch.Tensor) and outputs.ndim == 0  # which no head takes
+            heads = outputs if scalar else head(outputs, _tensors(targets, outputs))
+            heads = _heads(heads, outputs, _batch.count(inputs))
             wanted = {name: leaves[name] for name in chosen}
             graph = read_graph(heads, wanted)
             with frozen_batch_norm(graph.nodes) if evaluated.batch_norm == "frozen" else nullcontext():
@@ -231,7 +236,8 @@ def _plan(graph: Graph, plans: Known[Plan], data: Iterable[Any]) -> Plan:
         return known
 
     def find() -> tuple[Plan, bool]:
-        places = {(leaf.data_ptr(), leaf.numel()) for leaf in data if isinstance(leaf, torch.Tensor) and leaf.numel() > 1}
+        tensors = (leaf for leaf in data if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided)
+        places = {(leaf.data_ptr(), leaf.numel()) for leaf in tensors if leaf.numel() > 1}
         plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights), places)
         return plan, plan.sure
 

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from .graph import Edge, Graph
+from .observed import kept_gradients
 
 _WEIGHT_NORM = "WeightNormInterface"
 #: Views with several outputs, which share no element.
@@ -106,7 +107,8 @@ def pull_chains(graph: Graph, source: Edge, gradients: torch.Tensor, names: list
 def _pull(graph: Graph, source: Edge, gradient: torch.Tensor, edges: list[Edge], **options: bool) -> list[torch.Tensor]:
     top, *wanted = (GradientEdge(graph.nodes[number], output) for number, output in (source, *edges))
     options = {"materialize_grads": True, **options}
-    return list(torch.autograd.grad([top], wanted, [gradient], retain_graph=True, allow_unused=True, **options))
+    with kept_gradients(graph.nodes):
+        return list(torch.autograd.grad([top], wanted, [gradient], retain_graph=True, allow_unused=True, **options))
 
 
 def _pull_by_hand(graph: Graph, edge: Edge, gradient: torch.Tensor) -> dict[Edge, torch.Tensor]:

@@ -17,6 +17,7 @@ from mgs_core.statistics import as_rows
 
 from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
 from .graph import Edge, Graph
+from .observed import kept_gradients
 from .order import follow_each_contraction, next_number
 from .plan import Plan, Use
 from .rules import Place, Site, site_of
@@ -39,7 +40,8 @@ def _autograd(graph: Graph, edges: list[Edge], seed: torch.Tensor, **options: bo
     if not edges:  # no use has statistics
         return []
     wanted = [GradientEdge(graph.nodes[number], output) for number, output in edges]
-    return list(torch.autograd.grad(graph.heads, wanted, seed, retain_graph=True, allow_unused=True, **options))
+    with kept_gradients(graph.nodes):
+        return list(torch.autograd.grad(graph.heads, wanted, seed, retain_graph=True, allow_unused=True, **options))
 
 
 def _pull_heads(

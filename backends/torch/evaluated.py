@@ -16,6 +16,7 @@ from mgs_core._known import Known
 from mgs_core._tree import flatten
 
 from .graph import operation
+from .observed import observed
 from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
 from .run import BatchNorm, is_sharded, refuse_sharded, unwrap
@@ -107,6 +108,11 @@ def evaluated(
     else:
         names = {id(value): name for model in models for name, value in unwrap(model).named_parameters()}
         parameters = {names[id(value)]: value for value in leaves if id(value) in names}
+    if not parameters and leaves and models is None:
+        raise ArgumentError(
+            "`outputs` must depend on torch.nn.Parameters; got plain tensors that need gradients, which are taken for data. Make "
+            "parameters of them: torch.nn.Parameter(tensor)."
+        )
     if not parameters:
         raise ArgumentError(
             "`outputs` must depend on trainable parameters; got none in their graph. Check freezing, and that `model` is the one "
@@ -118,12 +124,14 @@ def evaluated(
 def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     """Return whether statistics of the model's parameters give the gradient of the losses that a backward pass would give.
 
-    Not so where other leaves need gradients, where a module has backward hooks, where a table wants a sparse gradient, where
-    batch normalisation is frozen for the kernel but not for training, and in low precision, in which a scaled loss keeps small
-    gradients that the statistics lose.
+    Not so where other leaves need gradients, where tensors retain theirs or have hooks, or modules, where a table wants a sparse
+    gradient, where batch normalisation is frozen for the kernel but not for training, and in low precision, in which a
+    scaled loss keeps small gradients that the statistics lose.
     """
-    own = {id(value) for value in model.parameters.values()}
-    for node in _nodes(losses):
+    own, nodes = {id(value) for value in model.parameters.values()}, _nodes(losses)
+    if observed(nodes):
+        return False
+    for node in nodes:
         name = operation(node)
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)

@@ -56,6 +56,17 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
                 raise UnsupportedModelError(
                     f"`model` must be twice differentiable for a penalty; got {what} ({name}), which is not. {remedy}"
                 )
+        if _is_once_differentiable(graph.nodes[number]):
+            raise UnsupportedModelError(
+                f"`model` must be twice differentiable for a penalty; got a function marked with once_differentiable ({name}). "
+                'Write its backward with differentiable operations and leave the mark out, or use `weighting="agreement"`.'
+            )
+
+
+def _is_once_differentiable(node: Any) -> bool:
+    """Return whether this is a function written in Python whose backward is wrapped by PyTorch's `once_differentiable`."""
+    backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return hasattr(backward, "__wrapped__") and backward.__globals__ is vars(torch.autograd.function)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from mgs_core._errors import SamplesInteractError, UnsupportedModelError
-from mgs_core._layout import Layout, find_layout, sample_weights
+from mgs_core._layout import BASE, Layout, find_layout, rounding, sample_weights
 
 from .chain import is_view, sources
 from .graph import Edge, Graph
@@ -76,7 +76,34 @@ def make_plan(graph: Graph, n: int, gradients: Gradients, inputs: Set[tuple[int,
 
     Raises:
         SamplesInteractError: when samples interact after a parameter.
+        UnsupportedModelError: when it only seems so, for a backward function is not linear.
     """
+    try:
+        return _find_plan(graph, n, gradients, inputs)
+    except SamplesInteractError:
+        if _bends(graph, n, gradients):
+            raise UnsupportedModelError(
+                "`model` must have a backward pass that is linear in the gradient that comes in; got one that is not, as of a "
+                "torch.autograd.Function or a hook of a tensor that normalises, clips or rounds gradients, or adds to them. Take "
+                "it out on the steps that are measured, or clip the gradients of parameters, after the backward pass."
+            ) from None
+        raise
+
+
+def _bends(graph: Graph, n: int, gradients: Gradients) -> bool:
+    """Return whether the gradients of the parameters do not grow as the heads' weights do."""
+    factor = float(2**BASE)  # of the largest weight
+    ones = torch.ones(n, dtype=graph.heads.dtype, device=graph.heads.device)
+    for single, many in zip(*gradients(list(graph.parameters), [ones, factor * ones]), strict=True):
+        if single is None or many is None or single.is_sparse or not bool(torch.isfinite(many).all()):
+            continue
+        tolerance = rounding(torch.finfo(single.dtype).eps) * single.abs().max() + torch.finfo(single.dtype).tiny
+        if bool(((many / factor - single).abs() > tolerance).any()):
+            return True
+    return False
+
+
+def _find_plan(graph: Graph, n: int, gradients: Gradients, inputs: Set[tuple[int, int]]) -> Plan:
     weights = [torch.tensor(weight, dtype=graph.heads.dtype, device=graph.heads.device) for weight in sample_weights(n)]
     failed: set[int] = set()
     known: dict[int, _Found] = {}

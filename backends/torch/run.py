@@ -87,6 +87,8 @@ def recordable(value: Any) -> Any:
 def _finite(values: torch.Tensor) -> bool:
     """Return whether all values are finite: their sum is, unless it overflows."""
     values = values.detach()
+    if values.layout != torch.strided:
+        values = values.coalesce().values() if values.is_sparse else values.values()
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 

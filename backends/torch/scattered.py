@@ -61,8 +61,8 @@ def find_scattered(gradient: torch.Tensor, weighted: Sequence[torch.Tensor], n: 
     owners = torch.zeros_like(largest)
     for place, array in enumerate(scaled):
         factor = (array.gather(1, at) / flat.gather(1, at)).squeeze(1)
-        digit = factor.log2().round().nan_to_num(0.0).clamp(0, BASE - 1)
-        weight = torch.pow(2.0, digit).to(flat.dtype)[:, None]
+        digit = (factor.log2().round() - 1).nan_to_num(0.0).clamp(0, BASE - 1)
+        weight = torch.pow(2.0, 1 + digit).to(flat.dtype)[:, None]
         if not bool(((array - flat * weight).abs() <= tolerance * weight).all()):
             return None
         owners += digit.to(owners.dtype) * BASE**place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -236,6 +237,11 @@ def _own(model: Any, backend: str, x: Array, given: Array, classes: int) -> Func
     """Return the user's model, as it returns logits of inputs as they are."""
     if isinstance(model, FunctionalModel):
         return model
+    if not isinstance(model, (str, os.PathLike)) and not hasattr(model, "graph"):
+        raise ArgumentError(
+            f'`model` must be "mlp", "cnn", a path or an onnx.ModelProto, or a FunctionalModel; got {type(model).__name__}. '
+            "Export a module of a framework to ONNX, or wrap it: FunctionalModel(function, parameters), with its backend."
+        )
     data = Dataset("", x, given, given, x, given, classes)
     return own_network(model, data, backend=backend, seed=0, more=True).plain
 

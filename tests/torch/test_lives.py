@@ -190,3 +190,48 @@ def test_exported_modules_are_measured_but_have_no_evaluation_mode(of):
     torch.testing.assert_close(mgs.kernel(exported, x), mgs.kernel(model, x))
     with pytest.raises(mgs.UnsupportedModelError, match="`model` must have an evaluation mode; got GraphModule"):
         MGSMonitor(exported, x).step()
+
+
+RETAINING = [
+    {"penalty": mgs.Penalty("trace", 0.0)},
+    {"penalty": mgs.Penalty("trace", 0.0), "output": "trace"},
+    {"penalty": mgs.Penalty("log_determinant", 0.3)},
+    {"weighting": "agreement"},
+    {"weighting": "agreement", "reuse": False},
+]
+
+
+@pytest.mark.parametrize("options", RETAINING)
+def test_gradients_that_tensors_retain_are_those_of_the_loss(options):
+    torch.manual_seed(0)
+    first, last = nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)).double(), nn.Linear(5, 3).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3
+    criterion = MGSLoss(nn.CrossEntropyLoss(), **options)
+    for _ in range(3):
+        before = first(x)
+        hidden = torch.tanh(before)
+        outputs = last(hidden)
+        seen = [before, hidden, outputs]
+        for tensor in seen:
+            tensor.retain_grad()
+        loss = criterion(outputs, y)
+        assert all(tensor.grad is None for tensor in seen)
+        expected = torch.autograd.grad(loss, seen, retain_graph=True)
+        for tensor in seen:
+            tensor.grad = None
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close([tensor.grad for tensor in seen], list(expected), rtol=1e-12, atol=1e-14)
+        if "penalty" in options and not options["penalty"].strength:
+            for tensor in seen:
+                tensor.grad = None
+            torch.nn.functional.cross_entropy(last(hidden), y).backward()
+            torch.testing.assert_close(hidden.grad, expected[1], rtol=0, atol=0)
+
+
+def test_retained_gradients_add_up_as_ever():
+    hidden = nn.Linear(3, 2).double()(torch.ones(4, 3, dtype=torch.float64))
+    hidden.retain_grad()
+    hidden.sum().backward(retain_graph=True)
+    MGSLoss(nn.MSELoss(), penalty=mgs.Penalty("trace", 0.0))(hidden, torch.zeros(4, 2).double())
+    assert (hidden.grad == 1).all()
+    assert hidden.retains_grad

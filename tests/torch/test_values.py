@@ -102,3 +102,36 @@ def test_the_loss_refuses_what_a_fresh_one_refuses(name):
             with pytest.raises(mgs.SamplesInteractError, match="`model` must"):
                 criterion(model(x, given), y)
         criterion(model(x, alone), y)
+
+
+OPENING = {
+    "of the first sample": lambda h, s: h + s * h[:1],
+    "of the third sample": lambda h, s: h + s * h[2:3],
+    "of the last sample": lambda h, s: h + s * h[-1:],
+    "of the second next": lambda h, s: h + s * h.roll(2, 0),
+    "of the other view": lambda h, s: h + s * h.roll(len(h) // 2, 0),
+    "between two": lambda h, s: h + s * (h[torch.tensor([2, 1, 0, *range(3, len(h))])] - h),
+}
+
+
+@pytest.mark.parametrize("n", [7, 8])
+@pytest.mark.parametrize("name", OPENING)
+@pytest.mark.parametrize("how", ["kernel", "loss"])
+def test_a_way_between_any_samples_that_opens_late_is_refused(name, how, n):
+    model, _ = network(OPENING[name])
+    x, y = torch.randn(n, 3, dtype=torch.float64), torch.arange(n) % 2
+    closed, opened = torch.zeros((), dtype=torch.float64), torch.full((), 0.5, dtype=torch.float64)
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 1.0))
+
+    def step(scale):
+        return mgs.kernel(model, x, output="sum") if how == "kernel" else criterion(model(x, scale), y)
+
+    if how == "kernel":
+        forward, scale = model.forward, [closed]
+        model.forward = lambda x: forward(x, scale[0])
+    for _ in range(20):
+        step(closed)
+    if how == "kernel":
+        scale[0] = opened
+    with pytest.raises(mgs.SamplesInteractError, match="`model` must treat each sample by itself"):
+        step(opened)
