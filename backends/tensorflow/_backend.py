@@ -23,6 +23,7 @@ from mgs_core.functional import FunctionalModel
 from .apart import apart
 from .gradients import gradients
 from .inline import call
+from .modules import functional
 from .namespace import namespace
 from .probe import find_layouts
 from .terms import Term
@@ -103,14 +104,7 @@ def _functional(model: Any) -> FunctionalModel:
     if isinstance(model, FunctionalModel):
         return model
     if isinstance(model, tf.Module) and callable(model):
-        names: dict[str, Array] = {}
-        for variable in model.trainable_variables:
-            name, number = variable.name.partition(":")[0], 1
-            while name in names:  # names of variables need not be unique
-                number += 1
-                name = f"{variable.name.partition(':')[0]}#{number}"
-            names[name] = variable
-        return FunctionalModel(lambda _, inputs: model(inputs), names)
+        return functional(model)
     raise ArgumentError(
         f"`model` must be a FunctionalModel or a tf.Module that can be called; got {type(model).__name__}. Wrap a tf.function: "
         "mgs_core.FunctionalModel(lambda _, inputs: function(inputs), {name: variable}), with the variables that it reads."

@@ -144,8 +144,8 @@ class _Scope:
             return _shaped(branch(op, inputs, places, self), outputs)
         if op.type == "Placeholder":
             raise UnsupportedModelError(
-                f"`model` must have custom gradients of what their functions were given; got one that holds {op.name!r} of another "
-                "graph. Pass it in; save a model with tf.saved_model.SaveOptions(experimental_custom_gradients=True)."
+                f"`model` must have custom gradients of what their functions were given; got one that holds {op.name!r} of "
+                "another graph. Pass it in; save a model with tf.saved_model.SaveOptions(experimental_custom_gradients=True)."
             )
         if any(value is not None for value in read):
             raise UnsupportedModelError(
