@@ -52,8 +52,8 @@ def functional(module: Any) -> FunctionalModel:
         missing = [v.name for v in watcher.watched_variables() if v.dtype.is_floating and id(v.handle) not in known]
         if missing:
             raise ArgumentError(
-                f"`model` must hold the variables that it reads in its attributes; got {', '.join(missing)}, which it does not "
-                "find there. Pass mgs_core.FunctionalModel(lambda _, inputs: module(inputs), {name: variable}), with all that are "
+                f"`model` must hold the variables that it reads in its attributes; got {', '.join(missing)}, which are not "
+                "there. Pass mgs_core.FunctionalModel(lambda _, inputs: module(inputs), {name: variable}), with all that are "
                 "trained; or let what is a constant have trainable=False."
             )
         return outputs

@@ -439,6 +439,15 @@ def test_variables_are_read_in_loops_and_in_front_of_gradients_of_their_own(mode
     close(mgs.kernel(model, X), expected(lambda x: model(x), [SQUARE], X), 1e-11)
 
 
+@tf.custom_gradient
+def of_six(h):
+    def gradient(upstream):
+        with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(upstream)[0], 6)]):
+            return tf.identity(upstream)
+
+    return tf.identity(h), gradient
+
+
 def with_labels(labels, output, traced=False):
     if not traced:
         return lambda: mgs.kernel(GOOD, X, labels, output=output)
@@ -521,6 +530,11 @@ def kernel_of_function(function, parameters):
             "got a RaggedTensor",
         ),
         (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
+        (
+            kernel_of_function(lambda p, x: of_six(x @ tf.linalg.expm(p["w"])), {"w": tf.constant(np.eye(4))}),
+            mgs.UnsupportedModelError,
+            "must have gradients that TensorFlow takes of one.* for parameter 'w'. Write gradients of your own",
+        ),
         (lambda: mgs.kernel(HANDLE, X), mgs.UnsupportedModelError, r"must read its variables as tensors.*VarIsInitialized"),
         (
             lambda: tf.function(lambda x: mgs.kernel(GOOD, x)).get_concrete_function(tf.TensorSpec((None, 4), tf.float64)),
