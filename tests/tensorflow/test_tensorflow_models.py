@@ -315,6 +315,22 @@ def test_a_traced_function_that_has_been_trained():
     close(mgs.kernel(model, X), expected(lambda x: tf.tanh(x @ w) @ v, [w, v], X))
 
 
+@pytest.mark.parametrize(
+    "rearranged",
+    [
+        lambda h: tf.sort(h, axis=1),
+        lambda h: tf.sort(h, axis=-2, direction="DESCENDING"),
+        lambda h: tf.transpose(h, tf.constant([0, 2, 1], tf.int64)),
+    ],
+    ids=["sort", "sort from the end", "transpose"],
+)
+def test_axes_of_any_integer_type(rearranged):
+    w, x = variable(3, 3), RANDOM.normal(size=(5, 3, 3))
+    model = mgs.FunctionalModel(lambda p, x: rearranged(x @ p["w"])[:, 0], {"w": w})
+    close(mgs.kernel(model, x), expected(lambda x: rearranged(x @ w)[:, 0], [w], x))
+    close(tf.function(lambda x: mgs.kernel(model, x))(x), mgs.kernel(model, x))
+
+
 def test_variables_are_read_at_indices():
     table, out, pairs = variable(9, 4), variable(4, 2), tf.constant(IDS)[:, :, None]
 
