@@ -26,15 +26,15 @@ def functional(module: Any) -> FunctionalModel:
     Raises:
         ArgumentError: when a Keras layer has no variables yet.
     """
-    held = list(module._flatten(predicate=_is_of_keras))
+    held = list(module._flatten(predicate=of_keras))
     unbuilt = [layer.name for layer in held if not getattr(layer, "built", True)]
     if unbuilt:
         raise ArgumentError(
             f"`model` must be built; got Keras layer {unbuilt[0]!r}, which has not seen a batch. Call the model on one first."
         )
-    of_keras = [variable for holder in held for variable in getattr(holder, "variables", [holder])]
+    others = [variable for holder in held for variable in getattr(holder, "variables", [holder])]
     own = type(module).trainable_variables is not tf.Module.trainable_variables
-    listed = [*module.trainable_variables, *(variable for variable in of_keras if variable.trainable and not own)]
+    listed = [*module.trainable_variables, *(variable for variable in others if variable.trainable and not own)]
     names: dict[str, Array] = {}
     for variable in {id(_plain(variable)): variable for variable in listed}.values():
         base = getattr(variable, "path", variable.name.partition(":")[0])
@@ -43,7 +43,7 @@ def functional(module: Any) -> FunctionalModel:
             number += 1
             name = f"{base}#{number}"
         names[name] = _plain(variable)
-    others = [*map(_plain, (*module.variables, *of_keras))]
+    others = [*map(_plain, (*module.variables, *others))]
 
     def function(_: Any, inputs: Any) -> Array:
         with VariableWatcher() as watcher:  # sees those that are trainable
@@ -61,7 +61,8 @@ def functional(module: Any) -> FunctionalModel:
     return FunctionalModel(function, names)
 
 
-def _is_of_keras(leaf: Any) -> bool:
+def of_keras(leaf: Any) -> bool:
+    """Say whether something is a layer or a variable of Keras."""
     keras = sys.modules.get("keras")  # who holds a layer has imported it
     return keras is not None and isinstance(leaf, (getattr(keras, "Layer", ()), getattr(keras, "Variable", ())))
 

@@ -182,6 +182,8 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
             if attempt is values:  # of one sample alone it cannot be had
                 raise _misfit(scalars, slow[0], values, traced, error) from error
     for name in slow:
+        if single[name].shape[1] != k:  # one sample alone has other outputs, as where they are similarities
+            raise interaction(name)
         eps = _eps(whole[name]) if half else traced.eps
         compare_rows(name, single[name].numpy(), whole[name].numpy(), weights, eps)
 

@@ -71,5 +71,5 @@ def test_values_that_decide_are_refused_with_a_remedy():
     model = mgs.FunctionalModel(lambda p, x: tf.gather(x[0] @ p["w"], x[1]), values)
     close(mgs.kernel(model, (X, tf.range(N))), single(lambda p, x: x @ p["w"], values, X, "trace"))
     nowhere = mgs.FunctionalModel(lambda p, x: tf.sqrt(-1.0 - tf.abs(x * p["s"])), values)
-    with pytest.raises(mgs.ArgumentError, match="must have finite gradients.*drawn values"):
+    with pytest.raises(mgs.ArgumentError, match=r"must have finite gradients.*drawn values"):
         tf.function(lambda x: mgs.kernel(nowhere, x))(X)

@@ -331,6 +331,37 @@ def test_axes_of_any_integer_type(rearranged):
     close(tf.function(lambda x: mgs.kernel(model, x))(x), mgs.kernel(model, x))
 
 
+SEGMENTED = {
+    "bincount": lambda p, x: tf.math.bincount(x, minlength=6, maxlength=6, axis=-1, dtype=tf.float64) @ p["w"],
+    "segments": lambda p, x: tf.math.segment_sum(
+        tf.reshape(tf.gather(p["w"], x), (-1, 2)), tf.repeat(tf.range(tf.shape(x)[0]), tf.shape(x)[1])
+    ),
+    "mask": lambda p, x: tf.boolean_mask(tf.reduce_mean(tf.gather(p["w"], x), 1), tf.reduce_all(x >= 0, 1)),
+    "sparse": lambda p, x: tf.nn.embedding_lookup_sparse(p["w"], tf.sparse.from_dense(x + 1), None, combiner="sum"),
+    "ragged": lambda p, x: tf.reduce_sum(
+        tf.ragged.map_flat_values(lambda v: tf.gather(p["w"], v), tf.RaggedTensor.from_tensor(x, padding=0)).to_tensor(), 1
+    ),
+    "table": lambda p, x: tf.gather(p["w"], TABLE.lookup(x[:, 0])),
+    "python": lambda p, x: ensured(tf.py_function(lambda v: 2.0 * tf.cast(v, tf.float64), [x], tf.float64), x) @ p["v"],
+}
+TABLE = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(np.arange(5), [1, 0, 3, 2, 4]), 0)
+
+
+def ensured(tensor, like):
+    tensor.set_shape(like.shape)
+    return tensor
+
+
+@pytest.mark.parametrize("name", SEGMENTED)
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_number_of_samples_that_is_not_known_when_traced(name, traced):
+    values = {"w": variable(6, 2), "v": variable(3, 2)}
+    model = mgs.FunctionalModel(SEGMENTED[name], values)
+    kernel = tf.function(lambda x: mgs.kernel(model, x)) if traced else lambda x: mgs.kernel(model, x)
+    ids = tf.constant(IDS)
+    close(kernel(ids), expected(lambda x: tf.reshape(model(x), (-1, 2)), list(values.values()), ids))
+
+
 def test_variables_are_read_at_indices():
     table, out, pairs = variable(9, 4), variable(4, 2), tf.constant(IDS)[:, :, None]
 
@@ -546,6 +577,31 @@ def kernel_of_function(function, parameters):
             "got a RaggedTensor",
         ),
         (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
+        (
+            lambda: mgs.kernel(GOOD, (X, tf.constant(2.0))),
+            mgs.ArgumentError,
+            r"`inputs\[1\]` must have samples along its first axis; got a scalar",
+        ),
+        (
+            kernel_of_function(lambda p, x: (x @ p["w"]) @ tf.transpose(x @ p["w"]), {"w": tf.Variable(SQUARE)}),
+            mgs.SamplesInteractError,
+            "treat each sample by itself",
+        ),
+        (
+            kernel_of_function(lambda p, x: x @ p["w"], {"w": tf.Variable(SQUARE, shape=(4, None))}),
+            mgs.ArgumentError,
+            r"`parameters` must have known shapes; got \(4, None\) for 'w'",
+        ),
+        (
+            lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": np.ones((4, 3))}), tf.constant(X)),
+            mgs.ArgumentError,
+            "`inputs` must be NumPy arrays where the parameters are; got EagerTensor.*tf.Variable",
+        ),
+        (
+            kernel_of_function(lambda p, x: tf.py_function(lambda h: h, [x], tf.float64), {"w": SQUARE}),
+            mgs.ArgumentError,
+            r"outputs of shape \(n, c\) with n = 6; got <unknown>.*tf.reshape",
+        ),
         (
             kernel_of_function(lambda p, x: of_six(x @ tf.linalg.expm(p["w"])), {"w": tf.constant(np.eye(4))}),
             mgs.UnsupportedModelError,

@@ -127,6 +127,12 @@ def test_what_a_module_says_of_its_trainable_variables_goes():
     close(mgs.kernel(module, X), kernel_of(module, trained))
 
 
+def test_variables_of_keras_are_no_parameters_of_a_function():
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": keras.Variable(np.ones((4, 3)))})
+    with pytest.raises(mgs.ArgumentError, match="must be variables or tensors of TensorFlow; got a variable of Keras"):
+        mgs.kernel(model, X)
+
+
 def test_a_layer_that_is_not_built_is_refused():
     module = Holder()
     module.inner.parts["second"] = keras.layers.Dense(3)
