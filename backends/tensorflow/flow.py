@@ -68,14 +68,22 @@ def loop(op: Any, inputs: list[Array], places: list[int], scope: Scope) -> list[
         inputs[place].shape if declared[place].as_list() == op.inputs[place].shape.as_list() else declared[place]
         for place in moving
     ]
-    found = tf.while_loop(
-        lambda *variables: within(condition, variables).repeat(condition.outputs)[0],
-        lambda *variables: within(step, variables).repeat([step.outputs[place] for place in moving]),
-        [inputs[place] for place in moving],
-        shape_invariants=known,
-        parallel_iterations=op.get_attr("parallel_iterations"),
-        maximum_iterations=None if limit is None or limit < 0 else limit,
-    )
+
+    def built(shapes: list[Any]) -> list[Array]:
+        found: list[Array] = tf.while_loop(
+            lambda *variables: within(condition, variables).repeat(condition.outputs)[0],
+            lambda *variables: within(step, variables).repeat([step.outputs[place] for place in moving]),
+            [inputs[place] for place in moving],
+            shape_invariants=shapes,
+            parallel_iterations=op.get_attr("parallel_iterations"),
+            maximum_iterations=None if limit is None or limit < 0 else limit,
+        )
+        return found
+
+    try:
+        found = built(known)
+    except ValueError:  # a size that was not known changes from step to step
+        found = built([declared[place] for place in moving])
     values = {**dict(enumerate(inputs)), **dict(zip(moving, found, strict=True))}
     return [values[place] for place in places]
 

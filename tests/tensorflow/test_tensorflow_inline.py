@@ -56,6 +56,14 @@ def until(self, x):
     return h @ self.v
 
 
+def grown(self, x):
+    h = x[:, :, 0]
+    for _ in tf.range(2):
+        tf.autograph.experimental.set_loop_options(shape_invariants=[(h, tf.TensorShape((None, None)))])
+        h = tf.concat([h, tf.sin(h * self.w[0, 0])], 1)
+    return tf.reduce_sum(h, 1, keepdims=True) * self.v[0]
+
+
 def branches(self, x):
     h = x[:, 0] if tf.reduce_sum(self.w) > 1e6 else tf.sin(x[:, 1] @ self.w)
     return tf.switch_case(tf.constant(1), [lambda: h, lambda: h @ self.v, lambda: h @ self.w])
@@ -80,6 +88,7 @@ CONTENTS = {
     "recurrent": recurrent,
     "reading": reading,
     "until": until,
+    "grown": grown,
     "branches": branches,
     "mapped": mapped,
     "scanned": scanned,
@@ -172,9 +181,9 @@ def test_a_penalised_step_of_what_a_module_hides(name):
         close(part, expected)
 
 
-@pytest.mark.parametrize("name", ["recurrent", "within"])
-def test_a_loop_with_an_unknown_number_of_samples(name):
-    net = Net(CONTENTS[name], [tf.TensorSpec((None, STEPS, WIDTH), tf.float64)])
+@pytest.mark.parametrize("name", ["recurrent", "within", "grown"])
+def test_a_loop_with_sizes_that_are_not_known_when_traced(name):
+    net = Net(CONTENTS[name], [tf.TensorSpec((None, None if name == "grown" else STEPS, WIDTH), tf.float64)])
     close(mgs.kernel(net, X), looped(net))
 
 
