@@ -32,7 +32,7 @@ def count(inputs: Any, targets: Any = None, names: tuple[str, str] = ("inputs", 
             raise ArgumentError(
                 f"`{name}` must be an array; got {type(leaf).__name__}. Convert it, for instance by numpy.asarray."
             )
-        if not leaf.shape:
+        if len(leaf.shape) == 0:  # a shape of TensorFlow is true without axes too
             raise ArgumentError(f"`{name}` must have samples along its first axis; got a scalar. Add the axis: value[None].")
         if leaf.shape[0] is None:
             raise ArgumentError(

@@ -57,9 +57,10 @@ def kernel(
         probes: number of probes of `output="random"`.
         seed: seed of the probes.
         parameters: None for all trainable parameters, names, or a predicate on names.
-        chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only. With 1
-            samples cannot interact, so a model whose samples do, such as batch normalisation in training, is another model. A
-            model that draws, as dropout in training does, draws for each chunk by itself.
+        chunk_size: samples in one pass; bounds the memory of the gradients, and changes the result by rounding only, where a
+            sample's gradient owes nothing to the others of its batch. Where it does, a chunk is the batch: samples that meet in
+            the data, as in `(x - x.mean(0)) @ w`, meet in a chunk alone, and dropout draws anew for each. With 1 no samples can
+            interact, so a model whose samples do, such as batch normalisation in training, is another model.
         differentiable: keep the result differentiable in the parameters, for a penalty.
 
     Returns:

@@ -108,6 +108,11 @@ class _Scalars:
         self._inputs, self._targets = inputs, targets
         for name, leaf in flatten(inputs, "inputs").items():
             values = plain(leaf)
+            if not isinstance(values.dtype, np.dtype):
+                raise ArgumentError(
+                    f"`{name}` must be NumPy arrays where the parameters are; got {type(values).__name__}. Convert the "
+                    "parameters to arrays of the same library, for instance by tf.Variable."
+                )
             if np.issubdtype(values.dtype, np.inexact) and not np.all(np.isfinite(values)):
                 raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Clean the data first.")
             if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer) or values.dtype == bool):

@@ -23,6 +23,7 @@ from mgs_core.functional import FunctionalModel
 from .apart import apart
 from .gradients import gradients
 from .inline import call
+from .modules import functional, of_keras
 from .namespace import namespace
 from .probe import find_layouts
 from .terms import Term
@@ -48,6 +49,16 @@ class TensorFlowBackend:
     def parameters(self, model: Any) -> dict[str, Array]:
         """Return the parameters by name."""
         leaves: dict[str, Array] = flatten(_functional(model).parameters)
+        for name, leaf in leaves.items():
+            if of_keras(leaf):
+                raise ArgumentError(
+                    f"`parameters` must be variables or tensors of TensorFlow; got a variable of Keras for {name!r}. Pass its "
+                    "`value`, or the Keras model itself: mgs_core.kernel(model, inputs)."
+                )
+            if isinstance(leaf, (tf.Tensor, tf.Variable)) and not leaf.shape.is_fully_defined():
+                raise ArgumentError(
+                    f"`parameters` must have known shapes; got {leaf.shape} for {name!r}. Make the tf.Variable without `shape=`."
+                )
         check_parameters(leaves, lambda dtype: isinstance(dtype, (tf.DType, np.dtype)) and tf.as_dtype(dtype).is_floating)
         return leaves
 
@@ -103,14 +114,7 @@ def _functional(model: Any) -> FunctionalModel:
     if isinstance(model, FunctionalModel):
         return model
     if isinstance(model, tf.Module) and callable(model):
-        names: dict[str, Array] = {}
-        for variable in model.trainable_variables:
-            name, number = variable.name.partition(":")[0], 1
-            while name in names:  # names of variables need not be unique
-                number += 1
-                name = f"{variable.name.partition(':')[0]}#{number}"
-            names[name] = variable
-        return FunctionalModel(lambda _, inputs: model(inputs), names)
+        return functional(model)
     raise ArgumentError(
         f"`model` must be a FunctionalModel or a tf.Module that can be called; got {type(model).__name__}. Wrap a tf.function: "
         "mgs_core.FunctionalModel(lambda _, inputs: function(inputs), {name: variable}), with the variables that it reads."
@@ -133,10 +137,12 @@ def _scalars(model: FunctionalModel, head: HeadFunction, leaves: Mapping[str, Ar
         return _tensor(model.function(unflatten(model.parameters, leaves), inputs), "model")
 
     outputs = call(function, leaves, flatten(model.parameters), inputs)
-    if outputs.shape.rank != 2 or outputs.shape[0] != n:
+    if outputs.shape.rank == 2 and outputs.shape[0] is None:  # as of tf.boolean_mask: it is seen as it runs
+        outputs = tf.ensure_shape(outputs, (n, None))
+    if outputs.shape.rank != 2 or outputs.shape[0] != n or outputs.shape[1] is None:
         raise ArgumentError(
-            f"`model` must return outputs of shape (n, c) with n = {n}; got {tuple(outputs.shape)}. "
-            "Keep the samples first and flatten the outputs of each."
+            f"`model` must return outputs of shape (n, c) with n = {n}; got {outputs.shape}. Keep the samples first and flatten "
+            "the outputs of each; a size that is not known when traced says tf.reshape(outputs, (tf.shape(inputs)[0], c))."
         )
     return _tensor(head(outputs, targets), "output")
 

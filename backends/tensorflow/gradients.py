@@ -31,7 +31,7 @@ def _settle(ops: list[Any]) -> None:
     for op in ops:
         values = _evaluated(op) if op.type in _OF_SHAPES else None
         for output, value in zip(op.outputs, values or (), strict=False):
-            constant = tf.constant(value)
+            constant = tf.constant(value, output.dtype)  # where NumPy's int64 would do, its operation gives int32
             for reader in output.consumers():
                 for place in [place for place, tensor in enumerate(reader.inputs) if tensor.name == output.name]:
                     reader._update_input(place, constant)

@@ -1,17 +1,95 @@
-"""What an operation of a graph says of itself: the functions that it calls, and its values on others than its own inputs."""
+"""What an operation of a graph says of itself: the functions that it calls, what it needs, and its values on other inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
+from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
+
+from mgs_core._types import Array
+
+
+@runtime_checkable
+class Scope(Protocol):
+    """Say what tensors of traced graphs are in the graphs that are being built."""
+
+    def inside(self, placeholders: list[Array], values: list[Array]) -> Scope:
+        """Return the scope of a function's graph whose inputs have these values."""
+        ...
+
+    def repeat(self, wanted: list[Array]) -> list[Array]:
+        """Repeat in the current graph what tensors of one traced graph need, and return what they are here."""
+        ...
+
+    def value(self, tensor: Array) -> Array:
+        """Return what a tensor is here that a function holds from outside: eager, or of a traced or a current graph."""
+        ...
 
 
 def functions_of(op: Any) -> list[str]:
     """Return the names of the functions in its attributes: the branches of a condition, the body of a loop or a call."""
     attributes = [op.node_def.attr[name] for name in op.node_def.attr]
     return [function.name for value in attributes for function in (value.func, *value.list.func) if function.name]
+
+
+def body(op: Any, name: str) -> Any:
+    """Return the graph of a function that an operation calls.
+
+    Args:
+        op: the operation.
+        name: of the function.
+
+    Raises:
+        KeyError: when there is none.
+    """
+    graph = op.graph
+    while graph is not None:
+        function = graph._get_function(name)
+        if function is not None:
+            found = getattr(function, "graph", None)
+            return function_def_to_graph(function.cached_definition) if found is None else found
+        graph = getattr(graph, "outer_graph", None)
+    raise KeyError(name)
+
+
+def needed(wanted: list[Array], known: Callable[[Array], bool]) -> list[Any]:
+    """Return the operations that tensors depend on, each behind those that it needs itself.
+
+    Their own order will not do: a gradient of a loop gives it inputs that were made after it.
+
+    Args:
+        wanted: tensors of one graph.
+        known: says of a tensor that it needs no operation.
+    """
+    order, seen = [], set()
+    pending = [(tensor.op, False) for tensor in wanted if not known(tensor)]
+    while pending:
+        op, ready = pending.pop()
+        if ready:
+            order.append(op)
+        elif op.name not in seen:
+            seen.add(op.name)
+            pending += [(op, True), *((tensor.op, False) for tensor in op.inputs if not known(tensor))]
+    return order
+
+
+def again(op: Any, inputs: list[Array]) -> list[Array]:
+    """Repeat an operation in the current graph, with the gradient that its type has.
+
+    Args:
+        op: the operation.
+        inputs: for its inputs.
+    """
+    here: Any = tf.compat.v1.get_default_graph()
+    # another place, and a gradient of its own, would refer to what is not in this graph
+    attributes = {name: op.node_def.attr[name] for name in op.node_def.attr if name not in ("_class", "_gradient_op_type")}
+    for name in functions_of(op):
+        here._add_function_recursive(op.graph._get_function(name))
+    dtypes = [tensor.dtype for tensor in op.outputs]
+    made = here.create_op(op.type, inputs, dtypes, attrs=attributes, op_def=op.op_def, name=op.name.split("/")[-1])
+    return list(made.outputs)
 
 
 def input_names(op: Any) -> list[str]:

@@ -6,24 +6,28 @@ on drawn ones. Where drawn values, or NaN on its way back, show that values deci
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from mgs_core._errors import ArgumentError, SamplesInteractError, UnsupportedModelError
+from mgs_core._errors import ArgumentError, NotFiniteError, SamplesInteractError, UnsupportedModelError
 from mgs_core._known import Known
 from mgs_core._layout import Layout, compare_rows, find_layout, interaction, reaches_others, sample_weights
 from mgs_core._types import Array
 
+from .draws import Draw
 from .gradients import gradients
 from .namespace import namespace
 from .walk import Record, Scalars, each, record, rows
 
 _known: Known[list[Layout | None]] = Known()
 _DRAWS, _LEAST = 4, 3  # values are drawn so often at most; they are tried so often, own ones included, at least
+_DRAWN = (
+    "That was seen on drawn values, for in a traced step there are none: call mgs.kernel outside of tf.function, or write what "
+    "holds for all values, as tf.maximum(x, 1e-6) in a logarithm."
+)
 _HALF = (tf.float16, tf.bfloat16)
 #: What TensorFlow raises where dtypes or shapes do not fit.
 _MISFIT = (TypeError, ValueError, tf.errors.InvalidArgumentError)
@@ -62,14 +66,22 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
     layouts: list[Layout | None] = [None] * len(traced.uses)
     open_uses, decided, drawn = set(range(len(layouts))), False, None
     evaluate = tried = None
-    for attempt, (values, own) in enumerate(_values(given)):
+    draw = Draw(given)
+    for attempt in range(_DRAWS + 1):
         if attempt >= _LEAST and not open_uses:
             break
+        values, own = draw.values(attempt)
         evaluate = evaluate or _evaluation(scalars, chosen, values, traced)
         try:
             found = evaluate(values, own)
         except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
+            draw.shift()
             continue
+        states = {state for place, (_, state, _) in enumerate(found) if place in open_uses}
+        if not own and ("infinite" in states and draw.raise_()) | ("mixed" in states and draw.shift()):
+            decided = True  # what such values show need not hold of the step's own: of others that are drawn it may
+            if "mixed" in states:
+                continue
         if open_uses:
             tried = values
         if attempt:
@@ -86,7 +98,7 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
     if tried is None and open_uses:  # labels that are none each time, as where the loss holds them
         return layouts, False
     if slow:
-        _refuse_interaction(scalars, slow, tried, traced)
+        decided = _refuse_tried(scalars, slow, tried, traced, draw) or decided
         try:
             _refuse_interaction(scalars, slow, drawn or tried, traced)
         except (ArgumentError, SamplesInteractError):
@@ -94,39 +106,21 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
     return layouts, not decided
 
 
-def _values(graph_values: Any) -> Iterator[tuple[Any, bool]]:
-    """Yield values for the tensors, and whether all are their own: as far as they have one, the others drawn; then all drawn."""
-    leaves = tf.nest.flatten(graph_values)
-    first_target = len(leaves) - len(tf.nest.flatten(graph_values[2]))
-    with tf.init_scope():
-        known = [None if leaf is None or tf.is_symbolic_tensor(leaf) else tf.convert_to_tensor(leaf) for leaf in leaves]
-    for attempt in range(_DRAWS + 1):
-        random = np.random.default_rng(attempt)
-        with tf.init_scope():
-            values = [
-                _draw(leaf, random, attempt, target=place >= first_target) if value is None or attempt else value
-                for place, (leaf, value) in enumerate(zip(leaves, known, strict=True))
-            ]
-        yield tf.nest.pack_sequence_as(graph_values, values), all(map(operator.is_, values, known))
-
-
-def _draw(leaf: Array, random: np.random.Generator, attempt: int, *, target: bool) -> Array:
-    if leaf is None:
-        return None
-    shape, floating = tuple(leaf.shape), leaf.dtype.is_floating
-    if leaf.dtype == tf.string:
-        return tf.zeros(shape, leaf.dtype)  # empty texts
-    if target:  # floating ones too may be labels; as probabilities, zeros would leave no loss
-        if attempt % 2 == 0:  # some alike and some not, for a loss may compare samples of one label, or of two
-            return tf.cast(tf.constant(np.indices(shape).sum(axis=0) % 2), leaf.dtype)
-        return tf.zeros(shape, leaf.dtype) if floating else tf.ones(shape, leaf.dtype)
-    if not floating:  # tokens that are all alike would leave attention without a gradient
-        bits = random.integers(0, 2, shape) if attempt % 2 == 0 else np.full(shape, attempt < _DRAWS)
-        return tf.cast(tf.constant(bits), leaf.dtype)
-    fan_in = max(1, int(np.prod(shape[:-1])))
-    scale = 1.0 if len(shape) < 2 else fan_in**-0.5
-    smaller = 4.0 ** -(attempt // 2)  # where losses clip what is large, no gradient would be seen
-    return tf.constant(smaller * (0.5 * (len(shape) < 2) + scale * random.normal(size=shape)), dtype=leaf.dtype)
+def _refuse_tried(scalars: Scalars, slow: list[str], tried: Any, traced: Record, draw: Draw) -> bool:
+    """Refuse an interaction in front of rows, on other values too where these were drawn; return whether those are needed."""
+    try:
+        _refuse_interaction(scalars, slow, tried, traced)
+    except (NotFiniteError, SamplesInteractError) as error:
+        if draw.own(tried):
+            raise
+        while draw.raise_() if isinstance(error, NotFiniteError) else draw.shift():
+            try:
+                _refuse_interaction(scalars, slow, draw.values(_DRAWS)[0], traced)
+            except (NotFiniteError, SamplesInteractError):
+                continue
+            return True
+        raise type(error)(f"{error} {_DRAWN}") from error
+    return False
 
 
 def _evaluation(
@@ -164,7 +158,7 @@ def _evaluation(
             elif not of_use:
                 layouts.append((Layout(-1), "sure", False))  # no gradient reaches it: it adds nothing
             elif not own and not np.all(np.isfinite(of_use[0])):
-                layouts.append((None, "open", False))  # other values may do
+                layouts.append((None, "infinite", False))  # other values may do
             else:
                 flat, *weighted, tainted = (gradient.numpy() for gradient in of_use)
                 layout, state = find_layout(flat, weighted, weights, traced.eps)
@@ -186,17 +180,23 @@ def _refuse_interaction(scalars: Scalars, slow: list[str], values: Any, traced: 
             break
         except _MISFIT as error:
             if attempt is values:  # of one sample alone it cannot be had
-                raise _misfit(scalars, slow[0], values, error) from error
+                raise _misfit(scalars, slow[0], values, traced, error) from error
     for name in slow:
+        if single[name].shape[1] != k:  # one sample alone has other outputs, as where they are similarities
+            raise interaction(name)
         eps = _eps(whole[name]) if half else traced.eps
         compare_rows(name, single[name].numpy(), whole[name].numpy(), weights, eps)
 
 
-def _misfit(scalars: Scalars, name: str, values: Any, error: Exception) -> Exception:
+def _misfit(scalars: Scalars, name: str, values: Any, traced: Record, error: Exception) -> Exception:
     """Return what is wrong where the rows of one sample alone cannot be had: the model, or a gradient within it."""
+    n, dtype = traced.scalars.shape[0], traced.scalars.dtype
 
     def alone(parameters: Any, inputs: Any, targets: Any) -> Any:
-        return scalars(parameters, *each(lambda leaf: leaf[:1], (inputs, targets)))
+        def one(sample: Array) -> Array:
+            return scalars(parameters, *each(lambda leaf: tf.expand_dims(leaf[sample], 0), (inputs, targets)))
+
+        return tf.map_fn(one, tf.range(n), fn_output_signature=dtype)
 
     try:
         _compiled(alone, values)(values)
@@ -204,8 +204,7 @@ def _misfit(scalars: Scalars, name: str, values: Any, error: Exception) -> Excep
         return interaction(name)
     return UnsupportedModelError(
         f"`model` must have gradients that TensorFlow takes of one sample alone; got a {type(error).__name__} for parameter "
-        f"{name!r}, as of loops in a model that reads its variables by itself. Pass the parameters in: "
-        "mgs_core.FunctionalModel(function, parameters) with tensors."
+        f"{name!r}. Write gradients of your own for any number of samples, or leave it out by `parameters=`."
     )
 
 

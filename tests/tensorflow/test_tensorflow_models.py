@@ -315,6 +315,53 @@ def test_a_traced_function_that_has_been_trained():
     close(mgs.kernel(model, X), expected(lambda x: tf.tanh(x @ w) @ v, [w, v], X))
 
 
+@pytest.mark.parametrize(
+    "rearranged",
+    [
+        lambda h: tf.sort(h, axis=1),
+        lambda h: tf.sort(h, axis=-2, direction="DESCENDING"),
+        lambda h: tf.transpose(h, tf.constant([0, 2, 1], tf.int64)),
+    ],
+    ids=["sort", "sort from the end", "transpose"],
+)
+def test_axes_of_any_integer_type(rearranged):
+    w, x = variable(3, 3), RANDOM.normal(size=(5, 3, 3))
+    model = mgs.FunctionalModel(lambda p, x: rearranged(x @ p["w"])[:, 0], {"w": w})
+    close(mgs.kernel(model, x), expected(lambda x: rearranged(x @ w)[:, 0], [w], x))
+    close(tf.function(lambda x: mgs.kernel(model, x))(x), mgs.kernel(model, x))
+
+
+SEGMENTED = {
+    "bincount": lambda p, x: tf.math.bincount(x, minlength=6, maxlength=6, axis=-1, dtype=tf.float64) @ p["w"],
+    "segments": lambda p, x: tf.math.segment_sum(
+        tf.reshape(tf.gather(p["w"], x), (-1, 2)), tf.repeat(tf.range(tf.shape(x)[0]), tf.shape(x)[1])
+    ),
+    "mask": lambda p, x: tf.boolean_mask(tf.reduce_mean(tf.gather(p["w"], x), 1), tf.reduce_all(x >= 0, 1)),
+    "sparse": lambda p, x: tf.nn.embedding_lookup_sparse(p["w"], tf.sparse.from_dense(x + 1), None, combiner="sum"),
+    "ragged": lambda p, x: tf.reduce_sum(
+        tf.ragged.map_flat_values(lambda v: tf.gather(p["w"], v), tf.RaggedTensor.from_tensor(x, padding=0)).to_tensor(), 1
+    ),
+    "table": lambda p, x: tf.gather(p["w"], TABLE.lookup(x[:, 0])),
+    "python": lambda p, x: ensured(tf.py_function(lambda v: 2.0 * tf.cast(v, tf.float64), [x], tf.float64), x) @ p["v"],
+}
+TABLE = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(np.arange(5), [1, 0, 3, 2, 4]), 0)
+
+
+def ensured(tensor, like):
+    tensor.set_shape(like.shape)
+    return tensor
+
+
+@pytest.mark.parametrize("name", SEGMENTED)
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_number_of_samples_that_is_not_known_when_traced(name, traced):
+    values = {"w": variable(6, 2), "v": variable(3, 2)}
+    model = mgs.FunctionalModel(SEGMENTED[name], values)
+    kernel = tf.function(lambda x: mgs.kernel(model, x)) if traced else lambda x: mgs.kernel(model, x)
+    ids = tf.constant(IDS)
+    close(kernel(ids), expected(lambda x: tf.reshape(model(x), (-1, 2)), list(values.values()), ids))
+
+
 def test_variables_are_read_at_indices():
     table, out, pairs = variable(9, 4), variable(4, 2), tf.constant(IDS)[:, :, None]
 
@@ -429,6 +476,23 @@ LOOP = mgs.FunctionalModel(loop_reading(SQUARE), {"w": SQUARE})
 SWISH = mgs.FunctionalModel(lambda _, x: tf.nn.silu(x @ SQUARE), {"w": SQUARE})
 WITHIN = tf.function(lambda x: x @ tf.linalg.expm(0.1 * SQUARE), input_signature=[tf.TensorSpec((None, 4), tf.float64)])
 EXPONENTIAL = mgs.FunctionalModel(lambda _, x: WITHIN(x), {"w": SQUARE})  # in which there are loops
+HANDLE = mgs.FunctionalModel(
+    lambda _, x: tf.where(tf.raw_ops.VarIsInitializedOp(resource=SQUARE.handle), x @ SQUARE, x), {"w": SQUARE}
+)
+
+
+@pytest.mark.parametrize("model", [LOOP, SWISH, EXPONENTIAL], ids=["loop", "swish", "exponential"])
+def test_variables_are_read_in_loops_and_in_front_of_gradients_of_their_own(model):
+    close(mgs.kernel(model, X), expected(lambda x: model(x), [SQUARE], X), 1e-11)
+
+
+@tf.custom_gradient
+def of_six(h):
+    def gradient(upstream):
+        with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(upstream)[0], 6)]):
+            return tf.identity(upstream)
+
+    return tf.identity(h), gradient
 
 
 def with_labels(labels, output, traced=False):
@@ -513,13 +577,37 @@ def kernel_of_function(function, parameters):
             "got a RaggedTensor",
         ),
         (lambda: mgs.kernel(tf.Module(), X), mgs.ArgumentError, "`model` must be a FunctionalModel or a tf.Module that can be"),
-        (lambda: mgs.kernel(LOOP, X), mgs.UnsupportedModelError, "must read its variables outside of control flow"),
         (
-            lambda: mgs.kernel(EXPONENTIAL, X),
-            mgs.UnsupportedModelError,
-            "must have gradients that TensorFlow takes of one",
+            lambda: mgs.kernel(GOOD, (X, tf.constant(2.0))),
+            mgs.ArgumentError,
+            r"`inputs\[1\]` must have samples along its first axis; got a scalar",
         ),
-        (lambda: mgs.kernel(SWISH, X), mgs.UnsupportedModelError, "must have no custom gradient where it reads variables"),
+        (
+            kernel_of_function(lambda p, x: (x @ p["w"]) @ tf.transpose(x @ p["w"]), {"w": tf.Variable(SQUARE)}),
+            mgs.SamplesInteractError,
+            "treat each sample by itself",
+        ),
+        (
+            kernel_of_function(lambda p, x: x @ p["w"], {"w": tf.Variable(SQUARE, shape=(4, None))}),
+            mgs.ArgumentError,
+            r"`parameters` must have known shapes; got \(4, None\) for 'w'",
+        ),
+        (
+            lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": np.ones((4, 3))}), tf.constant(X)),
+            mgs.ArgumentError,
+            "`inputs` must be NumPy arrays where the parameters are; got EagerTensor.*tf.Variable",
+        ),
+        (
+            kernel_of_function(lambda p, x: tf.py_function(lambda h: h, [x], tf.float64), {"w": SQUARE}),
+            mgs.ArgumentError,
+            r"outputs of shape \(n, c\) with n = 6; got <unknown>.*tf.reshape",
+        ),
+        (
+            kernel_of_function(lambda p, x: of_six(x @ tf.linalg.expm(p["w"])), {"w": tf.constant(np.eye(4))}),
+            mgs.UnsupportedModelError,
+            "must have gradients that TensorFlow takes of one.* for parameter 'w'. Write gradients of your own",
+        ),
+        (lambda: mgs.kernel(HANDLE, X), mgs.UnsupportedModelError, r"must read its variables as tensors.*VarIsInitialized"),
         (
             lambda: tf.function(lambda x: mgs.kernel(GOOD, x)).get_concrete_function(tf.TensorSpec((None, 4), tf.float64)),
             mgs.ArgumentError,
@@ -536,7 +624,7 @@ def test_refusals(call, error, message):
 def test_errors_within_a_traced_function_keep_their_class(autograph):
     for options, error in (({"parameters": "v"}, mgs.ArgumentError), ({}, mgs.UnsupportedModelError)):
         with pytest.raises(error):
-            tf.function(lambda x, options=options: mgs.kernel(LOOP, x, **options), autograph=autograph)(tf.constant(X))
+            tf.function(lambda x, options=options: mgs.kernel(HANDLE, x, **options), autograph=autograph)(tf.constant(X))
 
 
 def test_half_precision_within_a_model_in_single():

@@ -1,0 +1,87 @@
+"""Values for tensors that have none, because the caller is being traced."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mgs_core._types import Array
+
+
+class Draw:
+    """Draw values: random ones, and others where a model is not defined for these.
+
+    Args:
+        given: a tree `(parameters, inputs, targets)` of tensors, some of which may have values.
+    """
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+        self._leaves = tf.nest.flatten(given)
+        sizes = [len(tf.nest.flatten(part)) for part in given]
+        self._parts = np.repeat(["parameters", "inputs", "targets"], sizes)
+        with tf.init_scope():
+            self._known = [
+                None if leaf is None or tf.is_symbolic_tensor(leaf) else tf.convert_to_tensor(leaf) for leaf in self._leaves
+            ]
+        self._positive: tuple[str, ...] = ()
+        self._least = 0
+
+    def raise_(self) -> bool:
+        """Draw positive inputs from now on, then positive parameters too, as a logarithm needs; return whether that is new."""
+        before = len(self._positive)
+        self._positive = ("inputs", "parameters")[: before + 1]
+        return len(self._positive) > before
+
+    def shift(self) -> bool:
+        """Draw integers from 1 on instead of from 0 on, as lengths are; return whether that is new, and there are some."""
+        before = self._least
+        self._least = 1
+        whole = [leaf for leaf, part in zip(self._leaves, self._parts, strict=True) if part == "inputs" and leaf.dtype.is_integer]
+        return not before and bool(whole)
+
+    def own(self, values: Any) -> bool:
+        """Say whether none of the values was drawn.
+
+        Args:
+            values: a tree of them.
+        """
+        return all(map(operator.is_, tf.nest.flatten(values), self._known))
+
+    def values(self, attempt: int) -> tuple[Any, bool]:
+        """Return values for the tensors, and whether all are their own.
+
+        Args:
+            attempt: in the first they have their own as far as they have some; then all are drawn.
+        """
+        random = np.random.default_rng(attempt)
+        with tf.init_scope():
+            values = [
+                self._drawn(leaf, random, attempt, part) if value is None or attempt else value
+                for leaf, value, part in zip(self._leaves, self._known, self._parts, strict=True)
+            ]
+        packed = tf.nest.pack_sequence_as(self._given, values)
+        return packed, self.own(packed)
+
+    def _drawn(self, leaf: Array, random: np.random.Generator, attempt: int, part: str) -> Array:
+        if leaf is None:
+            return None
+        shape, floating = tuple(leaf.shape), leaf.dtype.is_floating
+        if leaf.dtype == tf.string:
+            return tf.zeros(shape, leaf.dtype)  # empty texts
+        if part == "targets":  # floating ones too may be labels; as probabilities, zeros would leave no loss
+            if attempt % 2 == 0:  # some alike and some not, for a loss may compare samples of one label, or of two
+                return tf.cast(tf.constant(np.indices(shape).sum(axis=0) % 2), leaf.dtype)
+            return tf.zeros(shape, leaf.dtype) if floating else tf.ones(shape, leaf.dtype)
+        if not floating:  # tokens that are all alike would leave attention without a gradient
+            some = attempt % 2 == 0 or (self._least and leaf.dtype != tf.bool)
+            bits = random.integers(0, 2, shape) + self._least * (leaf.dtype != tf.bool) if some else np.ones(shape)
+            return tf.cast(tf.constant(bits), leaf.dtype)
+        fan_in = max(1, int(np.prod(shape[:-1])))
+        scale = 1.0 if len(shape) < 2 else fan_in**-0.5
+        smaller = 4.0 ** -(attempt // 2)  # where losses clip what is large, no gradient would be seen
+        value = smaller * (0.5 * (len(shape) < 2) + scale * random.normal(size=shape))
+        return tf.constant(np.abs(value) + 0.01 if part in self._positive else value, dtype=leaf.dtype)
