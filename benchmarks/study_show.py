@@ -59,7 +59,8 @@ def kind(cell: str) -> str:
 def written(cell: str) -> str:
     """Return the words for a cell."""
     name, _, rest = cell.partition("-")
-    rest = rest.replace("symmetric-0", "clean-1000").replace("-", " ")
+    clean = {"symmetric-0": "clean-1000", "cnn-symmetric-0": "cnn-clean-500"}
+    rest = clean.get(rest, rest).replace("-", " ")
     return f"{name if name != 'mnist' else 'MNIST'} {rest}".replace("cnn", "CNN") + ("" if "clean" in rest else " %")
 
 
