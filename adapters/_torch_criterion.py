@@ -14,6 +14,12 @@ import torch
 
 import mgs_core as mgs
 
+#: Criteria whose losses never cancel.
+_ONE_SIGN = {
+    torch.nn.CrossEntropyLoss, torch.nn.MSELoss, torch.nn.L1Loss, torch.nn.SmoothL1Loss, torch.nn.HuberLoss,
+    torch.nn.BCELoss, torch.nn.BCEWithLogitsLoss,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -41,14 +47,13 @@ class Parts:
     """Evaluate a criterion and find the part of each sample in its value, as long as this is a constant times the losses' sum.
 
     The constant, as of a mean over what is not ignored, only the criterion knows: it is the quotient of value and sum. That this
-    holds, in value and in gradient, is verified at the 1st, 2nd, 4th, 8th, … use. Where losses have both signs, which may cancel,
-    the gradients give the constant at each.
+    holds, in value and in gradient, is verified at the 1st, 2nd, 4th, 8th, … use. Where losses of both signs cancel, gradients
+    give the constant.
     """
 
     def __init__(self) -> None:
         """Begin without a use."""
         self._uses = 0
-        self._signed = False
 
     def evaluate(
         self,
@@ -68,60 +73,59 @@ class Parts:
         given: list[Any] = [outputs, *arguments]
         if each:  # views: the gradients that are taken there pass no hooks of the user's tensors
             given, keywords = [_view(part) for part in given], {name: _view(part) for name, part in keywords.items()}
-        unreduced, reduction = _without_reduction(criterion)
+        reduction = _reduction(criterion)
         elements: Any = None
         if each and reduction != "none":
             with _kept_random_state(outputs):
-                elements = unreduced(*given, **keywords)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or self._looks())):
+                elements = _unreduced(criterion)(*given, **keywords)
+        looks = elements is not None and (self._due() or _cancel(criterion, elements))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or looks)):
             value = criterion(*given, **keywords)
         if not isinstance(value, torch.Tensor) or (each and reduction == "none"):
             losses = _by_sample(value, n) * (n / value.numel())
             return Evaluation(losses.mean(), losses, torch.mean)
         if value.ndim:
             value = _wide(value).mean()
-        if reduction != "none" and bool(value.isnan()):  # a mean of nothing?
-            elements = unreduced(*given, **keywords) if elements is None else elements
+        if reduction != "none" and _is_nan(value):  # a mean of nothing?
+            elements = _unreduced(criterion)(*given, **keywords) if elements is None else elements
             if isinstance(elements, torch.Tensor) and not bool(elements.any()):
                 value = elements.sum()
         if not each:
             return Evaluation(value, None, torch.mean)
         losses = _by_sample(elements, n)
-        tensors = [part for part in (*given, *keywords.values()) if _has_gradient(part)]
+        own = criterion.parameters() if isinstance(criterion, torch.nn.Module) else ()
+        tensors = [part for part in (*given, *keywords.values(), *own) if _has_gradient(part)]
+        count = 1 if reduction == "sum" else elements.numel()
+        factor = self._factor(value, losses, elements, tensors, count) if looks else _quotient(value, losses, count)
+        self._uses += 0 if looks else 1
         if reduction == "sum":
-            return Evaluation(value, losses * self._factor(value, losses, elements, tensors, 1), torch.sum)
-        return Evaluation(value, losses * n * self._factor(value, losses, elements, tensors, elements.numel()), torch.mean)
+            return Evaluation(value, losses * factor, torch.sum)
+        return Evaluation(value, losses * n * factor, torch.mean)
 
     def _due(self) -> bool:
         """Return whether to verify at this use."""
         return self._uses & (self._uses + 1) == 0
 
-    def _looks(self) -> bool:
-        """Return whether to look at gradients at this use."""
-        return self._signed or self._due()
-
     def _factor(
         self, value: torch.Tensor, losses: torch.Tensor, elements: torch.Tensor, tensors: list[torch.Tensor], count: int
     ) -> torch.Tensor:
-        """Return the constant, about one by `count`, by which the sum of the losses gives the value."""
-        own, total = value.detach().to(losses.dtype), losses.detach().sum()
-        quotient = torch.where(total == 0, 1.0 / count, own / total)
-        if not self._looks():
-            self._uses += 1
+        """Return the constant, about one by `count`, by which the sum of the losses gives the value, as seen from gradients."""
+        quotient = _quotient(value, losses, count)
+        if not (value.requires_grad and losses.requires_grad and tensors):
             return quotient
-        if not (value.requires_grad and losses.requires_grad):
-            return quotient
-        seed = 2.0 ** min(15, count.bit_length() - 1)  # so that float16 holds the gradient of a mean
+        own, total, size = value.detach().to(losses.dtype), losses.detach().sum(), _wide(elements.detach()).abs().sum()
+        cancels = total.abs() < 0.5 * size
+        # both gradients begin with about the same, so that what the criterion rounds within, it rounds alike
+        seed = torch.where(cancels | (quotient == 0), float(count), 1.0 / quotient).clamp(-(2.0**15), 2.0**15)
         of_value = _gradient(value, tensors, seed).to(losses.dtype) / seed
-        of_total = _gradient(losses.sum(), tensors, 1.0).to(losses.dtype)
+        of_total = _gradient(losses.sum(), tensors, torch.ones_like(seed)).to(losses.dtype)
         square = of_total @ of_total
         factor = torch.where(square == 0, quotient, of_value @ of_total / square)
         if self._due():
-            size = _wide(elements.detach()).abs().sum()
             if not bool(torch.isfinite(own + size + square + of_value.sum()) & (square > 0)):
                 return quotient  # nothing can be seen: verify at the next use
-            eps = max(2.0**-23, *(torch.finfo(part.dtype).eps for part in (value, elements, *tensors)))
-            tolerance, floor = min(1e3 * eps, 0.05), 10.0 * eps * factor.abs()  # what rounding makes of terms of size 1
+            tolerance = min(1e3 * _precision([value, elements, *tensors]), 0.05)
+            floor = 0.01 * tolerance * factor.abs()  # what rounding makes of terms of size 1
             differ = (of_value - factor * of_total).abs().max() > tolerance * of_value.abs().max() + floor
             if bool(differ | ((own - factor * total).abs() > tolerance * factor.abs() * size + floor * elements.numel())):
                 raise mgs.ArgumentError(
@@ -131,9 +135,38 @@ class Parts:
                     "Pass a function that returns each sample's part, (n,), whose mean is then the value, or penalise another "
                     'head, as output="trace".'
                 )
-            self._signed = bool(total.abs() < 0.5 * size)
         self._uses += 1
-        return factor
+        return torch.where(cancels, factor, quotient)
+
+
+def _quotient(value: torch.Tensor, losses: torch.Tensor, count: int) -> torch.Tensor:
+    total = losses.detach().sum()
+    return torch.where(total == 0, 1.0 / count, value.detach().to(losses.dtype) / total)
+
+
+def _cancel(criterion: Callable[..., Any], elements: Any) -> bool:
+    """Return whether losses of both signs cancel for more than a half; those of some criteria have one sign."""
+    if type(criterion) in _ONE_SIGN or not isinstance(elements, torch.Tensor) or elements.is_meta:
+        return False
+    elements = _wide(elements.detach())
+    return bool(elements.sum().abs() < 0.5 * elements.abs().sum())
+
+
+def _is_nan(value: torch.Tensor) -> bool:
+    """Return whether a value is NaN, where that can be known now."""
+    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (value.is_meta or capturing) and bool(value.isnan())
+
+
+def _precision(tensors: list[torch.Tensor]) -> float:
+    """Return the spacing of the coarsest numbers with which tensors are computed."""
+    coarsest = max(2.0**-23, *(torch.finfo(part.dtype).eps for part in tensors))
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        coarsest = max(coarsest, torch.finfo(torch.get_autocast_dtype(device)).eps)
+    if device == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+        coarsest = max(coarsest, 2.0**-10)
+    return coarsest
 
 
 def _by_sample(elements: Any, n: int) -> torch.Tensor:
@@ -148,10 +181,10 @@ def _by_sample(elements: Any, n: int) -> torch.Tensor:
     return _wide(elements).reshape(n, -1).sum(1)
 
 
-def _gradient(value: torch.Tensor, tensors: list[torch.Tensor], seed: float) -> torch.Tensor:
+def _gradient(value: torch.Tensor, tensors: list[torch.Tensor], seed: torch.Tensor) -> torch.Tensor:
     """Return the gradient of `seed · value` in the tensors, flat."""
     parts = torch.autograd.grad(
-        value, tensors, torch.full_like(value, seed), retain_graph=True, allow_unused=True, materialize_grads=True
+        value, tensors, seed.to(value.dtype), retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return torch.cat([part.reshape(-1) for part in parts])
 
@@ -176,20 +209,31 @@ def _kept_random_state(outputs: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def _without_reduction(criterion: Callable[..., Any]) -> tuple[Callable[..., Any], str]:
-    """Return the criterion without reduction, and its reduction: "mean" (of some kind), "sum" or "none"."""
+def _reduction(criterion: Callable[..., Any]) -> str:
+    """Return the criterion's reduction: "mean" (of some kind), "sum" or "none"."""
     if hasattr(criterion, "reduction"):
-        unreduced: Any = copy.copy(criterion)
-        unreduced.reduction = "none"
-        return _without_traces(unreduced), str(criterion.reduction)
+        return str(criterion.reduction)
     try:
         called = criterion.forward if isinstance(criterion, torch.nn.Module) else criterion
         argument = inspect.signature(called).parameters.get("reduction")
     except ValueError:  # a function that does not say what it takes
         argument = None
-    if argument is None:
-        return criterion, "none"
-    return partial(_without_traces(criterion), reduction="none"), str(argument.default)
+    return "none" if argument is None else str(argument.default)
+
+
+def _unreduced(criterion: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the criterion, which has a reduction, without."""
+    if not hasattr(criterion, "reduction"):
+        return partial(_without_traces(criterion), reduction="none")
+    unreduced: Any = copy.copy(getattr(criterion, "_orig_mod", criterion))  # that of torch.compile shares all with its copy
+    try:
+        unreduced.reduction = "none"
+    except (AttributeError, RuntimeError) as error:
+        raise mgs.ArgumentError(
+            f"`criterion` must let its attribute `reduction` be set on a copy where each sample's part is asked for; got "
+            f"{type(criterion).__name__}. Pass the module that it was made of, or a function of losses (n,)."
+        ) from error
+    return _without_traces(unreduced)
 
 
 def _without_traces(criterion: Callable[..., Any]) -> Callable[..., Any]:

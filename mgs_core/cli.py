@@ -241,6 +241,7 @@ def audit(
                 images, labels, model=model, backend=backend, networks=networks, apart=apart, epochs=epochs, block=block,
                 seed=seed, on_epoch=lambda _: bar.advance(task),
             )  # fmt: skip
+        bar.update(task, completed=networks * epochs)  # of fewer networks where samples are few
     page = write_audit(found, images, out, shown=shown)
     if found.blocks > 1:
         console.print(

@@ -47,7 +47,7 @@ class Audit:
         suggested: (n,), the labels that the others of its block predict.
         contradicted: (n,) of bool, labels that these surely contradict; their number estimates how many are wrong.
         class_cosine: (n,), mean cosine of the gradient of a sample's loss with those of the same label in its batch, over the
-            training.
+            training; NaN for a sample that never met one, as where a class has no more samples than there are networks.
         neighbours: (n,), share of the ten nearest samples of its block that bear another label.
         weights: (n,), at least 0, mean 1: train on `mean(w · loss)` to make little of suspicious labels.
         blocks: how many blocks the samples were split into.
@@ -119,7 +119,7 @@ def audit(
         block: samples that are judged together, at least 3: more samples are split at random into blocks of at most this
             many, and each is compared with those of its own block only.
         seed: seed of weights, order and blocks.
-        on_epoch: called with the number of each finished epoch, of `networks · epochs`.
+        on_epoch: called with the number of each finished epoch, of at most `networks · epochs`.
 
     Returns:
         The audit; NumPy arrays in the order of the samples.
@@ -131,7 +131,7 @@ def audit(
         For each network its training, with one kernel per step (about twice plain training), and one kernel of the c outputs of
         each block; for each block one eigendecomposition, up to six inversions and one for each network, together at most about
         `(22 + 2·networks) · n · block²` operations, with `apart` `22 · networks · n · block²`; memory for
-        `2 · networks · block²` numbers.
+        `(2·networks + 4) · block²` numbers, with `apart` `(3·networks + 2) · block²`.
 
     Example:
         >>> import mgs_core as mgs
@@ -146,15 +146,14 @@ def audit(
         x, _, _ = scale(x)
         _warn_of_units(x)
     networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
+    networks = min(networks, max(1, len(given) // 2))  # each is trained on at least two samples
     if apart and networks < 2:
-        raise ArgumentError(
-            f"`networks` must be at least 2 with apart=True; got {networks}. One network is trained on all samples."
-        )
+        remedy = "Pass networks=2" if len(given) > 3 else "Pass four samples or more"
+        raise ArgumentError(f"`networks` must be at least 2 with apart=True; got 1, which is trained on all samples. {remedy}.")
     block, seed = integer("block", block, 3), integer("seed", seed, 0)
     check_learning_rate(learning_rate)
     epochs = usual_epochs(len(given), batch_size, model) if epochs is None else integer("epochs", epochs, 1)
     x = x.astype(np.float32, copy=False)
-    networks = min(networks, max(1, len(given) // 2))  # each is trained on at least two samples
     if built_in:
         starts = [_built(model, backend, x, classes, seed, number) for number in range(networks)]
     else:
@@ -181,7 +180,8 @@ def audit(
         name: np.concatenate([getattr(one, name) for one, _ in judged])[back]
         for name in ("scores", "suggested", "contradicted", "neighbours", "weights")
     }
-    class_cosine = sum(own.sums for own in trained) / np.maximum(sum(own.counts for own in trained), 1)
+    met = sum(own.counts for own in trained)
+    class_cosine = np.where(met > 0, sum(own.sums for own in trained) / np.maximum(met, 1), np.nan)
     seen, unseen = np.average([(one.predictable, right) for one, right in judged], axis=0, weights=list(map(len, parts)))
     _warn_of_memory(float(seen), float(unseen))
     _warn_of_chance(float(unseen), given)

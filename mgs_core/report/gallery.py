@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
     writer.writerow(["sample", "given", "suggested", "score", "class_cosine", "neighbours", "weight", "contradicted"])
     for a in order:
         figures = (audit.scores[a], audit.class_cosine[a], audit.neighbours[a], audit.weights[a])
-        written = (f"{value:.6g}" for value in figures)
+        written = ("" if isnan(value) else f"{value:.6g}" for value in figures)
         writer.writerow(
             [int(a), called[audit.given[a]], called[audit.suggested[a]], *written, "yes" if audit.contradicted[a] else "no"]
         )
@@ -83,7 +84,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
                 "given": called[audit.given[a]],
                 "suggested": called[audit.suggested[a]],
                 "score": f"{audit.scores[a]:+.2f}",
-                "class_cosine": f"{audit.class_cosine[a]:+.2f}",
+                "class_cosine": "" if isnan(audit.class_cosine[a]) else f"{audit.class_cosine[a]:+.2f}",
                 "neighbours": f"{audit.neighbours[a]:.0%}",
             }
             for a in order[:shown]

@@ -147,6 +147,17 @@ def test_labels_of_noise_are_not_called_predictable(options):
     assert any("The samples predict" in str(warning.message) for warning in told)
 
 
+def test_samples_that_never_meet_their_class_have_no_cosine(tmp_path):
+    inputs, labels = np.repeat(10.0 * np.eye(20), 2, axis=0), np.repeat(np.arange(20), 2)
+    inputs = inputs + np.random.default_rng(0).normal(size=inputs.shape)
+    found = mgs.audit(inputs, labels)
+    assert np.isnan(found.class_cosine).all()
+    assert (mgs.audit(inputs, labels, networks=1).class_cosine > 0.5).any()
+    write_audit(found, inputs, tmp_path)
+    rows = csv.DictReader((tmp_path / "suspects.csv").read_text(encoding="utf-8").splitlines())
+    assert {row["class_cosine"] for row in rows} == {""}
+
+
 def test_few_samples_for_many_networks():
     with pytest.warns(UserWarning, match="The samples predict"):
         found = mgs.audit(IMAGES[:5], np.array([0, 1, 0, 1, 1]), networks=8, epochs=1)
@@ -315,7 +326,8 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
         (lambda: mgs.audit(np.zeros((5, 2)), np.zeros(5, int)), "of at least 2 classes"),
         (lambda: mgs.audit(IMAGES, LABELS, epochs=0), "`epochs` must be an integer of at least 1; got 0"),
         (lambda: mgs.audit(IMAGES, LABELS, networks=0), "`networks` must be an integer of at least 1; got 0"),
-        (lambda: mgs.audit(IMAGES, LABELS, networks=1, apart=True), "`networks` must be at least 2 with apart=True; got 1"),
+        (lambda: mgs.audit(IMAGES, LABELS, networks=1, apart=True), "`networks` must be at least 2 with.*Pass networks=2"),
+        (lambda: mgs.audit(IMAGES[:3], np.array([0, 1, 0]), apart=True), "`networks` must be at least 2 with.*Pass four samples"),
         (lambda: mgs.audit(IMAGES, LABELS, seed=-1), "`seed` must be an integer of at least 0; got -1"),
         (lambda: mgs.audit(IMAGES, LABELS, block=1), "`block` must be an integer of at least 3; got 1"),
         (lambda: mgs.audit(IMAGES, LABELS, learning_rate=float("nan")), "`learning_rate` must be a finite number above 0"),

@@ -256,3 +256,114 @@ def test_a_student_that_is_its_teacher_is_not_refused(distance, options):
 def test_a_criterion_returns_a_tensor(options):
     with pytest.raises(mgs.ArgumentError, match=r"`criterion` must be able to give a loss for each of 7 samples; got shape \(\)"):
         MGSLoss(lambda outputs, targets: 1.0, **options)(network()(X), Y)
+
+
+@pytest.mark.parametrize("options", [{"penalty": NOTHING}, {"weighting": "agreement"}])
+def test_a_batch_that_cancels_after_others_that_do_not(options):
+    chosen, counted = torch.tensor([0, 1, 2, 3, 1, 2, 0]), torch.tensor([1.0, 1, 0, 1, 1, 0, 0]).double()
+
+    def policy(outputs, advantages, reduction="mean"):
+        chances = outputs.log_softmax(1).gather(1, chosen[:, None])[:, 0]
+        losses = -(chances - chances.detach()).exp() * advantages * counted
+        return losses if reduction == "none" else losses.sum() / counted.sum()
+
+    def third(before):
+        model = network()
+        criterion = MGSLoss(policy, **options)
+        for advantages in before:
+            criterion(model(X), advantages)
+        criterion(model(X), torch.tensor([1.0, -1, 1, -1, 1, 1, 1]).double()).backward()
+        return criterion.last, [parameter.grad for parameter in model.parameters()]
+
+    ones = torch.ones(7).double()
+    (found, gradient), (fresh, expected) = third([ones, ones]), third([])
+    torch.testing.assert_close(found.kernel, fresh.kernel)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("n", [48, 100])
+@pytest.mark.parametrize("options", [{"penalty": mgs.Penalty("trace", 1e-3)}, {"weighting": "agreement"}])
+def test_a_criterion_that_computes_in_low_precision_is_not_refused(n, options):
+    torch.manual_seed(0)
+    body, head = nn.Linear(6, 16), nn.Linear(16, 30)
+
+    def criterion(hidden, targets, reduction="mean"):
+        return functional.cross_entropy(head(hidden), targets, reduction=reduction)
+
+    loss = MGSLoss(criterion, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            hidden, targets = functional.layer_norm(body(torch.randn(n, 6)).float(), (16,)), torch.randint(0, 30, (n,))
+            loss(hidden, targets)
+            weights = 1.0 if loss.last.weights is None else loss.last.weights
+            expected = (weights * criterion(hidden, targets, reduction="none").float()).mean()
+            torch.testing.assert_close(loss.last.criterion, expected, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("options", [{}, {"penalty": mgs.Penalty("trace", 0.1)}, {"weighting": "agreement"}])
+def test_a_compiled_criterion_stays_as_it_is(options):
+    ignoring = torch.where(Y > 1, -100, Y)
+    criterion = torch.compile(nn.CrossEntropyLoss(), backend="eager")
+    model = network()
+    loss = MGSLoss(criterion, **options)
+    loss(model(X), ignoring)
+    assert criterion.reduction == "mean"
+    if "weighting" not in options:
+        torch.testing.assert_close(loss.last.criterion, functional.cross_entropy(model(X), ignoring))
+
+
+class Proxies(nn.Module):
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.reduction, self.proxies = reduction, nn.Parameter(torch.randn(6, 4).double())
+
+    def forward(self, features, targets):
+        return functional.cross_entropy(features @ self.proxies, targets, reduction=self.reduction)
+
+
+def test_a_criterion_with_parameters_takes_features_without_a_gradient():
+    criterion, weights = Proxies(), torch.linspace(0.5, 1.5, 7).double()
+    MGSLoss(criterion)(X, Y, sample_weight=weights).backward()
+    found, criterion.proxies.grad = criterion.proxies.grad, None
+    (weights * functional.cross_entropy(X @ criterion.proxies, Y, reduction="none")).mean().backward()
+    torch.testing.assert_close(found, criterion.proxies.grad)
+
+
+class Uncertain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.reduction, self.log = "mean", nn.Parameter(torch.zeros(()).double())
+
+    def forward(self, outputs, targets):
+        losses = functional.cross_entropy(outputs, targets, reduction=self.reduction)
+        return torch.exp(-self.log) * losses + (0.0 if self.reduction == "none" else self.log)
+
+
+def test_a_term_of_the_criterions_own_parameters_is_refused():
+    with pytest.raises(mgs.ArgumentError, match="a constant times the sum of its unreduced losses"):
+        MGSLoss(Uncertain())(network()(X), Y, sample_weight=torch.ones(7).double())
+
+
+def test_a_value_is_asked_for_no_more_than_is_needed():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.zeros(3))
+
+        @property
+        def reduction(self):
+            return "mean"
+
+        def forward(self, outputs, targets):
+            return functional.cross_entropy(outputs, targets)
+
+    model = network()
+    torch.testing.assert_close(MGSLoss(Fixed())(model(X), Y), functional.cross_entropy(model(X), Y))
+    with pytest.raises(mgs.ArgumentError, match="`reduction` be set on a copy"):
+        MGSLoss(Fixed(), weighting="agreement")(model(X), Y)
+    meta = nn.Linear(6, 4, device="meta")
+    assert MGSLoss(nn.CrossEntropyLoss())(
+        meta(torch.empty(7, 6, device="meta")), torch.empty(7, dtype=torch.long, device="meta")
+    ).is_meta
