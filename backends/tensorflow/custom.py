@@ -58,5 +58,7 @@ def with_gradient(op: Any, inputs: list[Array], scope: Scope) -> list[Array]:
         found = dict(zip(places, inside.repeat(graph.outputs), strict=True))
         return [found.get(place) for place in range(len(inputs))]
 
-    outputs = tf.custom_gradient(lambda *tensors: (again(op, list(tensors)), gradient))(*inputs)
-    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+    outputs = again(op, list(inputs))
+    # what tf.custom_gradient would register by a name is kept for ever, with all graphs that it refers to
+    outputs[0].op._gradient_function = lambda _, *upstream: gradient(*upstream)
+    return outputs

@@ -28,7 +28,13 @@ class Draw:
                 None if leaf is None or tf.is_symbolic_tensor(leaf) else tf.convert_to_tensor(leaf) for leaf in self._leaves
             ]
         self._positive: tuple[str, ...] = ()
-        self._least = 0
+        whole = [
+            place
+            for place, (leaf, part) in enumerate(zip(self._leaves, self._parts, strict=True))
+            if part == "inputs" and leaf is not None and leaf.dtype.is_integer
+        ]
+        #: Which integer inputs are drawn from 1 on, as lengths are: none, all, or one of them; the last is the choice now.
+        self._choices = [*([[place] for place in whole] if len(whole) > 1 else []), *([whole] if whole else []), []]
 
     def raise_(self) -> bool:
         """Draw positive inputs from now on, then positive parameters too, as a logarithm needs; return whether that is new."""
@@ -37,11 +43,15 @@ class Draw:
         return len(self._positive) > before
 
     def shift(self) -> bool:
-        """Draw integers from 1 on instead of from 0 on, as lengths are; return whether that is new, and there are some."""
-        before = self._least
-        self._least = 1
-        whole = [leaf for leaf, part in zip(self._leaves, self._parts, strict=True) if part == "inputs" and leaf.dtype.is_integer]
-        return not before and bool(whole)
+        """Draw integer inputs from 1 on instead of from 0 on, as lengths are; return whether that is new, and there are some."""
+        new = not self._choices[-1] and len(self._choices) > 1
+        if new:
+            self._choices.pop()
+        return new
+
+    def choose(self) -> None:
+        """Draw others of the integer inputs from 1 on, where the model has no values for these."""
+        self._choices = self._choices[:-1] or self._choices
 
     def own(self, values: Any) -> bool:
         """Say whether none of the values was drawn.
@@ -60,15 +70,16 @@ class Draw:
         random = np.random.default_rng(attempt)
         with tf.init_scope():
             values = [
-                self._drawn(leaf, random, attempt, part) if value is None or attempt else value
-                for leaf, value, part in zip(self._leaves, self._known, self._parts, strict=True)
+                self._drawn(leaf, random, attempt, place) if value is None or attempt else value
+                for place, (leaf, value) in enumerate(zip(self._leaves, self._known, strict=True))
             ]
         packed = tf.nest.pack_sequence_as(self._given, values)
         return packed, self.own(packed)
 
-    def _drawn(self, leaf: Array, random: np.random.Generator, attempt: int, part: str) -> Array:
+    def _drawn(self, leaf: Array, random: np.random.Generator, attempt: int, place: int) -> Array:
         if leaf is None:
             return None
+        part, least = self._parts[place], int(place in self._choices[-1])
         shape, floating = tuple(leaf.shape), leaf.dtype.is_floating
         if leaf.dtype == tf.string:
             return tf.zeros(shape, leaf.dtype)  # empty texts
@@ -77,8 +88,7 @@ class Draw:
                 return tf.cast(tf.constant(np.indices(shape).sum(axis=0) % 2), leaf.dtype)
             return tf.zeros(shape, leaf.dtype) if floating else tf.ones(shape, leaf.dtype)
         if not floating:  # tokens that are all alike would leave attention without a gradient
-            some = attempt % 2 == 0 or (self._least and leaf.dtype != tf.bool)
-            bits = random.integers(0, 2, shape) + self._least * (leaf.dtype != tf.bool) if some else np.ones(shape)
+            bits = random.integers(0, 2, shape) + least if least or attempt % 2 == 0 else np.ones(shape)
             return tf.cast(tf.constant(bits), leaf.dtype)
         fan_in = max(1, int(np.prod(shape[:-1])))
         scale = 1.0 if len(shape) < 2 else fan_in**-0.5

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from mgs_core._types import Array
 
-from .operations import Scope, body, needed
+from .operations import Scope, body, constant, needed
 
 LOOPS = ("While", "StatelessWhile")
 BRANCHES = ("If", "StatelessIf", "Case", "StatelessCase")
@@ -61,13 +61,10 @@ def loop(op: Any, inputs: list[Array], places: list[int], scope: Scope) -> list[
         now = {**dict(enumerate(inputs)), **dict(zip(moving, variables, strict=True))}
         return scope.inside(graph.inputs, [now[place] for place in range(len(inputs))])
 
-    limit = tf.get_static_value(inputs[1]) if "_num_original_outputs" in op.node_def.attr else None
+    limit = constant(op.inputs[1]) if "_num_original_outputs" in op.node_def.attr else None
     declared = [tf.TensorShape(shape) for shape in op.get_attr("output_shapes")] or [tf.TensorShape(None)] * len(inputs)
     # what was not known when it was traced may be known now
-    known = [
-        inputs[place].shape if declared[place].as_list() == op.inputs[place].shape.as_list() else declared[place]
-        for place in moving
-    ]
+    known = [inputs[place].shape if str(declared[place]) == str(op.inputs[place].shape) else declared[place] for place in moving]
 
     def built(shapes: list[Any]) -> list[Array]:
         found: list[Array] = tf.while_loop(

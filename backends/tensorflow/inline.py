@@ -21,6 +21,7 @@ from .flow import BRANCHES, LOOPS, branch, loop
 from .operations import again, body, functions_of, needed
 
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+_ASSIGNS = ("Assign", "ResourceScatter", "ResourceApply", "ResourceStridedSliceAssign")
 #: Operations that read a variable, and what each is for the value.
 _READS: dict[str, Callable[..., Array]] = {
     "ReadVariableOp": lambda op, value: tf.identity(value),
@@ -107,6 +108,7 @@ class _Scope:
         ops = needed(wanted, lambda tensor: _key(tensor) in self.values)
         used = {tensor.name for tensor in (*wanted, *(tensor for op in ops for tensor in op.inputs))}
         for op in ops:
+            _refuse_assigned(op)
             inputs = [self.values[_key(tensor)] for tensor in op.inputs]
             outputs = [tensor for tensor in op.outputs if tensor.name in used]
             for tensor, value in zip(outputs, self._again(op, inputs, outputs), strict=True):
@@ -154,6 +156,42 @@ class _Scope:
             )
         found = with_gradient(op, inputs, self) if "_gradient_op_type" in op.node_def.attr else again(op, inputs)
         return _shaped([found[place] for place in places], outputs)
+
+
+def _refuse_assigned(op: Any) -> None:
+    """Refuse to read a variable after an assignment in the model, which is not repeated."""
+    before = op.control_inputs if op.type not in LOOPS else [*op.control_inputs, op]  # of which a loop's next step reads
+    assigned = set().union(*map(_written, before))
+    if assigned and _read(op) & assigned:
+        raise UnsupportedModelError(
+            f"`model` must not read a variable that it has assigned before; operation {op.name!r} ({op.type}) does. "
+            "Assign outside of the model, or go on with the value itself, which was assigned."
+        )
+
+
+def _written(op: Any) -> set[str]:
+    """Return the names of the handles that an operation assigns to, or a function that it calls."""
+    if op.type.startswith(_ASSIGNS):
+        return {tensor.name for tensor in op.inputs if tensor.dtype == tf.resource}
+    return _through(op, lambda graph: graph.get_operations(), _written)
+
+
+def _read(op: Any) -> set[str]:
+    """Return the names of the handles that an operation reads, or a function that it calls for its outputs."""
+    if op.type in _READS:
+        return {op.inputs[0].name}
+    return _through(op, lambda graph: needed(graph.outputs, lambda tensor: False), _read)
+
+
+def _through(op: Any, operations: Callable[[Any], list[Any]], names: Callable[[Any], set[str]]) -> set[str]:
+    """Return what operations of the functions that are called name, by the handles that are given to them."""
+    found: set[str] = set()
+    for function in functions_of(op) if any(tensor.dtype == tf.resource for tensor in op.inputs) else ():
+        graph = body(op, function)
+        inside = set().union(*map(names, operations(graph)))
+        given = op.inputs[len(op.inputs) - len(graph.inputs) :]  # behind what chooses a branch
+        found |= {value.name for tensor, value in zip(graph.inputs, given, strict=True) if tensor.name in inside}
+    return found
 
 
 def _key(tensor: Array) -> _Key:

@@ -21,17 +21,11 @@ def functional(module: Any) -> FunctionalModel:
             lists and dicts of them, and in modules and Keras layers there.
 
     Returns:
-        The functional model. It refuses to be traced where it reads a trainable variable that is not among its parameters.
-
-    Raises:
-        ArgumentError: when a Keras layer has no variables yet.
+        The functional model. It refuses to be traced where it reads a trainable variable that is not among its parameters, and
+        where a Keras layer had no variables yet.
     """
     held = list(module._flatten(predicate=of_keras))
-    unbuilt = [layer.name for layer in held if not getattr(layer, "built", True)]
-    if unbuilt:
-        raise ArgumentError(
-            f"`model` must be built; got Keras layer {unbuilt[0]!r}, which has not seen a batch. Call the model on one first."
-        )
+    unbuilt = [layer for layer in held if not getattr(layer, "built", True)]
     others = [variable for holder in held for variable in getattr(holder, "variables", [holder])]
     own = type(module).trainable_variables is not tf.Module.trainable_variables
     listed = [*module.trainable_variables, *(variable for variable in others if variable.trainable and not own)]
@@ -48,6 +42,11 @@ def functional(module: Any) -> FunctionalModel:
     def function(_: Any, inputs: Any) -> Array:
         with VariableWatcher() as watcher:  # sees those that are trainable
             outputs = module(inputs)
+        late = [layer.name for layer in unbuilt if layer.variables]
+        if late:
+            raise ArgumentError(
+                f"`model` must be built; got Keras layer {late[0]!r}, which had not seen a batch. Call the model on one first."
+            )
         known = {id(variable.handle) for variable in (*names.values(), *others)}
         missing = [v.name for v in watcher.watched_variables() if v.dtype.is_floating and id(v.handle) not in known]
         if missing:

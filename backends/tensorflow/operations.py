@@ -97,6 +97,21 @@ def input_names(op: Any) -> list[str]:
     return ["axis" if argument.name == "split_dim" else argument.name for argument in op.op_def.input_arg]
 
 
+def constant(tensor: Array) -> Any:
+    """Return the value of a tensor of a traced graph that is made of constants alone; None for others."""
+    values: dict[str, Any] = {}
+    for op in needed([tensor], lambda known: tf.get_static_value(known) is not None):
+        if op.op_def.is_stateful or op.type == "Placeholder" or functions_of(op) or len(op.op_def.input_arg) != len(op.inputs):
+            return None
+        given = [values[read.name] if read.name in values else tf.get_static_value(read) for read in op.inputs]
+        if op.type == "Cast":
+            found = [given[0].astype(op.outputs[0].dtype.as_numpy_dtype)]
+        else:
+            found = replay(op, dict(zip(input_names(op), given, strict=True)))
+        values.update(zip((output.name for output in op.outputs), found, strict=True))
+    return values.get(tensor.name, tf.get_static_value(tensor))
+
+
 def replay(op: Any, given: Mapping[str, Any]) -> list[Any]:
     """Return the operation's outputs on these inputs, as arrays of NumPy."""
     options = {attribute.name: op.get_attr(attribute.name) for attribute in op.op_def.attr if attribute.type != "type"}

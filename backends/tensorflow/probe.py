@@ -75,7 +75,7 @@ def _find(traced: Record, scalars: Scalars, chosen: list[str], given: Any) -> tu
         try:
             found = evaluate(values, own)
         except tf.errors.InvalidArgumentError:  # of labels that are none: others may do, and the step itself will say so
-            draw.shift()
+            draw.choose()
             continue
         states = {state for place, (_, state, _) in enumerate(found) if place in open_uses}
         if not own and ("infinite" in states and draw.raise_()) | ("mixed" in states and draw.shift()):

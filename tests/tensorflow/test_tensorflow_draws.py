@@ -73,3 +73,23 @@ def test_values_that_decide_are_refused_with_a_remedy():
     nowhere = mgs.FunctionalModel(lambda p, x: tf.sqrt(-1.0 - tf.abs(x * p["s"])), values)
     with pytest.raises(mgs.ArgumentError, match=r"must have finite gradients.*drawn values"):
         tf.function(lambda x: mgs.kernel(nowhere, x))(X)
+
+
+@pytest.mark.parametrize("meeting", [False, True])
+def test_some_integers_begin_at_0_and_others_at_1(meeting):
+    """A table of two rows, and lengths: what suits one of the two does not suit the other."""
+    values = {"table": tf.Variable(RANDOM.normal(size=(2, 3)))}
+    sequences = tf.constant(RANDOM.normal(size=(N, 5, 3)))
+
+    def function(p, x):
+        h = tf.gather(p["table"], x[1]) + tf.gather(x[0], x[2] - 1, batch_dims=1)
+        return tf.tanh(h + tf.reduce_mean(h, 0, keepdims=True) if meeting else h)
+
+    x = (sequences, tf.constant([0, 1, 0, 1, 1, 0]), LENGTHS)
+    model = mgs.FunctionalModel(function, values)
+    traced = tf.function(lambda x: mgs.kernel(model, x), autograph=False)
+    if meeting:
+        with pytest.raises(mgs.SamplesInteractError):
+            traced(x)
+    else:
+        close(traced(x), single(function, values, x, "trace"), 1e-10)

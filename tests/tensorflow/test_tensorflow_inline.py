@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -220,3 +222,118 @@ def test_an_operation_whose_gradient_is_unknown_is_refused():
     net = Net(lambda self, x: by_override(x[:, 0] @ self.w, "MgsTestUnknown"))
     with pytest.raises(mgs.UnsupportedModelError, match="`model` must know the gradients of its operations; got none of 'Relu'"):
         mgs.kernel(net, X)
+
+
+FLAT = X[:, 0]
+
+
+def alone(function, x, variables):
+    """The kernel of gradients of one output of one sample each."""
+    rows = []
+    for a in range(N):
+        with tf.GradientTape(persistent=True) as tape:
+            heads = tf.unstack(function(x[a : a + 1])[0])
+        rows.append([np.concatenate([np.ravel(tape.gradient(head, variable)) for variable in variables]) for head in heads])
+    return np.einsum("acp,bcp->ab", rows, rows)
+
+
+def in_a_branch(x, w, state):
+    def assigning():
+        state.assign(3.0)
+        return tf.tanh(x @ w * state)
+
+    return tf.cond(tf.reduce_sum(x) > -1e9, assigning, lambda: x)
+
+
+def before_a_branch(x, w, state):
+    if tf.reduce_sum(x) > -1e9:
+        state.assign(3.0)
+    return tf.tanh(x @ w * state)
+
+
+def in_a_loop(x, w, state):
+    for _ in tf.range(STEPS):
+        x = tf.tanh(x @ w * state)
+        state.assign_add(1.0)
+    return x
+
+
+def in_a_row(x, w, state):
+    state.assign(2.0)
+    return tf.tanh(x @ w * state)
+
+
+def of_the_parameter(x, w, state):
+    w.assign(0.5 * w)
+    return tf.tanh(x @ w)
+
+
+@pytest.mark.parametrize("function", [in_a_branch, before_a_branch, in_a_loop, in_a_row, of_the_parameter])
+def test_what_a_model_assigns_and_reads_is_refused(function):
+    w, state = tf.Variable(RANDOM.normal(size=(WIDTH, WIDTH))), tf.Variable(1.0, dtype=tf.float64, trainable=False)
+    traced = tf.function(lambda x: function(x, w, state))
+    with pytest.raises(mgs.UnsupportedModelError, match="must not read a variable that it has assigned before"):
+        mgs.kernel(mgs.FunctionalModel(lambda _, x: traced(x), {"w": w}), FLAT)
+    assert state == 1.0
+
+
+def test_what_a_model_assigns_and_does_not_read_is_left_out():
+    w, state, count = tf.Variable(RANDOM.normal(size=(WIDTH, WIDTH))), tf.Variable(2.0, dtype=tf.float64), tf.Variable(0)
+
+    @tf.function
+    def model(x):
+        count.assign_add(1)
+        outputs = tf.tanh(x @ w * state)
+        state.assign(state * 1.0)
+        return outputs
+
+    found = mgs.kernel(mgs.FunctionalModel(lambda _, x: model(x), {"w": w}), FLAT)
+    assert count == 0
+    close(found, alone(model, FLAT, [w]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_over_a_range(compiled):
+    w, v = (tf.Variable(RANDOM.normal(size=(WIDTH, WIDTH))) for _ in range(2))
+
+    @tf.function
+    def traced(x):
+        for _ in tf.range(STEPS):
+            x = tf.tanh(x @ w)
+        return x @ v
+
+    model = mgs.FunctionalModel(lambda _, x: traced(x), {"w": w, "v": v})
+    close(tf.function(lambda x: mgs.kernel(model, x), jit_compile=compiled, autograph=False)(FLAT), alone(traced, FLAT, [w, v]))
+
+
+def test_a_loop_with_a_variable_of_any_rank():
+    w = tf.Variable(RANDOM.normal(size=(WIDTH, WIDTH)))
+
+    def function(x):
+        held = tf.convert_to_tensor(w)
+        loose = [tf.TensorShape([]), tf.TensorShape(None)]
+        _, h = tf.while_loop(
+            lambda i, h: i < STEPS,
+            lambda i, h: (i + 1, tf.tanh(tf.reshape(h, (-1, WIDTH)) @ held)),
+            [0, x],
+            shape_invariants=loose,
+        )
+        return tf.reshape(h, (tf.shape(x)[0], WIDTH))
+
+    close(mgs.kernel(mgs.FunctionalModel(lambda _, x: function(x), {"w": w}), FLAT), alone(function, FLAT, [w]))
+
+
+def test_calls_keep_no_graphs_of_custom_gradients():
+    w = tf.Variable(RANDOM.normal(size=(WIDTH, WIDTH)))
+    traced = tf.function(lambda x: tf.nn.silu(x @ w))
+    model = mgs.FunctionalModel(lambda _, x: traced(x), {"w": w})
+
+    def graphs():
+        gc.collect()
+        return sum(type(value).__name__ == "FuncGraph" for value in gc.get_objects())
+
+    mgs.kernel(model, FLAT)
+    before = graphs()
+    for _ in range(5):
+        mgs.kernel(model, FLAT)
+    assert graphs() - before < 5

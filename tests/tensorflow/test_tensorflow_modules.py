@@ -138,3 +138,15 @@ def test_a_layer_that_is_not_built_is_refused():
     module.inner.parts["second"] = keras.layers.Dense(3)
     with pytest.raises(mgs.ArgumentError, match="`model` must be built; got Keras layer 'dense"):
         mgs.kernel(module, X)
+
+
+def test_a_layer_that_is_never_built_but_has_no_variables():
+    class Flat(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.flatten, self.w = keras.layers.Flatten(dtype="float64"), variable(4, 2)
+
+        def __call__(self, x):
+            return self.flatten(x) @ self.w
+
+    close(mgs.kernel(Flat(), X), 2.0 * X @ tf.transpose(X))
