@@ -168,7 +168,13 @@ def interaction(parameter: str) -> SamplesInteractError:
     )
 
 
-def reaches_others(tainted: Array, layout: Layout, n: int, others: slice | list[int] = slice(1, None, 2)) -> bool:
+def halves(n: int) -> tuple[list[int], list[int]]:
+    """Divide the samples such that shifts of any length go from one half to the other, in both directions."""
+    odd = [sample.bit_count() % 2 == 1 for sample in range(n)]  # the sequence of Thue and Morse, which has no period
+    return [sample for sample in range(n) if odd[sample]], [sample for sample in range(n) if not odd[sample]]
+
+
+def reaches_others(tainted: Array, layout: Layout, n: int, others: list[int]) -> bool:
     """Return whether anything goes between samples and others, by a gradient that began with NaN in all but these others.
 
     `0 · NaN = NaN`, so this shows ways between samples that only values close, as in `h + 0·h.mean(0)`.
@@ -177,7 +183,7 @@ def reaches_others(tainted: Array, layout: Layout, n: int, others: slice | list[
         tainted: the gradient, (groups, *lead, features), of heads whose samples are weighted by NaN.
         layout: where the samples are.
         n: number of samples.
-        others: those whose heads were not; by default the odd ones.
+        others: those whose heads were not.
     """
     xp = array_namespace(tainted)
     return n > 1 and bool(xp.any(xp.isnan(layout.split(tainted, n)[others])))

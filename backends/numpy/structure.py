@@ -9,7 +9,7 @@ import autograd.numpy as anp
 import numpy as np
 from autograd.numpy.numpy_boxes import ArrayBox
 
-from mgs_core._layout import Layout, reaches_others
+from mgs_core._layout import Layout, halves, reaches_others
 from mgs_core._types import Array
 
 from . import primitives
@@ -69,13 +69,27 @@ def values_decide(
             active.add(node)
             if _moves_rows(node, n):
                 return True
-    nan = np.where(np.arange(n) % 2, 1.0, np.nan)[:, None]
+    return any(_ways_between(tape, placed, stop, heads, half) for half in halves(n))
+
+
+def _ways_between(
+    tape: Tape,
+    placed: Sequence[tuple[Use, Layout]],
+    stop: Callable[[TapeNode, TapeNode], bool],
+    heads: Array,
+    half: list[int],
+) -> bool:
+    """Return whether anything goes between these samples and the others, be the way closed by values."""
+    n = heads.shape[0]
+    nan = np.full((n, 1), np.nan)
+    nan[half] = 1.0
     with np.errstate(all="ignore"):
         tainted = tape.pull((heads * nan).astype(heads.dtype), [use.node for use, _ in placed], stop, open_gates=True)
     found: Mapping[TapeNode, Array] = tainted
     return any(
-        use.site is not None and use.node in found and reaches_others(plain(use.site.arrange(plain(found[use.node]))), layout, n)
+        reaches_others(plain(use.site.arrange(plain(found[use.node]))), layout, n, half)
         for use, layout in placed
+        if use.site is not None and use.node in found
     )
 
 

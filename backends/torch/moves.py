@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mgs_core._layout import Layout, find_layout, reaches_others
+from mgs_core._layout import Layout, find_layout, halves, reaches_others
 
 from .graph import Edge, Graph
 
@@ -76,7 +76,7 @@ def values_decide(
             active.add(number)
     if along and _moves_samples(graph, along, weights, gradients):
         return True
-    for half in _halves(n):
+    for half in halves(n):
         nan = torch.full_like(weights[0], torch.nan)
         nan[half] = 1.0
         with torch.autograd.set_detect_anomaly(False), _open_gates(graph, active):
@@ -85,12 +85,6 @@ def values_decide(
         if any(value is not None and reaches_others(arrange(edge, value), layout, n, half) for (edge, layout), value in pairs):
             return True
     return False
-
-
-def _halves(n: int) -> tuple[list[int], list[int]]:
-    """Divide the samples such that shifts of any length go from one half to the other, in both directions."""
-    odd = [sample.bit_count() % 2 == 1 for sample in range(n)]  # the sequence of Thue and Morse, which has no period
-    return [sample for sample in range(n) if odd[sample]], [sample for sample in range(n) if not odd[sample]]
 
 
 def by_element(gradient: torch.Tensor) -> torch.Tensor:

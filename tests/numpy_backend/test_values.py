@@ -28,6 +28,8 @@ def attention(h, mask):
 MIXING = {
     "factor": (lambda h, s: h + s * anp.mean(h, 0), np.zeros((_N, 1)), np.ones((_N, 1))),
     "number": (lambda h, s: h + s[0] * anp.mean(h, 0), np.zeros((_N, 1)), np.ones((_N, 1))),
+    "first sample": (lambda h, s: h + s * h[:1], np.zeros((_N, 1)), np.ones((_N, 1))),
+    "second next": (lambda h, s: h + s * anp.concatenate([h[2:], h[:2]]), np.zeros((_N, 1)), np.ones((_N, 1))),
     "gate": (lambda h, s: h + anp.maximum(anp.mean(anp.tanh(h), 0) + s, 0.0), np.full((_N, 1), -2.0), np.full((_N, 1), 2.0)),
     "attention": (attention, EYE > 0, EYE > -1),
     "groups": (lambda h, g: attention(h, g[:, None] == g), np.arange(_N), GROUPS),

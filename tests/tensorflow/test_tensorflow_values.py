@@ -26,6 +26,8 @@ def attention(h, mask):
 MIXING = {
     "factor": (lambda h, s: h + s * tf.reduce_mean(h, 0), np.zeros((_N, 1)), np.ones((_N, 1))),
     "variable": (lambda h, s: h + SWITCH * tf.reduce_mean(h, 0), np.zeros((_N, 1)), np.ones((_N, 1))),
+    "variable of the first sample": (lambda h, s: h + SWITCH * h[:1], np.zeros((_N, 1)), np.ones((_N, 1))),
+    "variable of the second next": (lambda h, s: h + SWITCH * tf.roll(h, 2, 0), np.zeros((_N, 1)), np.ones((_N, 1))),
     "gate": (lambda h, s: h + tf.nn.relu(tf.reduce_mean(tf.tanh(h), 0) + s), np.full((_N, 1), -2.0), np.full((_N, 1), 2.0)),
     "attention within groups": (lambda h, g: attention(h, g[:, None] == g), np.arange(_N), GROUPS),
     "mask of pairs": (
