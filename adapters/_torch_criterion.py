@@ -78,7 +78,8 @@ class Parts:
         if each and reduction != "none":
             with _kept_random_state(outputs):
                 elements = _unreduced(criterion)(*given, **keywords)
-        looks = elements is not None and (self._due() or _cancel(criterion, elements))
+        cancels = elements is not None and _cancel(criterion, elements)
+        looks = cancels or (elements is not None and self._due())
         with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or looks)):
             value = criterion(*given, **keywords)
         if not isinstance(value, torch.Tensor) or (each and reduction == "none"):
@@ -96,8 +97,11 @@ class Parts:
         own = criterion.parameters() if isinstance(criterion, torch.nn.Module) else ()
         tensors = [part for part in (*given, *keywords.values(), *own) if _has_gradient(part)]
         count = 1 if reduction == "sum" else elements.numel()
-        factor = self._factor(value, losses, elements, tensors, count) if looks else _quotient(value, losses, count)
-        self._uses += 0 if looks else 1
+        if looks:
+            factor = self._factor(value, losses, elements, tensors, count, cancels)
+        else:
+            factor = _quotient(value, losses, count)
+            self._uses += 1
         if reduction == "sum":
             return Evaluation(value, losses * factor, torch.sum)
         return Evaluation(value, losses * n * factor, torch.mean)
@@ -107,21 +111,27 @@ class Parts:
         return self._uses & (self._uses + 1) == 0
 
     def _factor(
-        self, value: torch.Tensor, losses: torch.Tensor, elements: torch.Tensor, tensors: list[torch.Tensor], count: int
+        self,
+        value: torch.Tensor,
+        losses: torch.Tensor,
+        elements: torch.Tensor,
+        tensors: list[torch.Tensor],
+        count: int,
+        cancels: bool,
     ) -> torch.Tensor:
         """Return the constant, about one by `count`, by which the sum of the losses gives the value, as seen from gradients."""
         quotient = _quotient(value, losses, count)
         if not (value.requires_grad and losses.requires_grad and tensors):
             return quotient
-        own, total, size = value.detach().to(losses.dtype), losses.detach().sum(), _wide(elements.detach()).abs().sum()
-        cancels = total.abs() < 0.5 * size
         # both gradients begin with about the same, so that what the criterion rounds within, it rounds alike
-        seed = torch.where(cancels | (quotient == 0), float(count), 1.0 / quotient).clamp(-(2.0**15), 2.0**15)
+        inverse = torch.full_like(quotient, count) if cancels else torch.where(quotient == 0, float(count), 1.0 / quotient)
+        seed = inverse.clamp(-(2.0**15), 2.0**15)
         of_value = _gradient(value, tensors, seed).to(losses.dtype) / seed
         of_total = _gradient(losses.sum(), tensors, torch.ones_like(seed)).to(losses.dtype)
         square = of_total @ of_total
         factor = torch.where(square == 0, quotient, of_value @ of_total / square)
         if self._due():
+            own, total, size = value.detach().to(losses.dtype), losses.detach().sum(), _wide(elements.detach()).abs().sum()
             if not bool(torch.isfinite(own + size + square + of_value.sum()) & (square > 0)):
                 return quotient  # nothing can be seen: verify at the next use
             tolerance = min(1e3 * _precision([value, elements, *tensors]), 0.05)
@@ -136,7 +146,7 @@ class Parts:
                     'head, as output="trace".'
                 )
         self._uses += 1
-        return torch.where(cancels, factor, quotient)
+        return factor if cancels else quotient
 
 
 def _quotient(value: torch.Tensor, losses: torch.Tensor, count: int) -> torch.Tensor:

@@ -81,6 +81,15 @@ def select(names: Iterable[str], chosen: Iterable[str] | Callable[[str], bool] |
     return picked
 
 
+def add_named(names: dict[str, Any], name: str, value: Any) -> None:
+    """Add a value by its name, or by `name#2`, `name#3`, … where others have it."""
+    free, number = name, 1
+    while free in names:
+        number += 1
+        free = f"{name}#{number}"
+    names[free] = value
+
+
 def check_parameters(parameters: Mapping[str, Array], is_real: Callable[[Any], bool]) -> None:
     """Refuse parameters that are no arrays of real floating-point numbers.
 

@@ -14,7 +14,7 @@ from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._protocol import Backend, HeadFunction, LayerStatistics, ParameterChoice
 from mgs_core._registry import get_backend
-from mgs_core._tree import select
+from mgs_core._tree import add_named, select
 from mgs_core._types import Array, Namespace, Tree
 from mgs_core.functional import FunctionalModel
 
@@ -217,11 +217,7 @@ def _names(model: Any) -> dict[str, Any]:
                 f"`model` must have gradients in its variables; got {variable.path!r}, whose gradient is its next value, as in "
                 "layers quantized to float8. Pass the model before `quantize`."
             )
-        name, number = variable.path, 1
-        while name in names:
-            number += 1
-            name = f"{variable.path}#{number}"
-        names[name] = variable
+        add_named(names, variable.path, variable)
     if not names:
         raise ArgumentError(f"`model` must have trainable variables; got none in {model.name!r}. Unfreeze a layer.")
     return names

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tensorflow.python.eager.record import VariableWatcher
 
 from mgs_core._errors import ArgumentError
+from mgs_core._tree import add_named
 from mgs_core._types import Array
 from mgs_core.functional import FunctionalModel
 
@@ -31,12 +32,8 @@ def functional(module: Any) -> FunctionalModel:
     listed = [*module.trainable_variables, *(variable for variable in others if variable.trainable and not own)]
     names: dict[str, Array] = {}
     for variable in {id(_plain(variable)): variable for variable in listed}.values():
-        base = getattr(variable, "path", variable.name.partition(":")[0])
-        name, number = base, 1
-        while name in names:  # names of variables need not be unique
-            number += 1
-            name = f"{base}#{number}"
-        names[name] = _plain(variable)
+        # names of variables need not be unique
+        add_named(names, getattr(variable, "path", variable.name.partition(":")[0]), _plain(variable))
     others = [*map(_plain, (*module.variables, *others))]
 
     def function(_: Any, inputs: Any) -> Array:

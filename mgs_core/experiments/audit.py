@@ -16,7 +16,7 @@ from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.experiments.data import Dataset, count_classes, label_remedy, scale
+from mgs_core.experiments.data import Dataset, count_classes, label_remedy, scale, warn_of_units
 from mgs_core.experiments.models import MODELS, build
 from mgs_core.experiments.networks import own_network
 from mgs_core.experiments.optimizer import adam, check_learning_rate, schedule, start
@@ -144,7 +144,7 @@ def audit(
     built_in = _is_built_in(model)
     if built_in:
         x, _, _ = scale(x)
-        _warn_of_units(x)
+        warn_of_units(x)
     networks, batch_size = integer("networks", networks, 1), integer("batch_size", batch_size, 2)
     networks = min(networks, max(1, len(given) // 2))  # each is trained on at least two samples
     if apart and networks < 2:
@@ -291,26 +291,6 @@ class _Training:
         met = same.sum(axis=1)
         self.sums[batch] += (matrix / root[:, None] / root * same).sum(axis=1) / np.maximum(met, 1)
         self.counts[batch] += met > 0
-
-
-def _warn_of_units(x: Array) -> None:
-    """Warn of a table that half of the columns have next to no part in, as where others are in much larger units.
-
-    Both their variance and their range must be small: pixels at an edge and rare categories vary little, but range like others.
-    """
-    if x.ndim != 2:
-        return
-    ranges, variances = np.ptp(x, axis=0), np.var(x, axis=0, dtype=np.float64)
-    half = np.count_nonzero(ranges) // 2  # constant columns say nothing in any unit
-    squares = np.sort([variances[ranges > 0], np.square(ranges[ranges > 0], dtype=np.float64)])
-    if half and np.all(squares[:, :half].sum(axis=1) < 0.01 * squares.sum(axis=1)):
-        warnings.warn(
-            f"Column {variances.argmax()} of `inputs` has {variances.max() / variances.sum():.0%} of their variance and half of "
-            "the columns together less than 1%, so that the networks see little of these, for inputs are scaled as a whole. "
-            "Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _warn_of_memory(seen: float, unseen: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, MgsError, writing
 from mgs_core._registry import get_backend
-from mgs_core.experiments.audit import _warn_of_units
+from mgs_core.experiments.data import warn_of_units
 from mgs_core.experiments.networks import check_fit, is_file
 from mgs_core.experiments.provenance import definition, other_versions, versions
 from mgs_core.experiments.recipes import RECIPES, Recipe
@@ -91,7 +91,7 @@ def compare(
     get_backend(settings.backend)
     data = check_fit(settings, dropout=any(recipe.dropout for recipe in chosen))
     if not is_file(settings.model):  # which takes the samples as they are
-        _warn_of_units(data.train_inputs)
+        warn_of_units(data.train_inputs)
     out = Path(folder)
     with _open_folder(out, settings) as path, JSONLinesSink(path) as sink:
         for tasks in (_trials, _runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -265,6 +266,29 @@ def scale(inputs: Array) -> tuple[Array, float, float]:
     mean, deviation = float(np.mean(values / top)), float(np.std(values / top))
     mean, deviation = mean * top, (deviation if deviation > 1e-15 else 1.0) * top  # all are equal but for rounding
     return ((values - mean) / deviation).astype(np.float32), mean, deviation
+
+
+def warn_of_units(x: Array) -> None:
+    """Warn of a table that half of the columns have next to no part in, as where others are in much larger units.
+
+    Both their variance and their range must be small: pixels at an edge and rare categories vary little, but range like others.
+
+    Args:
+        x: (n, …), real numbers; only tables (n, d) are looked at. What calls this is called by the user.
+    """
+    if x.ndim != 2:
+        return
+    ranges, variances = np.ptp(x, axis=0), np.var(x, axis=0, dtype=np.float64)
+    half = np.count_nonzero(ranges) // 2  # constant columns say nothing in any unit
+    squares = np.sort([variances[ranges > 0], np.square(ranges[ranges > 0], dtype=np.float64)])
+    if half and np.all(squares[:, :half].sum(axis=1) < 0.01 * squares.sum(axis=1)):
+        warnings.warn(
+            f"Column {variances.argmax()} of `inputs` has {variances.max() / variances.sum():.0%} of their variance and half of "
+            "the columns together less than 1%, so that the networks see little of these, for inputs are scaled as a whole. "
+            "Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def count_classes(labels: Array, name: str) -> int:

@@ -394,4 +394,4 @@ def test_tables_in_one_unit_are_not_warned_of():
     scaled = (coins - coins.mean(0)) / coins.std(0)  # those that are rare range far
     some = random.normal(size=(60, 5)) * [1, 7, 1, 0, 0]
     for x in (IMAGES.reshape(600, -1), pixels, coins, scaled, datasets.load_iris().data, some, some[:, :1], some[:, 3:]):
-        module._warn_of_units(x)  # warnings are errors
+        module.warn_of_units(x)  # warnings are errors
