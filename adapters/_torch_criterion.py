@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 import mgs_core as mgs
 
-#: Criteria whose losses never cancel.
-_ONE_SIGN = {
-    torch.nn.CrossEntropyLoss, torch.nn.MSELoss, torch.nn.L1Loss, torch.nn.SmoothL1Loss, torch.nn.HuberLoss,
-    torch.nn.BCELoss, torch.nn.BCEWithLogitsLoss,
-}  # fmt: skip
+#: Criteria whose losses never cancel, and of these those to which every sample belongs.
+_OF_ALL = (
+    torch.nn.MSELoss, torch.nn.L1Loss, torch.nn.SmoothL1Loss, torch.nn.HuberLoss, torch.nn.BCELoss, torch.nn.BCEWithLogitsLoss,
+    functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss, functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+)  # fmt: skip
+_ONE_SIGN = (*_OF_ALL, torch.nn.CrossEntropyLoss, functional.cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Parts:
             with _kept_random_state(outputs):
                 elements = _unreduced(criterion)(*given, **keywords)
         cancels = elements is not None and _cancel(criterion, elements)
-        looks = cancels or (elements is not None and self._due())
+        looks = cancels or (elements is not None and self._due() and not _is_captured(outputs))
         with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or looks)):
             value = criterion(*given, **keywords)
         if not isinstance(value, torch.Tensor) or (each and reduction == "none"):
@@ -87,7 +90,10 @@ class Parts:
             return Evaluation(losses.mean(), losses, torch.mean)
         if value.ndim:
             value = _wide(value).mean()
-        if reduction != "none" and _is_nan(value):  # a mean of nothing?
+        known = value if reduction == "none" else _without_nothing(value, criterion, arguments, keywords)
+        if known is not None:
+            value = known
+        elif _is_nan(value):  # a mean of nothing?
             elements = _unreduced(criterion)(*given, **keywords) if elements is None else elements
             if isinstance(elements, torch.Tensor) and not bool(elements.any()):
                 value = elements.sum()
@@ -156,7 +162,7 @@ def _quotient(value: torch.Tensor, losses: torch.Tensor, count: int) -> torch.Te
 
 def _cancel(criterion: Callable[..., Any], elements: Any) -> bool:
     """Return whether losses of both signs cancel for more than a half; those of some criteria have one sign."""
-    if type(criterion) in _ONE_SIGN or not isinstance(elements, torch.Tensor) or elements.is_meta:
+    if _is_one_of(criterion, _ONE_SIGN) or not isinstance(elements, torch.Tensor) or elements.is_meta:
         return False
     elements = _wide(elements.detach())
     return bool(elements.sum().abs() < 0.5 * elements.abs().sum())
@@ -164,8 +170,34 @@ def _cancel(criterion: Callable[..., Any], elements: Any) -> bool:
 
 def _is_nan(value: torch.Tensor) -> bool:
     """Return whether a value is NaN, where that can be known now."""
-    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (value.is_meta or capturing) and bool(value.isnan())
+    return not (value.is_meta or _is_captured(value)) and bool(value.isnan())
+
+
+def _is_captured(value: torch.Tensor) -> bool:
+    """Return whether operations are recorded for a graph of the device, so that there are no values to look at."""
+    return value.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_one_of(criterion: Callable[..., Any], kinds: Iterable[Any]) -> bool:
+    return any(criterion is kind or type(criterion) is kind for kind in kinds)
+
+
+def _without_nothing(
+    value: torch.Tensor, criterion: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> torch.Tensor | None:
+    """Return the value, 0 for a mean of nothing, without a wait for a device; None where only a look at it tells."""
+    if _is_one_of(criterion, _OF_ALL):
+        return value
+    labels = arguments[0] if len(arguments) == 1 else None
+    if value.device.type == "cpu" or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return None
+    if _is_one_of(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
+        keywords = vars(criterion) | {"weight": getattr(criterion, "weight", None)}
+    elif not _is_one_of(criterion, (functional.cross_entropy, functional.nll_loss)):
+        return None
+    if keywords.get("weight") is not None or keywords.get("label_smoothing"):
+        return None  # their gradient of a mean over nothing is not zero but NaN
+    return value.masked_fill((labels == keywords.get("ignore_index", -100)).all(), 0.0)
 
 
 def _precision(tensors: list[torch.Tensor]) -> float:
@@ -174,9 +206,15 @@ def _precision(tensors: list[torch.Tensor]) -> float:
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
         coarsest = max(coarsest, torch.finfo(torch.get_autocast_dtype(device)).eps)
-    if device == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
-        coarsest = max(coarsest, 2.0**-10)
-    return coarsest
+    return max(coarsest, 2.0**-10) if device == "cuda" and _may_use_tensor_float() else coarsest
+
+
+def _may_use_tensor_float() -> bool:
+    """Return whether products of single precision may be TensorFloat-32's."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # of settings by `fp32_precision` that the older names cannot say, as of convolutions alone
+        return True
 
 
 def _by_sample(elements: Any, n: int) -> torch.Tensor:
@@ -214,7 +252,10 @@ def _wide(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _kept_random_state(outputs: torch.Tensor) -> Iterator[None]:
-    """Keep the random state, so that a criterion that draws draws the same again."""
+    """Keep the random state, so that a criterion that draws draws the same again; a graph of the device has none to keep."""
+    if _is_captured(outputs):
+        yield
+        return
     with torch.random.fork_rng([outputs.device] if outputs.device.type == "cuda" else []):
         yield
 

@@ -2,7 +2,8 @@
 
 Run with `python -P benchmarks/torch.py` (without -P this file would be imported as torch); `--help` lists the choices. Methods
 are interleaved, and each ratio is one of medians from the same run. Times are those of the processor, on one thread, so that
-other work on the machine disturbs them little; on a GPU they are those of the clock. Memory is the peak above what was held
+other work on the machine disturbs them little; on a GPU they are those of the clock, and steps are also captured as graphs of the
+device and replayed. Memory is the peak above what was held
 before, as PyTorch's allocator saw it. BackPACK (`pip install --no-deps -r benchmarks/torch.txt`) is measured where it is
 installed and knows the model. What takes more than ten plain steps is measured once.
 """
@@ -192,6 +193,13 @@ class Case:
             "agreement-weighted step": self.train(MGSLoss(self.plain, weighting="agreement")),
             "measurement of the monitor": MGSMonitor(self.model, self.x, labels=self.y, every=1).step,
         }
+        if self.x.device.type == "cuda":  # without the processor's share, which is most of it in small networks
+            steps |= {
+                "plain step, captured": captured(self.train(nn.CrossEntropyLoss())),
+                "kernel, captured": captured(self.kernel),
+                "penalised step, captured": captured(self.train(MGSLoss(self.plain, penalty=PENALTY))),
+                "agreement-weighted step, captured": captured(self.train(MGSLoss(self.plain, weighting="agreement"))),
+            }
         if peers:
             steps |= {
                 "kernel, torch.func": self.vmap,
@@ -213,6 +221,20 @@ def make_copy(model: nn.Module) -> nn.Module:
     import copy
 
     return copy.deepcopy(model)
+
+
+def captured(step: Step) -> Step:
+    """Return the step as a graph of the device, which is replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(10):  # until after a use at which the samples are looked for
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def repeated(step: Step, times: int) -> Step:

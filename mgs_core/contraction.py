@@ -202,8 +202,8 @@ def _product(xp: Namespace, left: Array, right: Array) -> Array:
 def _outer_rows_tiled(left: Outer, right: Outer, full: bool) -> Array:
     """Form rows for a slice of the layer's inputs at a time, and add the slices' Gram matrices."""
     if not full:
-        same, left = right is left, _heads_as_outputs(left)
-        right = left if same else _heads_as_outputs(right)
+        same, left = right is left, heads_as_outputs(left)
+        right = left if same else heads_as_outputs(right)
     n, k, groups, _, o = left.gradients.shape
     i = left.inputs.shape[3]
     step = max(1, MEMORY_BUDGET // max(1, max(n, right.gradients.shape[0]) * k * groups * o))
@@ -216,7 +216,7 @@ def _outer_rows_tiled(left: Outer, right: Outer, full: bool) -> Array:
     return total
 
 
-def _heads_as_outputs(use: Outer) -> Outer:
+def heads_as_outputs(use: Outer) -> Outer:
     """Return a use whose heads are outputs of one: its rows' Gram matrix is the sum over the heads, by fewer, larger products."""
     n, k, groups, s, o = use.gradients.shape
     if k == 1:

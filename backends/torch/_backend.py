@@ -232,7 +232,8 @@ class _Reading:
 
 
 def _plan(graph: Graph, plans: Known[Plan], data: Iterable[Any]) -> Plan:
-    if get_proxy_mode() is not None and (known := plans.kept(graph.key)) is not None:
+    captured = graph.heads.is_cuda and torch.cuda.is_current_stream_capturing()
+    if (captured or get_proxy_mode() is not None) and (known := plans.kept(graph.key)) is not None:
         return known
 
     def find() -> tuple[Plan, bool]:

@@ -20,6 +20,7 @@ from .graph import Edge, Graph
 from .observed import kept_gradients
 from .order import follow_each_contraction, next_number
 from .plan import Plan, Use
+from .products import room
 from .rules import Place, Site, site_of
 from .scattered import Scattered
 from .second import cheaper_second_derivatives
@@ -65,8 +66,7 @@ def _pull_heads(
 
 def groups_of_heads(graph: Graph, plan: Plan) -> list[range]:
     """Divide the heads into groups whose gradients at all sites are small enough to be handled together."""
-    room = _TOGETHER if graph.heads.device.type == "cpu" else MEMORY_BUDGET
-    k, together = graph.heads.shape[1], max(1, room // _elements(graph, _edges(plan)))
+    k, together = graph.heads.shape[1], max(1, room(graph.heads, _TOGETHER) // _elements(graph, _edges(plan)))
     return [range(start, min(start + together, k)) for start in range(0, k, together)]
 
 

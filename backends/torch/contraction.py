@@ -7,7 +7,6 @@ larger than what they are made of are made again for it, a slice at a time, inst
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from mgs_core import contraction as core
 from mgs_core._protocol import Convolution, LayerStatistics, Lookup, Outer
 
 from .convolutions import of_convolution
-from .products import Buffers, add_gram, differentiated_once, full_precision, recorded
+from .products import Buffers, add_gram, differentiated_once, full_precision, on_host, recorded, room
 
 #: Elements of a slice of rows, chosen to stay in the processor's cache; a slice has at least so many columns for each sample.
 _SLICE, _LEAST = 1 << 19, 64
@@ -30,20 +29,19 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
         return None
     if isinstance(left, Convolution):
         return of_convolution(left)
-    heads = [_head(left, head) for head in range(left.gradients.shape[1])]
     if isinstance(left, Lookup):
         n, _, s, o = left.gradients.shape
-        pairs = _equal_pairs(left) if left.indices.device.type == "cpu" else None  # how many there are, only the host knows
+        pairs = _equal_pairs(left) if on_host(left.indices) else None  # how many there are, only the host knows
         if pairs is not None:
             return pairs
         if n * s * s * (o + 60) <= left.size * o * (n + 60):  # pairs of positions cost less than tables
             return None
-        return _sum_of([recorded(_LookupKernel, use.indices, use.gradients.flatten(0, 1), use.size) for use in heads])
+        return _sum_of([recorded(_LookupKernel, left.indices, d.flatten(0, 1), left.size) for d in _heads(left)])
     if core.prefers_pairwise(left, left):
         return None
-    return _sum_of(
-        [recorded(_OuterKernel, use.inputs, use.gradients.squeeze(1), use.one) for use in heads if isinstance(use, Outer)]
-    )
+    # each head by itself stays in the processor's cache; elsewhere fewer, larger products are faster
+    heads = _heads(left) if on_host(left.gradients) else _heads(core.heads_as_outputs(left))
+    return _sum_of([recorded(_OuterKernel, left.inputs, d.squeeze(1), left.one) for d in heads])
 
 
 @full_precision()
@@ -130,7 +128,7 @@ def _wide_first(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Te
 
 def _slices(wide: torch.Tensor, narrow: torch.Tensor) -> list[slice]:
     """Divide the last axis of the wide one."""
-    step = max(_LEAST, _SLICE // (len(narrow) * narrow.shape[2]))
+    step = max(_LEAST, room(wide, _SLICE) // (len(narrow) * narrow.shape[2]))
     return [slice(start, start + step) for start in range(0, wide.shape[2], step)]
 
 
@@ -187,18 +185,17 @@ class _LookupKernel(torch.autograd.Function):
 def _tables(ctx: Any, gradients: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield rows (n, size · part of o)."""
     n, _, o = gradients.shape
-    step = max(1, (_SLICE << 2) // (n * ctx.size))
+    step = max(1, room(gradients, _SLICE << 2) // (n * ctx.size))
     for start in range(0, o, step):
         where = slice(start, min(start + step, o))
         part = gradients[..., where].flatten(0, 1)
         yield where, part.new_zeros(n * ctx.size, part.shape[1]).index_add_(0, ctx.places, part).view(n, -1)
 
 
-def _head(use: Any, head: int) -> Any:
-    """Return the use with one of its heads; without a slice, whose derivative is filled up with zeros, where there is one."""
-    if use.gradients.shape[1] == 1:
-        return use
-    return replace(use, gradients=use.gradients[:, head : head + 1])
+def _heads(use: Outer | Lookup) -> list[torch.Tensor]:
+    """Return the gradients of each head, (n, 1, …); without a slice, whose derivative is filled up with zeros, of one."""
+    k = use.gradients.shape[1]
+    return [use.gradients] if k == 1 else [use.gradients[:, head : head + 1] for head in range(k)]
 
 
 def _sum_of(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -14,7 +14,7 @@ from torch.nn import functional
 from mgs_core import contraction as core
 from mgs_core._protocol import Convolution, Outer, Rows
 
-from .products import Buffers, add_gram, differentiated_once, full_precision, recorded
+from .products import Buffers, add_gram, differentiated_once, full_precision, on_host, recorded, room
 
 #: Elements of one sample's gradient up to which a convolution in groups, a group for each sample, is fastest (on CPU).
 _GROUPED = 1 << 16
@@ -36,14 +36,14 @@ def of_convolution(use: Convolution) -> torch.Tensor | None:
     per_pair = i + k * o + 60 + 10 * window if shifted else i * window + k * o + 60
     pairwise = groups * (n * positions) ** 2 * per_pair
     rows = k * groups * i * window * o * n * (positions + n + 30)
-    if pairwise <= rows and shifted:
+    unfolds = n * groups * i * window * positions <= room(use.images, _UNFOLDED)
+    if pairwise <= rows and shifted and (on_host(use.images) or not unfolds):
         return recorded(_ShiftedKernel, use, use.images, use.gradients)
-    on_host = use.images.device.type == "cpu"
-    if pairwise <= rows or (on_host and n * groups * i * window * positions <= _UNFOLDED):
+    if pairwise <= rows or unfolds:
         unfolded = _unfolded(use)
         found: torch.Tensor = core.contribution(unfolded, unfolded)
         return found
-    function = _GroupedKernel if groups * i * o * window <= _GROUPED and on_host else _OffsetKernel
+    function = _GroupedKernel if groups * i * o * window <= _GROUPED and on_host(use.images) else _OffsetKernel
     by_head = use.gradients.split(1, dim=1) if k > 1 else [use.gradients]
     parts = [recorded(function, use, use.images.flatten(0, 3), gradients.flatten(0, 4)) for gradients in by_head]
     return sum(parts[1:], start=parts[0])
@@ -53,26 +53,45 @@ def kept_rows(use: Convolution) -> Rows | None:
     """Return rows in place of the statistics where they are made anyway and take no more than some times the memory."""
     n, k, s, groups, o = use.gradients.shape[:5]
     i, positions, window = use.images.shape[3], prod(use.gradients.shape[5:]), prod(use.window)
-    small = groups * i * o * window <= _GROUPED and i * window <= _KEPT * positions and use.images.device.type == "cpu"
+    small = groups * i * o * window <= _GROUPED and i * window <= _KEPT * positions and on_host(use.images)
     if not small or k * s > 1 or use.view[:-1] or any(before != after for before, after in use.pads):
         return None
     rows = _grouped_rows(use, use.images.flatten(0, 3), use.gradients.flatten(0, 4))
     return Rows(use.parameter, rows.reshape(n, 1, -1))
 
 
+def patches(x: torch.Tensor, window: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> torch.Tensor:
+    """Return the windows of images, (n, channels, *window, *output positions), as a view."""
+    for axis, (width, stride, dilation) in enumerate(zip(window, strides, dilations, strict=True), start=2):
+        x = x.unfold(axis, dilation * (width - 1) + 1, stride)[..., ::dilation]
+    rank = len(window)
+    return x.permute(0, 1, *range(2 + rank, 2 + 2 * rank), *range(2, 2 + rank))
+
+
 def _unfolded(use: Convolution) -> Outer:
-    """Take the patches from the images, pixel by pixel with all channels, by one operation with a derivative of one."""
-    n, k, _, groups, o, *out = use.gradients.shape
+    """Take the patches from the images."""
+    n, k, _, groups, o = use.gradients.shape[:5]
     widths = [width for pair in reversed(use.pads) for width in pair]
-    x = use.images.flatten(1, 3).movedim(1, -1)
-    x = functional.pad(x, (0, 0, *widths)) if any(widths) else x
+    x = use.images.flatten(1, 3)
+    x = functional.pad(x, widths) if any(widths) else x
+    cut = _pixel_by_pixel if on_host(x) and prod(use.window) > 1 else _along_images
+    return Outer(use.parameter, use.gradients.reshape(n, k, groups, o, -1).mT, inputs=cut(use, x, groups))
+
+
+def _along_images(use: Convolution, x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return patches, (n, groups, positions, channels · window), as a device reads and writes them at once."""
+    cut = patches(x, use.window, use.strides, use.dilations)
+    return cut.reshape(len(x), groups, -1, prod(use.gradients.shape[5:])).mT
+
+
+def _pixel_by_pixel(use: Convolution, x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return patches, (n, groups, positions, window · channels), by one operation with a derivative of one."""
+    x = x.movedim(1, -1)
     pixels = torch.arange(prod(x.shape[:-1]), device=x.device).view(x.shape[:-1])
     for axis, (width, stride, dilation) in enumerate(zip(use.window, use.strides, use.dilations, strict=True), start=1):
         pixels = pixels.unfold(axis, dilation * (width - 1) + 1, stride)[..., ::dilation]
-    patches = x.reshape(-1, x.shape[-1]).index_select(0, pixels.flatten())
-    inputs = patches.view(n, prod(out), prod(use.window), groups, -1).permute(0, 3, 1, 2, 4).flatten(3)
-    gradients = use.gradients.reshape(n, k, groups, o, -1).mT
-    return Outer(use.parameter, gradients, inputs=inputs)
+    cut = x.reshape(-1, x.shape[-1]).index_select(0, pixels.flatten())
+    return cut.view(len(x), -1, prod(use.window), groups, x.shape[-1] // groups).permute(0, 3, 1, 2, 4).flatten(3)
 
 
 class _ShiftedKernel(torch.autograd.Function):
@@ -129,7 +148,7 @@ def _positions_last(array: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _tiles(d: torch.Tensor) -> list[slice]:
     """Divide the samples so that the products of all their positions with all others are few enough."""
     n, positions = d.shape[-2], prod(d.shape[1:-2])
-    step = max(1, _PRODUCTS // (len(d) * positions**2 * n))
+    step = max(1, room(d, _PRODUCTS) // (len(d) * positions**2 * n))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 

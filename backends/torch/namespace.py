@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
 
 from .contraction import contribution, weighted_gradient
-from .products import full_precision, symmetric_product
+from .convolutions import patches
+from .products import full_precision, on_host, symmetric_product
 
 Sizes: TypeAlias = Sequence[int]
 Pairs: TypeAlias = Sequence[tuple[int, int]]
@@ -43,6 +44,7 @@ class TorchNamespace:
     mgs_sigmoid = staticmethod(torch.sigmoid)
     mgs_erf = staticmethod(torch.erf)
     mgs_softmax = staticmethod(torch.softmax)
+    mgs_patches = staticmethod(patches)
     mgs_log_softmax = staticmethod(torch.log_softmax)
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -62,6 +64,22 @@ class TorchNamespace:
         if isinstance(value, torch.Tensor):
             return value if dtype is None else value.to(dtype)
         return torch.as_tensor(value, dtype=dtype, device=self._device)
+
+    @staticmethod
+    def mgs_log_determinant(kernel: torch.Tensor, rounding: float) -> torch.Tensor:
+        """Return log det(I + K); the ridge in place of I, where rounding asks for one, is a constant.
+
+        Of a K without a factor it is NaN on a device: to raise there would wait for it.
+        """
+        ridge = (kernel.detach().diagonal().mean() * rounding).clamp_min(1.0)
+        matrix = kernel + torch.diag(ridge.expand(len(kernel)))
+        if on_host(kernel):
+            factor = torch.linalg.cholesky(matrix)
+        else:
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            factor = torch.where(failed == 0, factor, torch.nan)
+        value: torch.Tensor = 2.0 * factor.diagonal().log().sum()
+        return value
 
     @staticmethod
     def mgs_convolution(
@@ -103,7 +121,7 @@ class TorchNamespace:
         """Return the mean of each window; padding counts as zeros."""
         x = functional.pad(x, _reversed(pads))
         if any(dilation != 1 for dilation in dilations):
-            return TorchNamespace.mgs_patches(x, window, strides, dilations).mean(tuple(range(2, 2 + len(window))))
+            return patches(x, window, strides, dilations).mean(tuple(range(2, 2 + len(window))))
         pool = _by_rank(len(window), functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
         pooled: torch.Tensor = pool(x, window, strides)
         return pooled
@@ -128,14 +146,6 @@ class TorchNamespace:
             return None
         array = array.detach()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
-
-    @staticmethod
-    def mgs_patches(x: torch.Tensor, window: Sizes, strides: Sizes, dilations: Sizes) -> torch.Tensor:
-        """Return the windows, (n, channels, *window, *output positions), as a view."""
-        for axis, (width, stride, dilation) in enumerate(zip(window, strides, dilations, strict=True)):
-            x = x.unfold(2 + axis, dilation * (width - 1) + 1, stride)[..., ::dilation]
-        rank = len(window)
-        return x.permute(0, 1, *range(2 + rank, 2 + 2 * rank), *range(2, 2 + rank))
 
     @staticmethod
     def mgs_pad(x: torch.Tensor, widths: Pairs, *, value: float = 0.0) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mgs_core._errors import ArgumentError
+from mgs_core.contraction import MEMORY_BUDGET
 
 
 @contextmanager
@@ -44,6 +45,16 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = ctx.saved_tensors[0]
         return (gradients[0] + gradients[0].mT) @ rows
+
+
+def on_host(array: torch.Tensor) -> bool:
+    """Return whether the processor computes with it: elsewhere each operation costs a launch, and no cache need be kept."""
+    return array.device.type == "cpu"
+
+
+def room(array: torch.Tensor, cache: int) -> int:
+    """Return how many elements are best handled at a time: what the processor's cache has room for, or all that memory has."""
+    return cache if on_host(array) else MEMORY_BUDGET
 
 
 def add_gram(kernel: torch.Tensor, rows: torch.Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -12,6 +13,7 @@ from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._tree import flatten, unflatten
 
 from .namespace import namespace
+from .products import on_host
 
 BatchNorm = Literal["refuse", "frozen"]
 
@@ -67,16 +69,43 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     leaves = {name: recordable(leaf) for name, leaf in leaves.items()}
     for name, leaf in leaves.items():
         # on the host only, for elsewhere a look at the values would wait for the device
-        if leaf.device.type == "cpu" and leaf.is_floating_point() and not _finite(leaf):
+        if on_host(leaf) and leaf.is_floating_point() and not _finite(leaf):
             raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Clean the data first.")
     inputs = unflatten(inputs, leaves, "inputs")
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     keywords = inputs if isinstance(inputs, dict) else {}
     arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)
     devices = {value.device for value in parameters if value.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
+    with _kept_random_state(devices), _recurrent_gradients(module) if devices else nullcontext():
         # only buffers need the detour, which takes 0.1 ms
         return torch.func.functional_call(module, buffers, arguments, keywords) if buffers else module(*arguments, **keywords)
+
+
+@contextmanager
+def _kept_random_state(devices: set[torch.device]) -> Iterator[None]:
+    """Leave the random state as it was; while a graph of the device is captured, there is none."""
+    if devices and torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def _recurrent_gradients(module: torch.nn.Module) -> Iterator[None]:
+    """Let recurrent layers be evaluated such that there is a gradient: cuDNN has one in training mode alone.
+
+    Without dropout, their training mode is their evaluation mode.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.RNNBase) and not layer.training]
+    dropouts = [layer.dropout for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.dropout = True, 0.0
+        yield
+    finally:
+        for layer, dropout in zip(layers, dropouts, strict=True):
+            layer.training, layer.dropout = False, dropout
 
 
 def recordable(value: Any) -> Any:
