@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from .graph import Edge, Graph
+from .graph import Edge, Graph, called
 from .observed import kept_gradients
 
 _WEIGHT_NORM = "WeightNormInterface"
@@ -123,8 +123,8 @@ def _pull_by_hand(graph: Graph, edge: Edge, gradient: torch.Tensor) -> dict[Edge
         given = [total.get((number, output)) for output in range(len(node._input_metadata))]
         if all(part is None for part in given):
             continue
-        parts = _through_weight_norm(node, given[0]) if graph.name(number) == _WEIGHT_NORM else node(*given)
-        for child, part in zip(graph.inputs[number], parts if isinstance(parts, tuple) else (parts,), strict=True):
+        parts = _through_weight_norm(node, given[0]) if graph.name(number) == _WEIGHT_NORM else called(node, given)
+        for child, part in zip(graph.inputs[number], parts, strict=True):
             if child is not None and part is not None:
                 part = part.sum_to_size(graph.shape(child))
                 total[child] = total[child] + part if child in total else part

@@ -16,7 +16,7 @@ from mgs_core.contraction import MEMORY_BUDGET
 from mgs_core.statistics import as_rows
 
 from .chain import SPLITS, places_in, pull_chain, pull_chains, sources, view_key
-from .graph import Edge, Graph
+from .graph import Edge, Graph, called
 from .observed import kept_gradients
 from .order import follow_each_contraction, next_number
 from .plan import Plan, Use
@@ -198,7 +198,6 @@ class _Reader:
     def _rows(self, gradients: list[list[torch.Tensor | None]]) -> torch.Tensor:
         """Return rows in the coordinates of the source, by one call of the node's backward for each sample and head."""
         node, slot, shape = self._graph.nodes[self._use.site], self._use.slot, self._graph.shape(self._use.source)
-        backward = node if callable(node) else node.apply  # a Python function's node is called by `apply`
         rows = []
         for sample in range(self._samples):
             for head in range(self._k):
@@ -206,8 +205,7 @@ class _Reader:
                     None if by_head[head] is None else _of_sample(by_head[head], layout, sample, self._n)
                     for by_head, layout in zip(gradients, self._use.layouts, strict=True)
                 ]
-                parts = backward(*masked)
-                part = parts[slot] if isinstance(parts, tuple) else parts
+                part = called(node, masked)[slot]
                 # none where the operation, itself a derivative, does not change with the parameter
                 rows.append(self._graph.zeros(self._use.source) if part is None else part.sum_to_size(shape))
         return _wide(torch.stack(rows).reshape(self._samples, self._k, prod(shape)))

@@ -7,7 +7,7 @@ A node is one operation's backward function. `next_functions` has one edge for e
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeAlias
@@ -79,6 +79,31 @@ def operation(node: Any) -> str:
 @cache
 def _short(name: str) -> str:
     return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
+
+
+def called(node: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    """Return what a node's backward gives for each of its inputs, in the order of `next_functions`.
+
+    Args:
+        node: of an operation.
+        gradients: those at its outputs; None for an output that moves nothing.
+
+    Returns:
+        A gradient for each input, of the shape that the operation gave it; None where there is none.
+    """
+    if callable(node):
+        parts = node(*gradients)
+        return parts if isinstance(parts, tuple) else (parts,)
+    # of a function written in Python: its backward takes zeros for None, and gives one for each argument, tensor or not
+    shapes = node._input_metadata
+    given = [
+        torch.zeros(at.shape, dtype=at.dtype, device=at.device) if gradient is None else gradient
+        for gradient, at in zip(gradients, shapes, strict=True)
+    ]
+    parts = node.apply(*given)
+    parts = parts if isinstance(parts, tuple) else (parts,)
+    needed = (part for part, needs in zip(parts, node.needs_input_grad, strict=False) if needs)
+    return tuple(None if child is None else next(needed) for child, _ in node.next_functions)
 
 
 def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Graph:

