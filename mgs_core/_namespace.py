@@ -16,6 +16,8 @@ from mgs_core._types import Array, Namespace
 # array types whose namespace a backend registers: root of their module → backend
 _FROM_BACKEND = {"autograd": "numpy", "jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow", "torch": "torch"}
 _registered: list[tuple[Callable[[Array], bool], Namespace]] = []
+#: Registered namespaces by the arrays' type, for a kernel asks some hundred times.
+_by_type: dict[type, Namespace] = {}
 
 
 def register_namespace(matches: Callable[[Array], bool], namespace: Namespace) -> None:
@@ -27,6 +29,7 @@ def register_namespace(matches: Callable[[Array], bool], namespace: Namespace) -
             `mgs_beside(array)`, which returns the namespace that makes them where that one is.
     """
     _registered.append((matches, namespace))
+    _by_type.clear()
 
 
 def array_namespace(*arrays: Array) -> Namespace:
@@ -44,6 +47,10 @@ def array_namespace(*arrays: Array) -> Namespace:
         ArgumentError: when there is no array, or arrays of two frameworks meet.
     """
     found = [a for a in arrays if a is not None and not isinstance(a, (int, float, complex, bool))]
+    kinds = set(map(type, found))
+    known = _by_type.get(next(iter(kinds))) if len(kinds) == 1 else None
+    if known is not None:
+        return _beside(known, found[0])
     for array in found:
         _load_backend_of(type(array).__module__)
     for number, (matches, namespace) in enumerate(_registered):
@@ -53,12 +60,18 @@ def array_namespace(*arrays: Array) -> Namespace:
         others = [array for array in found if not matches(array)] if len(own) < len(found) else []
         if any(other(array) for array in others for other, _ in _registered[number + 1 :]):
             raise _of_several(found)
-        beside = getattr(namespace, "mgs_beside", None)
-        return namespace if beside is None else beside(own[0])
+        if len(kinds) == 1:
+            _by_type[type(own[0])] = namespace
+        return _beside(namespace, own[0])
     try:
         return cast(Namespace, array_api_compat.array_namespace(*found))
     except TypeError as error:
         raise _of_several(found) from error
+
+
+def _beside(namespace: Namespace, array: Array) -> Namespace:
+    beside = getattr(namespace, "mgs_beside", None)
+    return namespace if beside is None else beside(array)
 
 
 def _of_several(found: list[Array]) -> ArgumentError:

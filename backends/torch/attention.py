@@ -67,7 +67,7 @@ class _Attended(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    @full_precision()
+    @full_precision
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         above, q, k, v = ctx.saved_tensors
         to_q, to_k, to_v = gradients

@@ -22,7 +22,7 @@ from .products import Buffers, add_gram, differentiated_once, full_precision, on
 _SLICE, _LEAST = 1 << 19, 64
 
 
-@full_precision()
+@full_precision
 def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> torch.Tensor | None:
     """Return a layer's contribution to the kernel of a batch with itself; None for what the core does as well."""
     if full or right is not left or not isinstance(left, Outer | Convolution | Lookup):
@@ -44,7 +44,7 @@ def contribution(left: LayerStatistics, right: LayerStatistics, full: bool) -> t
     return _sum_of([recorded(_OuterKernel, left.inputs, d.squeeze(1), left.one) for d in heads])
 
 
-@full_precision()
+@full_precision
 def weighted_gradient(use: LayerStatistics, weights: torch.Tensor) -> torch.Tensor | None:
     """Return `Σ_ak w_ak g_ak` of a weight, (p,), made as (g, o, i) as most modules hold it; else None."""
     if not isinstance(use, Outer | Convolution):
@@ -91,7 +91,7 @@ class _OuterKernel(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    @full_precision()
+    @full_precision
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         mixing = gradients_out[0] + gradients_out[0].T
         n = mixing.shape[0]
@@ -171,7 +171,7 @@ class _LookupKernel(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    @full_precision()
+    @full_precision
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, None]:
         (gradients,) = ctx.saved_tensors
         mixing = gradients_out[0] + gradients_out[0].T

@@ -115,7 +115,7 @@ class _ShiftedKernel(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    @full_precision()
+    @full_precision
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         images, gradients = ctx.saved_tensors
         mixing = gradients_out[0] + gradients_out[0].T
@@ -201,7 +201,7 @@ class _GroupedKernel(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    @full_precision()
+    @full_precision
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         images, gradients, rows = ctx.saved_tensors
         mixed = ((gradients_out[0] + gradients_out[0].T) @ rows).view(ctx.shape)
@@ -244,7 +244,7 @@ class _OffsetKernel(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    @full_precision()
+    @full_precision
     def backward(ctx: Any, *gradients_out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         images, gradients = ctx.saved_tensors
         mixing = gradients_out[0] + gradients_out[0].T

@@ -183,11 +183,11 @@ def _settings(node: Any) -> tuple[Any, ...]:
     if kind not in _names:
         names = [name for name in dir(kind) if name.startswith("_saved_")]
         _names[kind] = tuple(name for name in names if _is_setting(getattr(node, name)))
-    return tuple(value for name in _names[kind] if _is_setting(value := getattr(node, name)))
+    return tuple([value for name in _names[kind] if _is_setting(value := getattr(node, name))])
 
 
 def _is_setting(value: Any) -> bool:
     """Return whether this is a setting; None may be one that was left out."""
-    if isinstance(value, tuple):
-        return all(entry is None or isinstance(entry, int) for entry in value)
-    return value is None or isinstance(value, int | str)
+    if value is None or isinstance(value, (int, str)):
+        return True
+    return isinstance(value, tuple) and all(entry is None or isinstance(entry, int) for entry in value)

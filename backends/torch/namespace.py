@@ -37,7 +37,7 @@ class TorchNamespace:
     mgs_product = staticmethod(symmetric_product)
     mgs_weighted_gradient = staticmethod(weighted_gradient)
     mgs_sum_by_index = staticmethod(lambda values, at, size: values.new_zeros(size, values.shape[1]).index_add(0, at, values))
-    matmul = staticmethod(full_precision()(torch.matmul))
+    matmul = staticmethod(full_precision(torch.matmul))
     mgs_lookup = staticmethod(lambda table, indices: table[indices])
     mgs_einsum = staticmethod(torch.einsum)
     mgs_relu = staticmethod(torch.relu)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from math import prod
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from mgs_core._errors import ArgumentError
 from mgs_core.contraction import MEMORY_BUDGET
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Let products have the precision of their arguments, whatever automatic mixed precision says."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+
+def full_precision(function: Function) -> Function:
+    """Let the products of a function have the precision of their arguments, whatever automatic mixed precision says."""
+
+    @wraps(function)
+    def guarded(*arguments: Any, **keywords: Any) -> Any:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*arguments, **keywords)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    else:
-        yield
+            return function(*arguments, **keywords)
+
+    return cast(Function, guarded)
 
 
-@full_precision()
+@full_precision
 def symmetric_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return `left rightᵀ` over the last axis."""
     if right is left and left.requires_grad:
@@ -41,7 +45,7 @@ class _Gram(torch.autograd.Function):
         return rows @ rows.mT
 
     @staticmethod
-    @full_precision()
+    @full_precision
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = ctx.saved_tensors[0]
         return (gradients[0] + gradients[0].mT) @ rows

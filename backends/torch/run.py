@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -135,7 +136,13 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 def is_sharded(owner: object) -> bool:
     """Return whether this is a module, or what its hooks belong to, of either form of FSDP; told without its import."""
-    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(owner).__mro__)
+    kind: Any = type(owner)
+    return _is_sharded(kind)
+
+
+@cache
+def _is_sharded(kind: Any) -> bool:
+    return any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__)
 
 
 def refuse_sharded() -> NoReturn:
