@@ -15,6 +15,7 @@ from mgs_core._types import Array
 
 from .equations import bind
 from .plan import Nested, Operation, Plan, names_of
+from .versions import counts_of_scan
 
 
 class Parameterised:
@@ -103,7 +104,8 @@ class _Execution:
     def _scan(self, operation: Nested) -> Sequence[Any]:
         plan, params = operation.plan, operation.equation.params
         packed = self._pack(operation)
-        constants, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        constants, carried = counts_of_scan(operation.equation)
+        sliced_from = constants + carried
 
         def body(
             carry: list[Array], slices: tuple[list[Any], list[Array]]
@@ -113,9 +115,9 @@ class _Execution:
             outputs, records = execute(plan, inputs, taps)
             return outputs[: len(carry)], (outputs[len(carry) :], records)
 
-        start = [jnp.asarray(self._array(variable)) for variable in operation.equation.invars[constants:carried]]
+        start = [jnp.asarray(self._array(variable)) for variable in operation.equation.invars[constants:sliced_from]]
         carry, (stacked, records) = lax.scan(
-            body, start, (packed[carried:], self._take(plan)),
+            body, start, (packed[sliced_from:], self._take(plan)),
             length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
         )  # fmt: skip
         self._records += records

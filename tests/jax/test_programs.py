@@ -130,3 +130,24 @@ def test_kernels_of_random_programs_and_their_gradients_are_those_of_jacobians(s
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * float(jnp.max(jnp.abs(expected))))
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in truth.values())
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-9 * largest), gradient, truth)
+
+
+def agrees(function, parameters, x):
+    """Compare the kernel with that of Jacobian rows, and return the layers' kinds."""
+    model = mgs.FunctionalModel(function, parameters)
+    rows = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(jax.jacrev(lambda p: function(p, x)[:, 0])(parameters))]
+    np.testing.assert_allclose(mgs.kernel(model, x), sum(row @ row.T for row in rows), rtol=1e-12)
+    return {layer.parameter: layer.kind for layer in mgs.check(model, x).layers}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_that_are_looped_over_have_statistics(axis):
+    draw = np.random.default_rng(0)
+    weights = jnp.asarray(draw.normal(size=(3, W, W)).swapaxes(0, axis))
+
+    def function(p, h):
+        for w in p["w"] if axis == 0 else jnp.unstack(p["w"], axis=1):
+            h = jnp.tanh(h @ w)
+        return jnp.log2(1.0 + jnp.sum(h**2, 1, keepdims=True))
+
+    assert agrees(function, {"w": weights}, jnp.asarray(draw.normal(size=(5, W)))) == {"w": "outer"}
