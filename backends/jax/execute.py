@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
@@ -96,7 +97,8 @@ class _Execution:
         def inner(inputs: list[Any], taps: list[Array]) -> tuple[list[Array], list[Array]]:
             return execute(plan, [_unpack(value) for value in inputs], taps)
 
-        rematerialised = jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])
+        prevent_cse = bool(np.any(params["prevent_cse"]))  # perhaps one flag for each argument
+        rematerialised = jax.checkpoint(inner, prevent_cse=prevent_cse, policy=params["policy"])
         outputs, records = rematerialised(self._pack(operation), self._take(plan))
         self._records += records
         return list(outputs)

@@ -122,7 +122,7 @@ def _of_jaxpr(jaxpr: Jaxpr, seen: _Seen) -> Hashable:
         )
         for e in jaxpr.eqns
     )
-    return ("jaxpr", bound, equations, tuple(atom(variable) for variable in jaxpr.outvars))
+    return ("jaxpr", len(jaxpr.constvars), bound, equations, tuple(atom(variable) for variable in jaxpr.outvars))
 
 
 def _of_rule(equation: Any, seen: _Seen) -> Hashable:

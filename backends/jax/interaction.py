@@ -173,8 +173,9 @@ def _moved(value: Array, draw: np.random.Generator) -> Array:
     if isinstance(value, jax.core.Tracer):
         return _made_up(value, draw)
     known = np.asarray(value, np.float64)
-    scale = _MOVE * (float(np.std(known) if known.size else 0.0) or 1.0)
-    return _array(known + scale * draw.normal(size=value.shape), value.dtype)
+    with np.errstate(all="ignore"):  # a model that has diverged
+        scale = _MOVE * (float(np.std(known) if known.size else 0.0) or 1.0)
+        return _array(known + scale * draw.normal(size=value.shape), value.dtype)
 
 
 def _value(value: Array, draw: np.random.Generator) -> Array:
