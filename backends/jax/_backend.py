@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._layout import refuse_infinite
@@ -28,6 +27,7 @@ from .models import functional, leaves_of, named, noting, pure, scalars
 from .namespace import JaxNamespace, known
 from .program import program_for
 from .squeeze import squeezed
+from .versions import ClosedJaxpr
 
 _namespace = JaxNamespace()
 register_namespace(lambda array: isinstance(array, jax.Array), _namespace)
@@ -112,7 +112,7 @@ class JaxBackend:
         _refuse_mapped(traced, samples)
         jaxpr = squeezed(traced)
         # shapes within the jaxpr, which a program keeps, belong to the mesh of a map around the call
-        key = (fingerprint(jaxpr.jaxpr), jax.sharding.get_abstract_mesh())
+        key = (fingerprint(jaxpr, constants=False), jax.sharding.get_abstract_mesh())
         program = program_for(key, jaxpr, list(leaves), chosen, differentiable)
         if n > 1:
             refuse_interaction(key, batch, jaxpr, list(leaves.values()), samples)

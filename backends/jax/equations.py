@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, Literal
 
 from mgs_core._types import Array
 
+from .versions import ClosedJaxpr, as_function, parts, takes_functions
+
 #: Primitives that do nothing but call.
-INLINED = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
+INLINED = {"jit", "pjit", "closed_call", "core_call", "core_closed_call", "eval_jaxpr"}
 
 
 def inner(equation: Any) -> Jaxpr | ClosedJaxpr:
@@ -37,14 +39,12 @@ def bind(equation: Any, operands: list[Array]) -> list[Array]:
     Returns:
         Its outputs.
     """
-    # functions among the parameters (rules of their own, devices): let JAX pass them on
-    if any(name in equation.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd", "manual_axes")):
+    if takes_functions(equation.primitive):  # rules of their own, devices: let JAX pass them on
         outputs = [variable for variable in equation.outvars if type(variable).__name__ != "DropVar"]
         given = {v: value for v, value in zip(equation.invars, operands, strict=True) if not isinstance(v, Literal)}
-        body = next(equation.params[name] for name in ("call_jaxpr", "fun_jaxpr", "jaxpr") if name in equation.params)
-        body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+        body, _ = parts(inner(equation))
         jaxpr = body.replace(constvars=(), invars=list(given), outvars=outputs, eqns=[equation], effects=equation.effects)
-        results = iter(jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()))
+        results = iter(as_function(jaxpr)(*given.values()))
         return [None if type(variable).__name__ == "DropVar" else next(results) for variable in equation.outvars]
     result = equation.primitive.bind(*operands, **equation.params)
     return list(result) if equation.primitive.multiple_results else [result]

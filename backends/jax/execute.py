@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
@@ -15,6 +16,7 @@ from mgs_core._types import Array
 
 from .equations import bind
 from .plan import Nested, Operation, Plan, names_of
+from .versions import counts_of_scan
 
 
 class Parameterised:
@@ -95,7 +97,8 @@ class _Execution:
         def inner(inputs: list[Any], taps: list[Array]) -> tuple[list[Array], list[Array]]:
             return execute(plan, [_unpack(value) for value in inputs], taps)
 
-        rematerialised = jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])
+        prevent_cse = bool(np.any(params["prevent_cse"]))  # perhaps one flag for each argument
+        rematerialised = jax.checkpoint(inner, prevent_cse=prevent_cse, policy=params["policy"])
         outputs, records = rematerialised(self._pack(operation), self._take(plan))
         self._records += records
         return list(outputs)
@@ -103,7 +106,8 @@ class _Execution:
     def _scan(self, operation: Nested) -> Sequence[Any]:
         plan, params = operation.plan, operation.equation.params
         packed = self._pack(operation)
-        constants, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        constants, carried = counts_of_scan(operation.equation)
+        sliced_from = constants + carried
 
         def body(
             carry: list[Array], slices: tuple[list[Any], list[Array]]
@@ -113,9 +117,9 @@ class _Execution:
             outputs, records = execute(plan, inputs, taps)
             return outputs[: len(carry)], (outputs[len(carry) :], records)
 
-        start = [jnp.asarray(self._array(variable)) for variable in operation.equation.invars[constants:carried]]
+        start = [jnp.asarray(self._array(variable)) for variable in operation.equation.invars[constants:sliced_from]]
         carry, (stacked, records) = lax.scan(
-            body, start, (packed[carried:], self._take(plan)),
+            body, start, (packed[sliced_from:], self._take(plan)),
             length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
         )  # fmt: skip
         self._records += records

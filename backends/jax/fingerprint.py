@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 from mgs_core._types import Array
 
 from .equations import bind, shapes
+from .versions import ClosedJaxpr, parts
 
 #: Objects of JAX that say where and when a function was traced, not what it does.
 _BOOKKEEPING = {"Store", "EqualStore", "DynamicJaxprTrace"}
@@ -56,24 +57,25 @@ class _Same:
         return id(self._value)
 
 
-def fingerprint(value: Any, *, rules: bool = True) -> Hashable:
+def fingerprint(value: Any, *, rules: bool = True, constants: bool = True) -> Hashable:
     """Return a hashable key that equals another's only when the two values do the same.
 
     Args:
         value: a jaxpr, the parameters of an equation, or a part of them.
         rules: whether derivative rules count too; no value depends on them.
+        constants: whether the values of a jaxpr's own constants count; they do not where they are inputs of a program.
 
     Returns:
         The key.
     """
-    return _key(value, _Seen(rules))
+    seen = _Seen(rules)
+    return _key(value, seen) if constants else _of_jaxpr(parts(value)[0], seen)
 
 
 def _key(value: Any, seen: _Seen) -> Hashable:
-    if isinstance(value, ClosedJaxpr):
-        return ("closed", _key(value.jaxpr, seen), tuple(_key(constant, seen) for constant in value.consts))
-    if isinstance(value, Jaxpr):
-        return _of_jaxpr(value, seen)
+    if isinstance(value, (Jaxpr, ClosedJaxpr)):
+        jaxpr, constants = parts(value)
+        return ("closed", _of_jaxpr(jaxpr, seen), tuple(_key(constant, seen) for constant in constants))
     if isinstance(value, Mapping):
         return (
             "mapping",
@@ -120,7 +122,7 @@ def _of_jaxpr(jaxpr: Jaxpr, seen: _Seen) -> Hashable:
         )
         for e in jaxpr.eqns
     )
-    return ("jaxpr", bound, equations, tuple(atom(variable) for variable in jaxpr.outvars))
+    return ("jaxpr", len(jaxpr.constvars), bound, equations, tuple(atom(variable) for variable in jaxpr.outvars))
 
 
 def _of_rule(equation: Any, seen: _Seen) -> Hashable:

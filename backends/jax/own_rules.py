@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 
 from .equations import bind, shapes
 from .fingerprint import fingerprint
+from .versions import ClosedJaxpr, parts
 
 
 def loses_rules(jaxpr: Jaxpr) -> bool:
@@ -29,15 +30,15 @@ def loses_rules(jaxpr: Jaxpr) -> bool:
             return True
         for value in equation.params.values() if name != "custom_jvp_call" else ():
             for entry in value if isinstance(value, (tuple, list)) else (value,):
-                body = entry.jaxpr if isinstance(entry, ClosedJaxpr) else entry
-                if isinstance(body, Jaxpr) and loses_rules(body):
+                if isinstance(entry, (Jaxpr, ClosedJaxpr)) and loses_rules(parts(entry)[0]):
                     return True
     return False
 
 
 def _calls_itself(equation: Any) -> bool:
     given = shapes(equation.invars)
-    traced = jax.make_jaxpr(lambda *arrays: jax.vjp(lambda *operands: bind(equation, list(operands)), *arrays)[0])(*given).jaxpr
+    both = jax.make_jaxpr(lambda *arrays: jax.vjp(lambda *operands: bind(equation, list(operands)), *arrays)[0])(*given)
+    traced, _ = parts(both)
     calls = {variable: made for made in traced.eqns if made.primitive is equation.primitive for variable in made.outvars}
     own = fingerprint(equation.params["call_jaxpr"])
     return all(variable in calls and fingerprint(calls[variable].params["call_jaxpr"]) == own for variable in traced.outvars)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 from jax.extend.core import Literal as LiteralValue
 
 from .equations import INLINED, inner
 from .rules import Rule, rule_for
+from .versions import ClosedJaxpr, counts_of_scan, parts
 from .views import View, views_after
 
 
@@ -157,7 +158,7 @@ class _Planner:
     """Walk one jaxpr."""
 
     def __init__(self, jaxpr: Jaxpr | ClosedJaxpr, inputs: Sequence[Origin], close: bool) -> None:
-        jaxpr, constants = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+        jaxpr, constants = parts(jaxpr)
         self._origins: dict[Any, Origin] = dict.fromkeys(jaxpr.constvars)
         self._origins.update(zip(jaxpr.invars, inputs, strict=True))
         self.plan = Plan(jaxpr, constants, list(inputs))
@@ -203,14 +204,14 @@ class _Planner:
         return Operation(equation, "evaluate")
 
     def _scan(self, equation: Any, origins: list[Origin]) -> Operation:
-        params = equation.params
-        constants, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
-        for variable in equation.invars[constants:carried]:
+        constants, carried = counts_of_scan(equation)
+        sliced_from, length = constants + carried, equation.params["length"]
+        for variable in equation.invars[constants:sliced_from]:
             self._root(variable, "scan")
         loop = id(equation)
-        sliced = [origin.within(loop) if isinstance(origin, View) else origin for origin in origins[carried:]]
-        plan = make_plan(inner(equation), [*origins[:constants], *[DATA] * params["num_carry"], *sliced])
-        sites = [replace(site, loops=((params["length"], loop in site.rule.weight.loops), *site.loops)) for site in plan.sites]
+        sliced = [origin.within(loop) if isinstance(origin, View) else origin for origin in origins[sliced_from:]]
+        plan = make_plan(inner(equation), [*origins[:constants], *[DATA] * carried, *sliced])
+        sites = [replace(site, loops=((length, loop in site.rule.weight.loops), *site.loops)) for site in plan.sites]
         return self._follow(equation, "scan", plan, [DATA] * len(equation.outvars), sites)
 
     def _follow(self, equation: Any, action: Action, plan: Plan, outputs: Sequence[Origin], sites: Sequence[Site]) -> Nested:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mgs_core._known import Recent
 from mgs_core._protocol import LayerStatistics, Lookup, Outer, Rows, Scale, Sum
@@ -19,6 +18,7 @@ from mgs_core._types import Array
 from .execute import Parameterised, execute
 from .own_rules import loses_rules
 from .plan import DATA, Plan, Site, make_plan, undifferentiated
+from .versions import ClosedJaxpr, as_function, opened, parts
 from .views import View
 
 _programs: Recent[Program] = Recent()
@@ -85,15 +85,14 @@ def program_for(
 
 
 def _make(closed: ClosedJaxpr, names: tuple[str, ...], chosen: frozenset[str], differentiable: bool) -> Program:
-    jaxpr = closed.jaxpr
+    jaxpr, _ = parts(closed)
     variables = jaxpr.invars[: len(names)]
     shapes = {name: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for name, v in zip(names, variables, strict=True)}
-    # the constants become inputs, so that one program serves other values of them
-    whole = jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
+    whole = opened(closed)  # so that one program serves other values of the constants
     origins = [View(name) if name in chosen else None for name in names]
     plan = make_plan(whole, [*[None] * len(jaxpr.constvars), *origins, *[DATA] * (len(jaxpr.invars) - len(names))])
     plan = plan if differentiable else undifferentiated(plan)
-    heads, by_itself = jaxpr.outvars[0].aval, jaxpr_as_fun(ClosedJaxpr(whole, ())) if loses_rules(whole) else None
+    heads, by_itself = jaxpr.outvars[0].aval, as_function(whole) if loses_rules(whole) else None
 
     def one(parameters: dict[str, Array], sample: list[Array], constants: list[Array]) -> Any:
         def head(taps: list[Array], epsilon: dict[str, Array]) -> tuple[Array, Any]:

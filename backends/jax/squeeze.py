@@ -12,11 +12,12 @@ from typing import Any, TypeAlias
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 from mgs_core._types import Array
 
 from .equations import INLINED, bind, inner
+from .versions import ClosedJaxpr, parts
 
 
 class _Short:
@@ -41,9 +42,9 @@ def squeezed(closed: ClosedJaxpr) -> ClosedJaxpr:
     """
 
     def run(*inputs: Array) -> list[Array]:
-        return [_whole(value) for value in _evaluate(closed.jaxpr, closed.consts, inputs)]
+        return [_whole(value) for value in _evaluate(*parts(closed), inputs)]
 
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in closed.jaxpr.invars]
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in parts(closed)[0].invars]
     found: ClosedJaxpr = jax.make_jaxpr(run)(*shapes)
     return found
 
@@ -57,9 +58,7 @@ def _evaluate(jaxpr: Jaxpr, constants: Sequence[Array], inputs: Sequence[Value])
     for equation in jaxpr.eqns:
         operands, name = [value(variable) for variable in equation.invars], equation.primitive.name
         if name in INLINED:
-            body = inner(equation)
-            called, own = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
-            found = _evaluate(called, own, operands)
+            found = _evaluate(*parts(inner(equation)), operands)
         else:
             rule = _RULES.get(name)
             short = None if rule is None else rule(equation, operands)
@@ -163,8 +162,8 @@ def _product(equation: Any, operands: list[Value]) -> Value | None:
 
 _ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh digamma div "
-    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg "
-    "nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor"
+    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul ne "
+    "neg nextafter not one_minus_square or pow rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor"
 )
 _REDUCTIONS = "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum"
 _RULES: Mapping[str, _Rule] = {

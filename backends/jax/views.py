@@ -90,7 +90,14 @@ def views_after(equation: Any, view: View) -> list[View] | None:
             view.then(("part", axis, end - size, end), _part(axis, end - size, end))
             for size, end in zip(sizes, ends, strict=True)
         ]
+    if name == "unstack":  # of `for weight in weights`, since JAX 0.11
+        axis = params["axis"]
+        return [view.then(("entry", axis, at), _entry(axis, at)) for at in range(len(equation.outvars))]
     return None
+
+
+def _entry(axis: int, at: int) -> Callable[[Array], Array]:
+    return lambda value: lax.index_in_dim(value, at, axis, keepdims=False)
 
 
 def _part(axis: int, start: int, end: int) -> Callable[[Array], Array]:

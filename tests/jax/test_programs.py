@@ -71,7 +71,7 @@ OPERATIONS = [
     (lambda h, w: lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (h, w), length=2)[0][0], SQUARE),
     (lambda h, w, u: vmap(lambda r: lax.cond(r[0] > 0, lambda r: jnp.tanh(r @ w), lambda r: r * u, r))(h), SQUARE, LINE),
     (lambda h, w: own_rule(w, h), SQUARE),
-    (lambda h, w: jax.checkpoint(lambda h: jnp.tanh(h @ w))(h) @ w, SQUARE),
+    (lambda h, w: jax.checkpoint(lambda h, w: jnp.tanh(h @ w), prevent_cse=(True, False))(h, w) @ w, SQUARE),
     (lambda h, w: (step := jax.jit(lambda h, w: jnp.tanh(h @ w.T)))(step(h, w), w), SQUARE),
     (lambda h, w: h @ jax.jit(lambda w: (w.T, w[::-1]))(w)[1] + h * jnp.mean(jnp.sin(w)), SQUARE),
     (lambda h, w: vmap(jax.grad(lambda r: jnp.sum(jnp.tanh(r @ w) ** 2)))(h), SQUARE),
@@ -130,3 +130,35 @@ def test_kernels_of_random_programs_and_their_gradients_are_those_of_jacobians(s
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * float(jnp.max(jnp.abs(expected))))
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in truth.values())
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-9 * largest), gradient, truth)
+
+
+def agrees(function, parameters, x):
+    """Compare the kernel with that of Jacobian rows, and return the layers' kinds."""
+    model = mgs.FunctionalModel(function, parameters)
+    rows = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(jax.jacrev(lambda p: function(p, x)[:, 0])(parameters))]
+    np.testing.assert_allclose(mgs.kernel(model, x), sum(row @ row.T for row in rows), rtol=1e-12)
+    return {layer.parameter: layer.kind for layer in mgs.check(model, x).layers}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_that_are_looped_over_have_statistics(axis):
+    draw = np.random.default_rng(0)
+    weights = jnp.asarray(draw.normal(size=(3, W, W)).swapaxes(0, axis))
+
+    def function(p, h):
+        for w in p["w"] if axis == 0 else jnp.unstack(p["w"], axis=1):
+            h = jnp.tanh(h @ w)
+        return jnp.log2(1.0 + jnp.sum(h**2, 1, keepdims=True))
+
+    assert agrees(function, {"w": weights}, jnp.asarray(draw.normal(size=(5, W)))) == {"w": "outer"}
+
+
+def test_a_constant_is_not_taken_for_a_sample():
+    """Both programs are one to the letter, of a constant, the parameter and a sample, and of the parameter and two samples."""
+    draw = np.random.default_rng(0)
+    constant, w = (jnp.asarray(draw.normal(size=(W, W))) for _ in range(2))
+    x, y = (jnp.asarray(draw.normal(size=(3, W, W))) for _ in range(2))
+    agrees(lambda p, x: jnp.sum((x * constant) @ p, (1, 2))[:, None], w, x)
+    found = mgs.kernel(mgs.FunctionalModel(lambda p, both: jnp.sum((both[1] * p) @ both[0], (1, 2))[:, None], w), (x, y))
+    rows = jnp.reshape(y * jnp.sum(x, 2)[:, None, :], (3, -1))
+    np.testing.assert_allclose(found, rows @ rows.T, rtol=1e-12)
