@@ -142,6 +142,12 @@ def predictable(kernels: list[Array], members: list[Array], given: Array, classe
     return float(np.mean(np.argmax(one_hot - residual, axis=1) == given))
 
 
+def by_chance(share: float, given: Array) -> bool:
+    """Say whether naming the most frequent label would predict as large a share of the labels, within two standard errors."""
+    most = float(np.max(np.unique_counts(given).counts)) / len(given)
+    return bool(share <= most + 2 * (most * (1 - most) / len(given)) ** 0.5)
+
+
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
     given = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
     if given.shape != (n,) or not np.isdtype(given.dtype, "integral"):

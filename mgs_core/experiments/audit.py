@@ -24,7 +24,7 @@ from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
 from mgs_core.summary import _cosine, as_numpy
-from mgs_core.suspicion import Suspicion, judge, predictable
+from mgs_core.suspicion import Suspicion, by_chance, judge, predictable
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
 BLOCK = 2048
@@ -308,8 +308,7 @@ def _warn_of_memory(seen: float, unseen: float) -> None:
 
 def _warn_of_chance(predictable: float, given: Array) -> None:
     """Warn where the samples predict each other's labels no better than the most frequent one does, by two standard errors."""
-    share = float(np.bincount(given).max()) / len(given)
-    if predictable <= share + 2 * (share * (1 - share) / len(given)) ** 0.5:
+    if by_chance(predictable, given):
         warnings.warn(
             f"The samples predict {predictable:.0%} of each other's labels, which naming the most frequent one could: `inputs` "
             "do not tell the classes apart, or about as many `labels` are wrong as right. Do not drop samples by `contradicted`.",

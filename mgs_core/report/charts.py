@@ -13,6 +13,7 @@ from mgs_core.report.runs import Comparison, Point, Run
 
 WIDTH, TOP, LEFT, BOTTOM, ROW = 440.0, 12.0, 52.0, 36.0, 16.0
 MOST_EPOCHS = 100
+_SETTLING = 5  # epochs, of which fewer have no first tenth to leave out
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ def chart_height(names: int) -> float:
 
 def names_width(names: Iterable[str]) -> float:
     """Return the room beside a chart for its names."""
-    return max(70.0, 18 + 7.9 * max(len(shortened(name)) for name in names))
+    return max(70.0, 18 + 8.6 * max(len(shortened(name)) for name in names))
 
 
 def extremes(metric: Metric, curves: Mapping[str, list[Point]]) -> list[float]:
     """Return the numbers that the axis of a metric must hold."""
     points = [point for curve in curves.values() for point in curve]
     first, last = min(point.epoch for point in points), max(point.epoch for point in points)
-    start = first + 0.1 * (last - first) if metric.settled else first
+    start = first + 0.1 * (last - first) if metric.settled and last - first >= _SETTLING else first
     return [value for point in points if point.epoch >= start for value in (point.low, point.high)]
 
 

@@ -12,7 +12,7 @@ from mgs_core.report.metrics import KERNEL_METRICS, MEMORISATION, OUTCOMES, TEST
 from mgs_core.report.numbers import mean, rank_correlation, written, written_correlation
 from mgs_core.report.runs import Comparison
 
-NAMES = 162.0  # width of a column of names left of a drawing
+NAMES = 162.0  # width of a column of names left of a drawing, at least
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def glance(comparison: Comparison, order: Sequence[str], looks: dict[str, Look])
     if not finals:
         return None
     height = TOP + 26 * len(finals) + BOTTOM
-    box = (NAMES, TOP, WIDTH - 14, height - BOTTOM)
+    box = (max(NAMES, names_width(finals)), TOP, WIDTH - 14, height - BOTTOM)
     across = axis([0.0, 1.0], box[0], box[2], share=True)
     rows = []
     for number, (name, values) in enumerate(finals.items()):
@@ -212,7 +212,7 @@ def scatter(comparison: Comparison, metric: Metric, outcome: Metric, looks: dict
     correlated = "" if rho is None else f"; rank correlation ρ = {written_correlation(rho)}"
     return Scatter(
         identity=f"{metric.field}-{outcome.field}".replace("_", "-"),
-        title=f"{metric.name} against {outcome.title.lower()}",
+        title=f"{outcome.title} against {metric.name.lower()}",
         reading=f"One mark for each of {len(runs)} finished runs{correlated}.",
         height=height,
         box=box,

@@ -16,9 +16,12 @@ from matplotlib.image import imsave
 from mgs_core._errors import ArgumentError
 from mgs_core._types import Array
 from mgs_core.report.files import write_files
+from mgs_core.report.numbers import written_correlation
 from mgs_core.report.page import render
 from mgs_core.summary import as_numpy
+from mgs_core.suspicion import by_chance
 
+_SIDE = 128  # pixels of a picture at most, about as many as it is shown at
 FILES = ("weights.npy", "suspects.csv", "audit.html")
 
 
@@ -74,18 +77,20 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
             f"{len(np.unique(audit.given))} classes",
             *([f"judged in {audit.blocks} blocks"] if audit.blocks > 1 else []),
             *([] if np.isnan(audit.predictable) else [f"others predict {audit.predictable:.0%} of the labels as given"]),
-            f"the {min(shown, len(order))} most suspicious are shown",
+            "all are shown" if shown >= len(order) else f"the {shown} most suspicious are shown" if shown else "none is shown",
         ],
         others="all other samples of its block, which was drawn at random," if audit.blocks > 1 else "all other samples",
+        chance=by_chance(audit.predictable, audit.given),
         suspects=[
             {
                 "sample": int(a),
                 "picture": _picture(inputs[a]),
                 "given": called[audit.given[a]],
                 "suggested": called[audit.suggested[a]],
-                "score": f"{audit.scores[a]:+.2f}",
-                "class_cosine": "" if isnan(audit.class_cosine[a]) else f"{audit.class_cosine[a]:+.2f}",
+                "score": written_correlation(float(audit.scores[a])),
+                "class_cosine": "" if isnan(audit.class_cosine[a]) else written_correlation(float(audit.class_cosine[a])),
                 "neighbours": f"{audit.neighbours[a]:.0%}",
+                "contradicted": bool(audit.contradicted[a]),
             }
             for a in order[:shown]
         ],
@@ -125,6 +130,7 @@ def _picture(sample: Array) -> str | None:
         image = image[..., 0]
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))) or min(image.shape[:2]) < 4:
         return None
+    image = _reduced(image)
     image, opacity = (image[..., :3], image[..., 3:]) if image.ndim == 3 else (image, image[:0])
     low, high = float(image.min()), float(image.max())
     image = (image - low) / (high - low or 1.0)
@@ -135,3 +141,11 @@ def _picture(sample: Array) -> str | None:
     drawn = io.BytesIO()
     imsave(drawn, image, cmap="gray", format="png")
     return "data:image/png;base64," + base64.b64encode(drawn.getvalue()).decode()
+
+
+def _reduced(image: Array) -> Array:
+    """Return means of square blocks, so that the page of an audit of photographs stays small enough to open."""
+    step = min(-(-max(image.shape[:2]) // _SIDE), *image.shape[:2])
+    high, wide = (length // step for length in image.shape[:2])
+    blocks = image[: high * step, : wide * step].reshape(high, step, wide, step, *image.shape[2:])
+    return blocks.mean(axis=(1, 3))

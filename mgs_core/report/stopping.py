@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from mgs_core.report.charts import Table
 from mgs_core.report.metrics import DISPARITY, KERNEL_METRICS, TEST
-from mgs_core.report.numbers import MISSING, mean, rank_correlation, written, written_correlation, written_with_error
+from mgs_core.report.numbers import MISSING, mean, rank_correlation, written_correlation, written_with_error
 from mgs_core.report.runs import Comparison, Run
 
 _PATIENCE = 5  # rises of gradient disparity before the training is stopped, as its authors have it
@@ -22,14 +22,19 @@ class Stopping:
     Attributes:
         rule: what it goes by, in words.
         accuracies: the test accuracy, one for each run, at the epoch that it chooses.
-        lost: mean loss of accuracy against each run's best epoch.
+        losses: what each run loses of accuracy against its best epoch.
         rank: Spearman's ρ of the chosen epochs with the best ones.
     """
 
     rule: str
     accuracies: tuple[float, ...]
-    lost: float
+    losses: tuple[float, ...]
     rank: float | None
+
+    @property
+    def lost(self) -> float:
+        """The mean of the losses."""
+        return mean(self.losses)
 
 
 def stopping(comparison: Comparison) -> list[Stopping]:
@@ -58,23 +63,23 @@ def stopping_table(found: list[Stopping], comparison: Comparison) -> Table | Non
         (
             each.rule,
             written_with_error(each.accuracies, share=True),
-            written(each.lost, share=True),
+            written_with_error(each.losses, share=True),
             written_correlation(each.rank),
         )
         for each in found
     ]
     held = [run.final["last_test_accuracy"] for run in comparison.runs if _kept(run) and "last_test_accuracy" in run.final]
     if held:
-        rows.append(("Runs that stopped by noisy validation data", written_with_error(held, share=True), MISSING, MISSING))
+        rows.append(("Other runs, stopped by noisy validation data", written_with_error(held, share=True), MISSING, MISSING))
     return Table(
-        "Early stopping by each metric, over all finished runs that kept their last epoch",
+        "Early stopping by each metric, over all finished runs that kept their last epoch: mean ± standard error of the runs",
         ("stop where", "test accuracy there, %", "below the best epoch, points", "ρ with the best epoch"),
         tuple(rows),
     )
 
 
 def _judge(rule: str, field: str, choose: Callable[[Mapping[int, float]], int], runs: list[Run]) -> Stopping | None:
-    accuracies, best, chosen, ideal = [], [], [], []
+    accuracies, losses, chosen, ideal = [], [], [], []
     for run in runs:
         tests = run.curves[TEST.field]
         curve = {epoch: value for epoch, value in run.curves.get(field, {}).items() if epoch in tests}
@@ -82,10 +87,10 @@ def _judge(rule: str, field: str, choose: Callable[[Mapping[int, float]], int], 
             chosen.append(choose(curve))
             ideal.append(_greatest(tests))
             accuracies.append(tests[chosen[-1]])
-            best.append(tests[ideal[-1]])
+            losses.append(tests[ideal[-1]] - accuracies[-1])
     if not accuracies:
         return None
-    return Stopping(rule, tuple(accuracies), mean(best) - mean(accuracies), rank_correlation(chosen, ideal))
+    return Stopping(rule, tuple(accuracies), tuple(losses), rank_correlation(chosen, ideal))
 
 
 def _least(curve: Mapping[int, float]) -> int:

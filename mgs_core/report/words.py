@@ -11,6 +11,7 @@ from mgs_core.report.numbers import mean, standard_error, written, written_corre
 from mgs_core.report.runs import PLAIN, Comparison
 
 _WELL = 0.5  # least |ρ| at which a metric is said to tell runs apart
+_CHANCE = 2.0  # |ρ| · √(cases − 1) that chance alone exceeds once in twenty times
 
 
 def verdict(comparison: Comparison) -> str:
@@ -26,31 +27,34 @@ def verdict(comparison: Comparison) -> str:
         if PLAIN in values and not _apart(values[most], values[PLAIN]) and metric is MEMORISATION:
             most = PLAIN  # as good as the most, and what the others are measured by
         least = min(values, key=lambda name: mean(values[name]))
+        low, high = _percent(values[least]), _percent(values[most])
         wrong = metric is MEMORISATION
         if len(values) == 1:
             verb = "memorises" if wrong else "reaches"
             rest = "of the wrong labels" if wrong else "test accuracy"
-            return f"{_begun(most)}, the network {verb} {_percent(values[most])} {rest}."
+            return f"{_begun(most)}, the network {verb} {high} {rest}."
         if not _apart(values[most], values[least]):
             what = "memorise alike" if wrong else "end alike"
             rest = "of the wrong labels" if wrong else "test accuracy"
-            between = f"{_percent(values[least])} to {_percent(values[most])}"
+            between = high if low == high else f"{low} to {high}"
             return f"The regularisers {what}: {between} {rest}, within one standard error."
         if wrong:
-            return (
-                f"{_begun(most)}, the network memorises {_percent(values[most])} of the wrong labels; "
-                f"{spoken(least)}, {_percent(values[least])}."
-            )
-        return (
-            f"{_begun(most)}, test accuracy ends highest, at {_percent(values[most])}; "
-            f"{spoken(least)} lowest, at {_percent(values[least])}."
-        )
+            return f"{_begun(most)}, the network memorises {high} of the wrong labels; {spoken(least)}, {low}."
+        if any(name != most and not _apart(values[most], values[name]) for name in values):  # there is no highest
+            return f"Test accuracy ends between {low} {spoken(least)} and {high} {spoken(most)}."
+        return f"{_begun(most)}, test accuracy ends highest, at {high}; {spoken(least)} lowest, at {low}."
     return "The records hold neither test accuracy nor memorisation."
 
 
 def findings(comparison: Comparison, found: Sequence[Correlation]) -> list[str]:
     """Return the sentences below the headline."""
-    return [*_accuracy(comparison), *_metrics(found), *_single(comparison), *_unfinished(comparison), *failures(comparison)]
+    return [
+        *_accuracy(comparison),
+        *_metrics(comparison, found),
+        *_single(comparison),
+        *_unfinished(comparison),
+        *failures(comparison),
+    ]
 
 
 def spoken(name: str) -> str:
@@ -83,21 +87,25 @@ def _accuracy(comparison: Comparison) -> list[str]:
     last = {name: comparison.finals(name, "last_test_accuracy") for name in comparison.regularizers}
     last = {name: values for name, values in last.items() if values}
     sentences = []
-    if last:
+    if len(last) == 1 and PLAIN not in last:
+        (only,) = last
+        sentences.append(f"Test accuracy ends at {_spread(last[only])}{_several(last[only])}.")
+    elif len(last) > 1:
         best = max(last, key=lambda name: mean(last[name]))
-        several = " (mean ± standard error over seeds)" if len(last[best]) > 1 else ""
         rivals = [name for name in last if name != best and not _apart(last[best], last[name])]
         level = f", not clearly above {_listed(rivals)}" if rivals else ""
-        sentences.append(f"Test accuracy ends highest {spoken(best)}, at {_spread(last[best])}{several}{level}.")
+        sentences.append(f"Test accuracy ends highest {spoken(best)}, at {_spread(last[best])}{_several(last[best])}{level}.")
     if PLAIN in last:
         top = comparison.finals(PLAIN, "best_test_accuracy")
         fall = mean(top) - mean(last[PLAIN]) if top else 0.0
         lost = f", {100 * fall:.1f} points below its own best epoch" if fall >= 0.0005 else ", its best epoch" if top else ""
-        sentences.append(f"Without a regulariser it ends at {_spread(last[PLAIN])}{lost}.")
+        what = "it ends" if sentences else "test accuracy ends"
+        several = "" if sentences else _several(last[PLAIN])
+        sentences.append(f"Without a regulariser {what} at {_spread(last[PLAIN])}{several}{lost}.")
     return sentences
 
 
-def _metrics(found: Sequence[Correlation]) -> list[str]:
+def _metrics(comparison: Comparison, found: Sequence[Correlation]) -> list[str]:
     sentences = []
     ranked = sorted((each for each in found if each.memorisation is not None), key=lambda each: -abs(each.memorisation or 0.0))
     if ranked:
@@ -105,22 +113,38 @@ def _metrics(found: Sequence[Correlation]) -> list[str]:
         runs, rho = f"Over {first.runs[0]} finished runs", f"rank correlation {written_correlation(first.memorisation)}"
         if abs(first.memorisation or 0.0) < _WELL:
             text = f"{runs}, no metric ranks memorisation well; {_name(first)} comes closest: {rho}"
+        elif chance := _chance(comparison, first.memorisation):
+            text = f"{runs}, {_name(first)} comes closest to the order of memorisation: {rho}{chance}"
         else:
             text = f"{runs}, {_name(first)} tells best which run memorises: {rho}"
             text += f"; {_name(last)} tells least: {written_correlation(last.memorisation)}" if last is not first else ""
         sentences.append(f"{text}.")
     tests = sorted((each for each in found if each.test is not None), key=lambda each: -abs(each.test or 0.0))
     if tests:
-        sentences.append(
-            f"The order of the last test accuracy is met most closely by {_name(tests[0])}: {written_correlation(tests[0].test)}."
-        )
+        rho = f"{written_correlation(tests[0].test)}{_chance(comparison, tests[0].test)}"
+        sentences.append(f"The order of the last test accuracy is met most closely by {_name(tests[0])}: {rho}.")
     return sentences
 
 
+def _chance(comparison: Comparison, rho: float | None) -> str:
+    """Return the words for a rank correlation that chance alone can bring about, else nothing.
+
+    Runs under one regulariser are alike, so that the regularisers are the independent cases; of one, its runs are.
+    """
+    finished = [number for name in comparison.regularizers if (number := comparison.counted(name)[0])]
+    cases, what = (len(finished), "regularisers") if len(finished) > 1 else (sum(finished), "runs")
+    if abs(rho or 0.0) * math.sqrt(cases - 1) >= _CHANCE - 1e-9:
+        return ""
+    return f", as chance alone can bring about with {cases} {what}"
+
+
 def _single(comparison: Comparison) -> list[str]:
-    if len(comparison.regularizers) > 1 and all(len(comparison.runs_of(name)) == 1 for name in comparison.regularizers):
+    single = [name for name in comparison.regularizers if len(comparison.runs_of(name)) == 1]
+    if not single or len(comparison.regularizers) == 1:
+        return []
+    if len(single) == len(comparison.regularizers):
         return ["Each regulariser was run from one seed only: differences may be chance."]
-    return []
+    return [f"Of one run only, without an error: {_listed(single)}."]
 
 
 def _unfinished(comparison: Comparison) -> list[str]:
@@ -140,6 +164,10 @@ def _apart(first: Sequence[float], second: Sequence[float]) -> bool:
     """Say whether two means differ by more than the standard error of their difference."""
     error = math.hypot(*(standard_error(values) or 0.0 for values in (first, second)))
     return abs(mean(first) - mean(second)) > error
+
+
+def _several(values: Sequence[float]) -> str:
+    return " (mean ± standard error over seeds)" if len(values) > 1 else ""
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -10,6 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 from mgs_core._errors import ArgumentError
 from mgs_core.report import write_report
@@ -233,6 +236,49 @@ def test_names_and_settings_are_escaped(tmp_path):
     assert page.tables["test-accuracy"][0] == ["epoch", HOSTILE]
     assert page.tables["mgs-trace-memorisation"][1][:2] == [HOSTILE, f"{HOSTILE}1"]
     assert HOSTILE in "".join(page.words)
+
+
+def test_names_stay_within_their_card(make_records, settings, tmp_path):
+    """Measured in the widest usual face: what a drawing leaves beside it, and the padding of the card, hold each name."""
+    text, _ = write(make_records(25, 1, 3), settings, tmp_path)
+    bold = FontProperties(family="DejaVu Sans", weight="bold")
+    places = re.findall(r'<text class="name" x="([\d.]+)"[^>]*?(text-anchor="end")?>([^<]+)</text>', text)
+    mgs = [(float(x), end, name) for x, end, name in places if name.startswith("mgs-")]
+    assert any(len(name) == 20 for *_, name in mgs)
+    for x, end, name in mgs:
+        wide = TextPath((0, 0), name, size=13, prop=bold).get_extents().width
+        assert (wide <= x + 12) if end else (x + wide <= 440 + 12), name
+
+
+def test_a_long_name_leaves_room_for_the_numbers(make_records, settings, tmp_path):
+    text, _ = write(make_records(2, 1, 3), settings, tmp_path)
+    assert re.search(r"\.row \{[^}]* max-width: min\(24em, 45vw\); white-space: normal; overflow-wrap: anywhere;", text)
+    rows = re.findall(r'<th scope="row">(.*?)</th>', text, re.DOTALL)
+    assert rows
+    assert all('<span class="row">' in row for row in rows)
+
+
+def test_the_results_have_room_for_all_columns_on_a_wide_screen(example):
+    _, text, _ = example
+    assert "@media (min-width: 1400px) { .beside { grid-template-columns: minmax(0, 1fr) minmax(0, 2.5fr); } }" in text
+    assert ".ranking th, .ranking td { padding-inline: 6px; }" in text
+
+
+def test_headings_skip_no_level_and_every_table_has_a_caption(example):
+    _, text, page = example
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in itertools.pairwise([0, *levels]))
+    assert text.count("<caption") == text.count("<table")
+
+
+def test_scatters_are_named_upright_against_across(example):
+    _, text, _ = example
+    assert "<h3>Wrong labels memorised against effective rank</h3>" in text
+
+
+def test_of_few_epochs_the_axis_leaves_out_none(make_records, settings, tmp_path):
+    text, _ = write(make_records(3, 1, 4), settings, tmp_path)
+    assert "The axis leaves out" not in text
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 5), (1, 3, 1), (10, 1, 3), (25, 2, 3)])

@@ -58,8 +58,14 @@ def test_runs_that_kept_an_epoch_themselves_stand_apart(tmp_path):
     comparison = read(records)
     table = stopping_table(stopping(comparison), comparison)
     assert [len(each.accuracies) for each in stopping(comparison)] == [1, 1, 1, 1]
-    assert table.rows[-1] == ("Runs that stopped by noisy validation data", "45.0", "–", "–")
+    assert table.rows[-1] == ("Other runs, stopped by noisy validation data", "45.0", "–", "–")
     assert "Trace, least" in write_report(records, {}, tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_loss_has_the_error_of_its_differences():
+    comparison = read([*run(), *run(seed=1, shift=0.1)])
+    rows = {row[0]: row for row in stopping_table(stopping(comparison), comparison).rows}
+    assert rows["Last epoch"] == ("Last epoch", "50.0 ± 5.0", "35.0 ± 0.0", "–")  # both runs lose 35 points, whatever their level
 
 
 def test_without_curves_there_is_no_table():
