@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import mgs_core as mgs
 
-#: Criteria whose losses never cancel, and of these those to which every sample belongs.
+#: Criteria whose losses, unless weighted, never cancel, and of these those to which every sample belongs.
 _OF_ALL = (
     torch.nn.MSELoss, torch.nn.L1Loss, torch.nn.SmoothL1Loss, torch.nn.HuberLoss, torch.nn.BCELoss, torch.nn.BCEWithLogitsLoss,
     functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss, functional.binary_cross_entropy,
@@ -81,7 +81,7 @@ class Parts:
         if each and reduction != "none":
             with _kept_random_state(outputs):
                 elements = _unreduced(criterion)(*given, **keywords)
-        cancels = elements is not None and _cancel(criterion, elements)
+        cancels = elements is not None and _cancel(criterion, arguments, keywords, elements)
         looks = cancels or (elements is not None and self._due() and not _is_captured(outputs))
         with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or looks)):
             value = criterion(*given, **keywords)
@@ -160,9 +160,11 @@ def _quotient(value: torch.Tensor, losses: torch.Tensor, count: int) -> torch.Te
     return torch.where(total == 0, 1.0 / count, value.detach().to(losses.dtype) / total)
 
 
-def _cancel(criterion: Callable[..., Any], elements: Any) -> bool:
+def _cancel(criterion: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], elements: Any) -> bool:
     """Return whether losses of both signs cancel for more than a half; those of some criteria have one sign."""
-    if _is_one_of(criterion, _ONE_SIGN) or not isinstance(elements, torch.Tensor) or elements.is_meta:
+    if not isinstance(elements, torch.Tensor) or elements.is_meta or _is_captured(elements):
+        return False
+    if _is_one_of(criterion, _ONE_SIGN) and not _is_weighted(criterion, arguments, keywords):
         return False
     elements = _wide(elements.detach())
     return bool(elements.sum().abs() < 0.5 * elements.abs().sum())
@@ -182,21 +184,31 @@ def _is_one_of(criterion: Callable[..., Any], kinds: Iterable[Any]) -> bool:
     return any(criterion is kind or type(criterion) is kind for kind in kinds)
 
 
+def _is_weighted(criterion: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Return whether the criterion may have weights, of either sign or zero; what follows the targets may be some."""
+    names = ("weight", "pos_weight")
+    return len(arguments) > 1 or any(
+        keywords.get(name) is not None or getattr(criterion, name, None) is not None for name in names
+    )
+
+
 def _without_nothing(
     value: torch.Tensor, criterion: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> torch.Tensor | None:
     """Return the value, 0 for a mean of nothing, without a wait for a device; None where only a look at it tells."""
+    labels = arguments[0] if len(arguments) == 1 else None
+    if _is_weighted(criterion, arguments, keywords) or not isinstance(labels, torch.Tensor) or not labels.numel():
+        return None  # some divide by the sum of the weights
     if _is_one_of(criterion, _OF_ALL):
         return value
-    labels = arguments[0] if len(arguments) == 1 else None
-    if value.device.type == "cpu" or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+    if value.device.type == "cpu" or labels.is_floating_point():
         return None
     if _is_one_of(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
-        keywords = vars(criterion) | {"weight": getattr(criterion, "weight", None)}
+        keywords = vars(criterion)
     elif not _is_one_of(criterion, (functional.cross_entropy, functional.nll_loss)):
         return None
-    if keywords.get("weight") is not None or keywords.get("label_smoothing"):
-        return None  # their gradient of a mean over nothing is not zero but NaN
+    if keywords.get("label_smoothing"):
+        return None  # its gradient of a mean over nothing is not zero but NaN
     return value.masked_fill((labels == keywords.get("ignore_index", -100)).all(), 0.0)
 
 

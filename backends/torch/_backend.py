@@ -35,7 +35,7 @@ from .graph import Graph, read_graph
 from .namespace import namespace
 from .observed import note_observed
 from .plan import Plan, make_plan
-from .products import differentiated_once
+from .products import differentiated_once, is_capturing, on_host
 from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
 from .run import Configured, as_tensor, is_sharded, recordable, refuse_sharded, unwrap
@@ -232,9 +232,15 @@ class _Reading:
 
 
 def _plan(graph: Graph, plans: Known[Plan], data: Iterable[Any]) -> Plan:
-    captured = graph.heads.is_cuda and torch.cuda.is_current_stream_capturing()
-    if (captured or get_proxy_mode() is not None) and (known := plans.kept(graph.key)) is not None:
+    capturing = not on_host(graph.heads) and is_capturing()
+    if (capturing or get_proxy_mode() is not None) and (known := plans.kept(graph.key)) is not None:
         return known
+    if capturing:
+        raise ArgumentError(
+            "`model` must have been used, with the same shapes and criterion, before a graph of the device is captured, for "
+            "there are no values then by which to find its samples; got a use that is not known. Take ten steps first; where "
+            "values decide which way samples go, a step cannot be captured."
+        )
 
     def find() -> tuple[Plan, bool]:
         tensors = (leaf for leaf in data if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided)

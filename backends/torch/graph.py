@@ -18,6 +18,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from mgs_core._errors import UnsupportedModelError
 
+from .products import is_capturing, on_host
+
 #: Number of a node in `Graph.nodes`, and number of the node's output.
 Edge: TypeAlias = tuple[int, int]
 
@@ -94,13 +96,19 @@ def called(node: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.T
     if callable(node):
         parts = node(*gradients)
         return parts if isinstance(parts, tuple) else (parts,)
-    # of a function written in Python: its backward takes zeros for None, and gives one for each argument, tensor or not
-    shapes = node._input_metadata
-    given = [
-        torch.zeros(at.shape, dtype=at.dtype, device=at.device) if gradient is None else gradient
-        for gradient, at in zip(gradients, shapes, strict=True)
-    ]
-    parts = node.apply(*given)
+    # of a function written in Python: its backward gives a part for each argument, tensor or not
+    try:
+        parts = node.apply(*gradients)
+    except (AttributeError, RuntimeError, TypeError):
+        if all(gradient is not None for gradient in gradients):
+            raise
+        # it counts on zeros, which autograd puts in place of None unless told otherwise, and does not say whether it was
+        shapes = node._input_metadata
+        given = [
+            torch.zeros(at.shape, dtype=at.dtype, device=at.device) if gradient is None else gradient
+            for gradient, at in zip(gradients, shapes, strict=True)
+        ]
+        parts = node.apply(*given)
     parts = parts if isinstance(parts, tuple) else (parts,)
     needed = (part for part, needs in zip(parts, node.needs_input_grad, strict=False) if needs)
     return tuple(None if child is None else next(needed) for child, _ in node.next_functions)
@@ -163,7 +171,12 @@ def read_graph(heads: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> G
 def _counts_off(node: Any, n: int) -> bool:
     """Return whether one of the tensors of an indexing operation is 0, 1, …, n − 1, so that the samples keep their places."""
     masks = (torch.bool, torch.uint8)
-    given = (i for i in node._saved_indices if i is not None and i.numel() == n and i.dtype not in masks)
+    given = [i for i in node._saved_indices if i is not None and i.numel() == n and i.dtype not in masks]
+    if any(not on_host(index) for index in given) and is_capturing():
+        raise UnsupportedModelError(
+            "`model` must not be indexed by a tensor with an element for each sample while a graph of the device is captured, "
+            "for its values decide where the samples are; got one. Use `gather`, or a criterion of PyTorch."
+        )
     return any(bool((index.flatten() == torch.arange(n, device=index.device)).all()) for index in given)
 
 

@@ -77,7 +77,7 @@ class TorchNamespace:
             factor = torch.linalg.cholesky(matrix)
         else:
             factor, failed = torch.linalg.cholesky_ex(matrix)
-            factor = torch.where(failed == 0, factor, torch.nan)
+            factor = factor + torch.where(failed == 0, 0.0, torch.nan)  # added, so that the gradient is NaN too
         value: torch.Tensor = 2.0 * factor.diagonal().log().sum()
         return value
 

@@ -61,6 +61,11 @@ def room(array: torch.Tensor, cache: int) -> int:
     return cache if on_host(array) else MEMORY_BUDGET
 
 
+def is_capturing() -> bool:
+    """Return whether operations are recorded for a graph of the device, so that there are no values to look at."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def add_gram(kernel: torch.Tensor, rows: torch.Tensor) -> None:
     """Add `R Rᵀ` to the kernel."""
     kernel.addmm_(rows, rows.T)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from threading import RLock
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -14,9 +14,11 @@ from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._tree import flatten, unflatten
 
 from .namespace import namespace
-from .products import on_host
+from .products import is_capturing, on_host
 
 BatchNorm = Literal["refuse", "frozen"]
+_RECURRENT = (torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU)
+_lock = RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
 @contextmanager
 def _kept_random_state(devices: set[torch.device]) -> Iterator[None]:
     """Leave the random state as it was; while a graph of the device is captured, there is none."""
-    if devices and torch.cuda.is_current_stream_capturing():
+    if devices and is_capturing():
         yield
         return
     with torch.random.fork_rng(devices):
@@ -96,17 +98,23 @@ def _kept_random_state(devices: set[torch.device]) -> Iterator[None]:
 def _recurrent_gradients(module: torch.nn.Module) -> Iterator[None]:
     """Let recurrent layers be evaluated such that there is a gradient: cuDNN has one in training mode alone.
 
-    Without dropout, their training mode is their evaluation mode.
+    Without dropout, their training mode is their evaluation mode. Classes derived from them, and hooks, may read the mode for
+    purposes of their own: there PyTorch's refusal stays.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.RNNBase) and not layer.training]
-    dropouts = [layer.dropout for layer in layers]
-    try:
-        for layer in layers:
-            layer.training, layer.dropout = True, 0.0
-        yield
-    finally:
-        for layer, dropout in zip(layers, dropouts, strict=True):
-            layer.training, layer.dropout = False, dropout
+    with _lock:  # else one thread takes for a layer's own what another has set
+        layers: list[Any] = [
+            layer
+            for layer in module.modules()
+            if type(layer) in _RECURRENT and not layer.training and not (layer._forward_hooks or layer._forward_pre_hooks)
+        ]
+        dropouts = [layer.dropout for layer in layers]
+        try:
+            for layer in layers:
+                layer.training, layer.dropout = True, 0.0
+            yield
+        finally:
+            for layer, dropout in zip(layers, dropouts, strict=True):
+                layer.training, layer.dropout = False, dropout
 
 
 def recordable(value: Any) -> Any:
@@ -136,13 +144,8 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 def is_sharded(owner: object) -> bool:
     """Return whether this is a module, or what its hooks belong to, of either form of FSDP; told without its import."""
-    kind: Any = type(owner)
-    return _is_sharded(kind)
-
-
-@cache
-def _is_sharded(kind: Any) -> bool:
-    return any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__)
+    # not kept by class: a parametrised module has a class of its own, which holds it
+    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(owner).__mro__)
 
 
 def refuse_sharded() -> NoReturn:

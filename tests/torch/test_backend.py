@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -621,3 +623,12 @@ def test_parameters_may_be_read_by_closure_where_they_stay_connected():
     module, x = nn.Linear(3, 2), torch.randn(4, 3)
     model = mgs.FunctionalModel(lambda _, x: module(x), dict(module.named_parameters()))
     torch.testing.assert_close(mgs.kernel(model, x, differentiable=True), mgs.kernel(module, x), check_device=False)
+
+
+def test_a_measured_module_is_not_kept_alive():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))  # whose class holds it
+    seen = weakref.ref(model[0])
+    mgs.kernel(model, torch.randn(5, 4))
+    del model
+    gc.collect()
+    assert seen() is None

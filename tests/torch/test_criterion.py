@@ -367,3 +367,33 @@ def test_a_value_is_asked_for_no_more_than_is_needed():
     assert MGSLoss(nn.CrossEntropyLoss())(
         meta(torch.empty(7, 6, device="meta")), torch.empty(7, dtype=torch.long, device="meta")
     ).is_meta
+
+
+@pytest.mark.parametrize("criterion", [functional.mse_loss, functional.l1_loss])
+@pytest.mark.parametrize("options", [{}, {"penalty": mgs.Penalty("trace", 1.0)}, {"weighting": "agreement"}])
+def test_a_mean_whose_weights_are_all_zero_is_nothing(criterion, options):
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    loss = MGSLoss(criterion, model=model, **options)(model(x), torch.randn(5, 3), weight=torch.zeros(5, 3))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert all(float(value.grad.abs().max()) == 0.0 for value in model.parameters())
+
+
+@pytest.mark.parametrize("criterion", [functional.huber_loss, functional.mse_loss, functional.binary_cross_entropy_with_logits])
+def test_weights_of_both_signs_keep_the_scale(criterion):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.rand(6, 3)
+    losses = criterion(model(x), y, reduction="none").detach()
+    weight = torch.ones(6, 3)
+    weight[::2] = -1.0
+    weight[1::2] *= losses[::2].sum() / losses[1::2].sum()
+    found = MGSLoss(criterion, weighting="agreement", model=model)
+    found(model(x), y, weight=weight)
+    constant = 1.0 / weight.sum() if criterion is functional.mse_loss else 1.0 / weight.numel()
+    each = 6 * constant * (weight * criterion(model(x), y, reduction="none")).sum(1)
+    rows = [
+        torch.cat([part.flatten() for part in torch.autograd.grad(one, list(model.parameters()), retain_graph=True)])
+        for one in each
+    ]
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    torch.testing.assert_close(found.last.kernel, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
