@@ -96,6 +96,8 @@ def compiled_loss(model: Any, spec: Any, *, weighted: bool = False) -> Callable[
 def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, Any]]:
     """Return those of the losses that a model was compiled with that return a scalar, and what they give for each sample alone.
 
+    For all samples, and without the first one and two: that of a batch may be close to the mean of its samples by chance.
+
     Args:
         compiled: the losses.
         outputs: in the model's own structure.
@@ -105,7 +107,11 @@ def scalar_losses(compiled: Any, outputs: Any, targets: Any) -> list[tuple[Any, 
     for function, _, y_true, y_pred, _ in _parts(compiled, targets, outputs, None):
         value = _values(function, y_true, y_pred)
         if len(value.shape) == 0:
-            found.append((value, _of_samples(partial(_values, function), y_true, y_pred)))
+            alone = _of_samples(partial(_values, function), y_true, y_pred)
+            found.append((value, alone))
+            for first in range(1, min(3, alone.shape[0] - 1)):
+                later = keras.tree.map_structure(lambda leaf, first=first: leaf[first:], (y_true, y_pred))
+                found.append((_values(function, *later), alone[first:]))
     return found
 
 
