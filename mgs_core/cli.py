@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -75,7 +76,11 @@ def compare(
             run_comparison(settings, recipes, out, jobs=processes, on_record=on_record)
     except KeyboardInterrupt:
         console.print("\nInterrupted. Finished runs are kept; the same command goes on from here.")
-        if any(record["event"] in ("epoch", "run") for record in load_records(out / "records.jsonl")):
+        records = load_records(out / "records.jsonl")
+        begun = {record["regularizer"] for record in records}
+        if rest := [recipe.name for recipe in recipes if recipe.name not in begun]:
+            console.print(f"Not begun: {', '.join(rest)}.", soft_wrap=True)
+        if any(record["event"] in ("epoch", "run") for record in records):
             _show(out)
         raise typer.Exit(130) from None
     if _show(out):
@@ -184,7 +189,10 @@ def check(
 @app.command()
 @renamed(path="data", folder="out")
 def audit(
-    data: Annotated[str, typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train; or digits.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="An .npz file with x (n, …) and y (n,), or x_train and y_train, and perhaps names (c,); or digits."),
+    ],
     model: Annotated[str, typer.Option(help="mlp, cnn, or an .onnx file of a classifier, which takes x as it is.")] = "mlp",
     backend: _BackendOption = "numpy",
     networks: Annotated[
@@ -216,9 +224,10 @@ def audit(
 ) -> None:
     """Rank suspicious labels: which ones do the gradients of other samples contradict?
 
-    DATA.npz is what numpy.savez("DATA.npz", x=x, y=y) writes. Each sample is judged by all others, or by those of its block.
+    DATA.npz is what numpy.savez("DATA.npz", x=x, y=y) writes; y has numbers from 0, which an array `names` may give names, or
+    the names themselves. Each sample is judged by all others, or by those of its block.
     """
-    pair = ("x", "y")
+    pair, names = ("x", "y"), None
     if data == "digits":
         images, labels = load_digits_arrays()
     else:
@@ -226,6 +235,7 @@ def audit(
         pair = ("x_train", "y_train") if "x_train" in arrays and "x" not in arrays else ("x", "y")
         require(arrays, pair, data)
         images, labels = (arrays[name] for name in pair)
+        labels, names = _named(labels, arrays.get("names"), pair[1])
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
     from mgs_core.report import headline, write_audit  # needs Matplotlib and Jinja, which measuring a model does not
@@ -242,7 +252,9 @@ def audit(
                 seed=seed, on_epoch=lambda _: bar.advance(task),
             )  # fmt: skip
         bar.update(task, completed=networks * epochs)  # of fewer networks where samples are few
-    page = write_audit(found, images, out, shown=shown)
+    called = [str(k) for k in range(int(max(found.given.max(), found.suggested.max())) + 1)]
+    called[: len(names or ())] = names or ()  # a model of one's own may suggest classes beyond them
+    page = write_audit(found, images, out, names=called, shown=shown)
     if found.blocks > 1:
         console.print(
             f"Judged in {found.blocks} random blocks, each sample by the others of its own: --block sets their size.",
@@ -251,11 +263,28 @@ def audit(
     console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
     listed = _table("sample", "given", "suggested", "score")
     for a in found.order[:10]:
-        listed.add_row(str(a), str(found.given[a]), str(found.suggested[a]), f"{found.scores[a]:+.2f}")
+        given, suggested = (escape(called[label]) for label in (found.given[a], found.suggested[a]))
+        listed.add_row(str(a), given, suggested, f"{found.scores[a]:+.2f}")
     console.print(listed)
     console.print(
         f"Page: {page}\nTable: {page.with_name('suspects.csv')}\nWeights: {page.with_name('weights.npy')}", soft_wrap=True
     )
+
+
+def _named(labels: Any, names: Any, called: str) -> tuple[Any, list[str] | None]:
+    """Return labels as numbers, and the names of the classes: what the labels are, or an array of the file."""
+    if labels.dtype.kind == "U":
+        found, numbers = np.unique(labels, return_inverse=True)
+        return numbers.reshape(labels.shape), [str(name) for name in found]
+    if names is None:
+        return labels, None
+    least = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0  # other labels are refused by the audit
+    if names.ndim != 1 or len(names) < least:
+        raise ArgumentError(
+            f"`names` in the data must name each of the {least} classes of `{called}`; got shape {names.shape}. "
+            "Write one name for each number, or leave the array out."
+        )
+    return labels, [str(name) for name in names]
 
 
 @app.command()

@@ -17,6 +17,8 @@ _STEEPNESS = 3.0
 _LEAST_WEIGHT = 1e-3
 #: Share of what is usual for a class that is taken off its predictions before a label is trusted.
 _USUAL = 0.75
+#: Share of the labels that networks not trained on them contradict and those trained on them do not, from which a warning is due.
+_MEMORY = 0.4
 #: Change of the largest weight below which no further round is made.
 _SETTLED = 1e-2
 
@@ -146,6 +148,11 @@ def by_chance(share: float, given: Array) -> bool:
     """Say whether naming the most frequent label would predict as large a share of the labels, within two standard errors."""
     most = float(np.max(np.unique_counts(given).counts)) / len(given)
     return bool(share <= most + 2 * (most * (1 - most) / len(given)) ** 0.5)
+
+
+def by_heart(memorised: float) -> bool:
+    """Say whether networks agree with so many labels only because they were trained on them that this cannot be relied on."""
+    return memorised > _MEMORY
 
 
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:

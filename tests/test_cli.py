@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -223,7 +224,9 @@ def test_measure_takes_the_inputs_of_a_model_of_several_by_name(mgs_command, tmp
         (("measure",), {"x": np.eye(2, 3), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'y'"),
         (("audit",), {"x": np.float64(3.0), "y": np.int64(3)}, "`data` must hold samples along the first axis of 'x'"),
         (("audit",), {"images": np.eye(2), "labels": np.arange(2)}, "`data` must hold x, y;"),
-        (("audit",), {"x": np.eye(3), "y": np.array(["a", "b", "b"])}, "numpy.unique(y, return_inverse=True)[1]"),
+        (("audit",), {"x": np.eye(3), "y": np.arange(3) - 1}, "numpy.unique(y, return_inverse=True)[1]"),
+        (("audit",), {"x": np.eye(3), "y": np.array(["a", "b"])}, "Give each sample one label."),
+        (("audit",), {"x": np.eye(3), "y": np.arange(3), "names": np.array(["a", "b"])}, "each of the 3 classes of `y`; got"),
     ],
 )
 def test_data_that_do_not_fit_are_named(mgs_command, linear, tmp_path, command, arrays, message):
@@ -311,6 +314,30 @@ def test_audit_lists_and_writes(mgs_command, tmp_path):
     assert "Judged in 3 random blocks" in printed
 
 
+@pytest.mark.parametrize("written", ["labels", "names"])
+def test_audit_calls_classes_by_their_names(mgs_command, tmp_path, written):
+    random, names = np.random.default_rng(0), np.array(["[cat]", "dog", "owl"])
+    y = np.arange(60) % 3
+    x = np.eye(4)[y] + 0.1 * random.normal(size=(60, 4))
+    y[0] = 1
+    arrays = {"y": names[y]} if written == "labels" else {"y": y, "names": names}
+    np.savez(tmp_path / "data.npz", x=x, **arrays)
+    printed = mgs_command("audit", tmp_path / "data.npz", "--out", tmp_path)
+    first = (tmp_path / "suspects.csv").read_text(encoding="utf-8").splitlines()[1]
+    assert first.startswith("0,dog,[cat],")
+    assert re.search(r"0 +dog +\[cat\] +\+", printed)
+    assert "<bdi>[cat]</bdi>" in (tmp_path / "audit.html").read_text(encoding="utf-8")
+
+
+def test_audit_numbers_classes_that_only_the_model_knows(mgs_command, tmp_path, monkeypatch):
+    np.savez(tmp_path / "data.npz", x=np.eye(4), y=np.array(["a", "b", "a", "b"]))
+    zero, given = np.zeros(4), np.array([0, 1, 0, 1])
+    found = mgs.Audit(zero, given, np.array([2, 1, 0, 1]), zero > 0, zero, zero, zero + 1)
+    monkeypatch.setattr(mgs, "audit", lambda *_, **__: found)
+    mgs_command("audit", tmp_path / "data.npz", "--out", tmp_path)
+    assert (tmp_path / "suspects.csv").read_text(encoding="utf-8").splitlines()[1].startswith("0,a,2,")
+
+
 def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(mgs, "audit", None)
@@ -339,7 +366,7 @@ def test_audit_refuses_a_folder_before_it_trains(mgs_command, tmp_path, monkeypa
         (("audit", "digits", "--model", "resnet"), "`model` must be one of mlp, cnn, or the path of an .onnx file; got 'resnet'"),
         (("audit", "nan.npz"), "`x` must be finite"),
         (("audit", "text.npz"), "is no archive such as numpy.savez writes"),
-        (("audit", "letters.npz"), "`y` must be integers from 0"),
+        (("audit", "halves.npz"), "`y` must be integers from 0"),
         (("measure", "linear.onnx", "letters.npz", "--output", "target"), "`y` must"),
         (("measure", "none.onnx", "none.npz"), "`data` must be a file that exists"),
         (("check", "none.onnx"), "none.onnx"),
@@ -351,6 +378,7 @@ def test_errors_are_one_line_and_status_2(mgs_command, arguments, message, tmp_p
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "nan.npz", x=np.full((4, 3), np.nan), y=np.arange(4))
     np.savez(tmp_path / "letters.npz", x=np.eye(4, 3), y=np.array(list("abab")))
+    np.savez(tmp_path / "halves.npz", x=np.eye(4, 3), y=np.arange(4) / 2)
     extra = ("--jobs", "1", *(() if "--out" in arguments else ("--out", "run"))) if arguments[0] == "compare" else ()
     printed = mgs_command(*arguments, *extra, status=2)
     assert printed.startswith("error: ")
@@ -373,6 +401,22 @@ def test_a_missing_framework_says_which_extra_to_install(mgs_command, monkeypatc
     assert 'pip install "mgs-core[absent]"' in mgs_command("compare", "--backend", "absent", status=2)
 
 
+def test_an_interrupt_names_what_was_not_begun(tmp_path, mgs_command, monkeypatch, capsys):
+    whole = cli.run_comparison
+
+    def interrupted(settings, recipes, folder, **options):
+        whole(settings, recipes[:1], folder, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_comparison", interrupted)
+    monkeypatch.setattr(
+        sys, "argv", ["mgs", "compare", *SMALL, "--regularizers", "none,dropout,mixup", "--jobs", "1", "--out", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Not begun: dropout, mixup." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupt_leaves_what_was_done_readable_and_resumable(tmp_path, jobs, mgs_command):
     out = tmp_path / "run"
@@ -393,6 +437,7 @@ def test_an_interrupt_leaves_what_was_done_readable_and_resumable(tmp_path, jobs
     assert (out / "report.html").exists()
     done = {r["seed"] for r in cli.load_records(out / "records.jsonl") if r["event"] == "run"}
     assert 0 < len(done) < 40
+    assert "Not begun" not in printed
     mgs_command(*command[:8], str(max(done) + 1), *command[9:], "--jobs", "1", "--out", out)
     after = [r["seed"] for r in cli.load_records(out / "records.jsonl") if r["event"] == "run"]
     assert sorted(after) == list(range(max(done) + 1))

@@ -24,13 +24,11 @@ from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
 from mgs_core.summary import _cosine, as_numpy
-from mgs_core.suspicion import Suspicion, by_chance, judge, predictable
+from mgs_core.suspicion import Suspicion, by_chance, by_heart, judge, predictable
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
 BLOCK = 2048
 _EPOCHS = 4
-#: Share of the labels that networks not trained on them contradict and those trained on them do not, from which a warning is due.
-_MEMORY = 0.4
 _LEAST_STEPS, _LEAST_STEPS_OF_OTHERS = 24, 84  # convolutions learn more slowly what to look at than "mlp"
 
 
@@ -54,6 +52,8 @@ class Audit:
         predictable: share of the labels that the others of the block predict as given, before any label is distrusted, by the
             networks that were not trained on them; where there is one network, by that. Where it is low, classes overlap or
             labels are wrong, and the audit cannot tell which.
+        memorised: of the labels that networks which were not trained on them contradict, the share that those do not which were;
+            above 0.4 there is a warning, for they have learnt labels by heart. 0 where samples are judged apart.
 
     Example:
         >>> import mgs_core as mgs
@@ -73,6 +73,7 @@ class Audit:
     weights: Array
     blocks: int = 1
     predictable: float = float("nan")
+    memorised: float = float("nan")
 
     @property
     def order(self) -> Array:
@@ -183,9 +184,12 @@ def audit(
     met = sum(own.counts for own in trained)
     class_cosine = np.where(met > 0, sum(own.sums for own in trained) / np.maximum(met, 1), np.nan)
     seen, unseen = np.average([(one.predictable, right) for one, right in judged], axis=0, weights=list(map(len, parts)))
-    _warn_of_memory(float(seen), float(unseen))
+    memorised = float((seen - unseen) / (1 - unseen)) if unseen < 1 else 0.0
+    _warn_of_memory(memorised, float(seen), float(unseen))
     _warn_of_chance(float(unseen), given)
-    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), predictable=float(unseen), **fields)
+    return Audit(
+        given=given, class_cosine=class_cosine, blocks=len(parts), predictable=float(unseen), memorised=memorised, **fields
+    )
 
 
 def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
@@ -293,10 +297,9 @@ class _Training:
         self.counts[batch] += met > 0
 
 
-def _warn_of_memory(seen: float, unseen: float) -> None:
+def _warn_of_memory(memorised: float, seen: float, unseen: float) -> None:
     """Warn where networks agree with labels because they have learnt them by heart."""
-    learnt = (seen - unseen) / (1 - unseen) if unseen < 1 else 0.0
-    if learnt > _MEMORY:
+    if by_heart(memorised):
         warnings.warn(
             f"The networks have learnt labels by heart, as where samples have many columns: they predict {seen:.0%} of the "
             f"labels, but {unseen:.0%} of those that they were not trained on. Pass apart=True (--apart), so that each sample is "

@@ -185,6 +185,7 @@ class Trainer:
         self._probe = self._backend.asarray(data.train_inputs[probe])
         self._probe_labels = data.train_labels[probe]
 
+    @np.errstate(all="ignore")  # training that diverges is told in words
     def epoch(self, number: int) -> dict[str, float]:
         """Pass once over the training samples; return means over the steps."""
         recipe, epochs, asarray = self._recipe, self._settings.epochs, self._backend.asarray
@@ -206,6 +207,7 @@ class Trainer:
         mean = float(np.mean([self._backend.to_numpy(loss) for loss in losses]))
         return {"train_loss": mean, "train_seconds": time.perf_counter() - begun}
 
+    @np.errstate(all="ignore")
     def measure(self, epoch: int) -> dict[str, Any]:
         """Return accuracies and the summaries of the kernel of the model that would be kept if training ended now."""
         begun, data, fit = time.perf_counter(), self._data, slice(self._held, None)
@@ -225,6 +227,7 @@ class Trainer:
             "seconds": time.perf_counter() - begun,
         }
 
+    @np.errstate(all="ignore")
     def validate(self) -> float:
         """Return the share of the held-out noisy training samples that the network as it is now predicts as labelled."""
         held = slice(0, self._held)

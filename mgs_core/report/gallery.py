@@ -19,7 +19,7 @@ from mgs_core.report.files import write_files
 from mgs_core.report.numbers import written_correlation
 from mgs_core.report.page import render
 from mgs_core.summary import as_numpy
-from mgs_core.suspicion import by_chance
+from mgs_core.suspicion import by_chance, by_heart
 
 _SIDE = 128  # pixels of a picture at most, about as many as it is shown at
 FILES = ("weights.npy", "suspects.csv", "audit.html")
@@ -81,6 +81,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
         ],
         others="all other samples of its block, which was drawn at random," if audit.blocks > 1 else "all other samples",
         chance=by_chance(audit.predictable, audit.given),
+        memorised=f"{audit.memorised:.0%}" if by_heart(audit.memorised) else "",
         suspects=[
             {
                 "sample": int(a),

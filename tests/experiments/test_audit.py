@@ -51,6 +51,7 @@ def test_clean_labels_are_hardly_contradicted():
     clean = mgs.audit(IMAGES, TRUE)
     assert clean.contradicted.sum() <= 1
     assert clean.predictable > 0.95
+    assert clean.memorised < 0.4
     assert (clean.scores > 0).sum() > 2  # though others fit better here and there
 
 
@@ -134,6 +135,7 @@ def test_many_columns_are_warned_of_and_judged_apart():
     assert together.contradicted.sum() < 5  # of 60 that are wrong
     assert wrong[apart.contradicted].mean() > 0.9
     assert apart.contradicted[wrong].mean() > 0.6
+    assert together.memorised > 0.4 > apart.memorised == 0.0
     assert abs(together.predictable - apart.predictable) < 0.1  # by networks that were not trained on the samples
 
 

@@ -75,7 +75,6 @@ def test_an_interrupted_comparison_loses_no_finished_run(tmp_path, begun):
     assert runs == []
 
 
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_a_run_that_diverges_ends_no_other_and_is_tried_again(tmp_path, monkeypatch):
     hot = dataclasses.replace(RECIPES["weight-decay"], name="hot", weight_decay=1e30)
     monkeypatch.setitem(RECIPES, "hot", hot)

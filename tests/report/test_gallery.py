@@ -19,8 +19,8 @@ GIVEN, SUGGESTED = np.array([0, 1, 0, 1, 0, 1]), np.array([1, 0, 0, 1, 0, 1])
 SCORES = np.array([0.9, 0.4, -0.001, -0.2, -0.3, -0.4])
 
 
-def audit(predictable=0.99):
-    return mgs.Audit(SCORES, GIVEN, SUGGESTED, SCORES > 0.5, ZERO, ZERO, ZERO + 1, predictable=predictable)
+def audit(predictable=0.99, **shares):
+    return mgs.Audit(SCORES, GIVEN, SUGGESTED, SCORES > 0.5, ZERO, ZERO, ZERO + 1, predictable=predictable, **shares)
 
 
 def page(folder, found=None, **options):
@@ -38,6 +38,11 @@ def test_contradicted_samples_are_told_from_the_others(tmp_path):
 @pytest.mark.parametrize(("predictable", "warned"), [(0.5, True), (0.9, True), (0.99, False), (float("nan"), False)])
 def test_labels_that_are_predicted_no_better_than_by_chance(predictable, warned, tmp_path):
     assert ("Drop none for being contradicted." in page(tmp_path, audit(predictable))) is warned
+
+
+@pytest.mark.parametrize(("memorised", "warned"), [(0.75, True), (0.4, False), (float("nan"), False)])
+def test_labels_that_were_learnt_by_heart(memorised, warned, tmp_path):
+    assert ("75% of those that they would contradict" in page(tmp_path, audit(memorised=memorised))) is warned
 
 
 def test_the_table_is_reached_by_keyboard_and_stands_apart_from_the_cards(tmp_path):
