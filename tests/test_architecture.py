@@ -16,6 +16,7 @@ FILES = sorted(path for room in ("mgs_core", "backends", "adapters") for path in
 ALLOWED = {"array_api_compat", "mgs_core"}
 ALLOWED_IN = {
     "adapters/_flax_arguments.py": {"jax"},
+    "adapters/_flax_monitor.py": {"flax"},
     "adapters/flax.py": {"flax", "jax"},
     "mgs_core/_types.py": {"jaxtyping"},
     "mgs_core/cli.py": {"numpy", "rich", "typer"},

@@ -90,7 +90,8 @@ class JaxBackend:
         leaves = named(model.parameters)
         chosen = select(leaves, parameters)
         tree = jax.tree.structure(model.parameters)
-        samples = [*leaves_of(inputs), *map(jnp.asarray, jax.tree.leaves(targets))]
+        samples = [*leaves_of(inputs, finite=not mean), *map(jnp.asarray, jax.tree.leaves(targets))]
+        _refuse_explicit([*leaves.values(), *samples])
         layout = jax.tree.structure((inputs, targets))
         n = samples[0].shape[0]
 
@@ -114,12 +115,19 @@ class JaxBackend:
         # shapes within the jaxpr, which a program keeps, belong to the mesh of a map around the call
         key = (fingerprint(jaxpr, constants=False), jax.sharding.get_abstract_mesh())
         program = program_for(key, jaxpr, list(leaves), chosen, differentiable)
-        if n > 1:
-            refuse_interaction(key, batch, jaxpr, list(leaves.values()), samples)
-        if not differentiable:  # the heads still move with the samples and with what the function closes over
-            leaves = jax.tree.map(jax.lax.stop_gradient, leaves)
         try:
+            if n > 1:
+                refuse_interaction(key, batch, jaxpr, list(leaves.values()), samples)
+            if not differentiable:  # the heads still move with the samples and with what the function closes over
+                leaves = jax.tree.map(jax.lax.stop_gradient, leaves)
             values, found = program.run(leaves, samples, jaxpr.consts)
+        except NotImplementedError as error:
+            if "vmap" not in str(error) and "atching" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                f"`model` must be made of operations that jax.vmap maps over samples; got one that it does not: {error}. "
+                "Write it otherwise."
+            ) from error
         except ValueError as error:
             if "Reverse-mode differentiation" not in str(error):
                 raise
@@ -150,6 +158,17 @@ class JaxBackend:
         """Return the function compiled."""
         compiled: Callable[..., Any] = jax.jit(function)
         return compiled
+
+
+def _refuse_explicit(arrays: list[Array]) -> None:
+    """Refuse arrays that are sharded over axes of a mesh which every operation must say how to go on with."""
+    axes = sorted({str(axis) for array in arrays for axis in jax.typeof(array).sharding.spec if axis is not None})
+    if axes:
+        raise UnsupportedModelError(
+            f"`inputs` and parameters must not be sharded over explicit axes of a mesh; got {', '.join(axes)}. Make "
+            "the mesh by jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names)); or call within "
+            "jax.set_mesh(mesh), in jax.sharding.auto_axes(function, out_sharding=jax.sharding.PartitionSpec())."
+        )
 
 
 def _refuse_mapped(traced: ClosedJaxpr, samples: list[Array]) -> None:

@@ -3,14 +3,16 @@
 The scalars of a few samples are compared with those of each alone, for each pair of programs at first and from time to time. That
 takes values. Where they are known, they are used, with the parameters moved a little, for an output layer that starts at zero
 would hide everything in front of it. Under jit, grad or vmap, values are made up: the comparison runs while the function is
-traced, and costs nothing when it runs. Where made-up values make samples interact and those at hand do not (a mask, a gate),
-values decide, and samples are compared at each call.
+traced, and costs nothing when it runs. They hold what the program compares samples with, as the number of an ignored label. Where
+made-up values make samples interact and those at hand do not (a mask, a gate), values decide, and all samples are compared at
+each call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,6 +26,8 @@ from mgs_core._known import Known, Recent
 from mgs_core._types import Array
 
 from .fingerprint import fingerprint
+from .marks import marks_of
+from .squeeze import squeezed
 from .versions import ClosedJaxpr, as_function, opened, parts
 
 _MOVE = 0.05
@@ -67,19 +71,25 @@ def refuse_interaction(
     """
     few = min(len(samples[0]), _FEW)
     shapes = [jax.ShapeDtypeStruct((few, *value.shape[1:]), value.dtype) for value in samples]
-    batch = jax.make_jaxpr(whole)([jax.ShapeDtypeStruct(value.shape, value.dtype) for value in parameters], shapes)
+    traced = jax.make_jaxpr(whole)([jax.ShapeDtypeStruct(value.shape, value.dtype) for value in parameters], shapes)
+    batch = squeezed(traced)  # as `single` is: constants of nested calls are its own then, which are given when it runs
     # what the program of one sample hides, as in `h + h[:1]`, that of a few shows
     key = (known_by, fingerprint(batch, rules=False, constants=False))
 
     def find() -> tuple[bool, bool]:
-        if _interact(key, batch, single, parameters, samples):
+        compare = partial(_interact, key, batch, single, parameters, samples)
+        mixed = compare()
+        holds = not mixed and not compare(made_up=True)
+        if not mixed and not holds and not any(map(_traced, samples)):  # values decide: look at all
+            mixed = compare(every=True)
+        if mixed:
             raise SamplesInteractError(
                 "`model` must treat each sample by itself; got outputs that change with the rest of the batch (batch statistics, "
                 "attention across the batch, one dropout key for all, a mean over a mask or another loss that divides by a "
                 "statistic of the batch). Use inference mode, by `use_running_average=True` and `deterministic=True`, or a key "
                 "for each sample; and for a mask weights in the batch."
             )
-        return False, not _interact(key, batch, single, parameters, samples, made_up=True)
+        return False, holds
 
     _verdicts.of(key, find)
 
@@ -100,25 +110,53 @@ def _interact(
     samples: Sequence[Array],
     *,
     made_up: bool = False,
+    every: bool = False,
 ) -> bool:
-    """Return whether samples interact, by the values at hand, or by none of them."""
+    """Return whether samples interact: a few by the values at hand or by none of them, or every one."""
     with jax.ensure_compile_time_eval():
         draw = np.random.default_rng(0)
         known: dict[int, Array] = {}
         theta = [_made_up(value, draw) if made_up else _moved(value, draw) for value in parameters]
-        data = [
-            _made_up(variable.aval, draw, sample=True)
-            if made_up or isinstance(value, jax.core.Tracer)
-            else _on_host(value[np.linspace(0, len(value) - 1, variable.aval.shape[0]).astype(int)])
-            for value, variable in zip(samples, parts(batch)[0].invars[len(parameters) :], strict=True)
-        ]
         constants = [
             [known.setdefault(id(c), _made_up(c, draw) if made_up else _value(c, draw)) for c in jaxpr.consts]
             for jaxpr in (single, batch)
         ]
-    given = (theta, data, constants)
-    alone, together = (np.asarray(value, np.float64) for value in _compare(key, batch, single, *given)(*given))
-    return not _agree(alone, together, float(jnp.finfo(single.out_avals[0].dtype).eps))
+        batches = list(_every(samples, batch) if every else _few(samples, batch, draw, made_up))
+    eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
+    for data in batches:
+        given = (theta, data, constants)
+        alone, together = (np.asarray(value, np.float64) for value in _compare(key, batch, single, *given)(*given))
+        if not _agree(alone, together, eps):
+            return True
+    return False
+
+
+def _few(samples: Sequence[Array], batch: ClosedJaxpr, draw: np.random.Generator, made_up: bool) -> Iterator[list[Array]]:
+    """Yield the values of a few samples; where they are made up, with each number that the program compares them with."""
+    variables = parts(batch)[0].invars[-len(samples) :]
+    few = variables[0].aval.shape[0]
+    first = [
+        _made_up(variable.aval, draw, sample=True)
+        if made_up or _traced(value)
+        else _on_host(value[np.linspace(0, len(value) - 1, few).astype(int)])
+        for value, variable in zip(samples, variables, strict=True)
+    ]
+    yield first
+    # each once: what is traced at first, what is known when that is made up too
+    unknown = [at for at, value in enumerate(samples) if _traced(value) != made_up]
+    marks = marks_of(batch, len(samples)) if unknown else []
+    for at in unknown:
+        for variant in marks[at].variants(first[at], draw):
+            yield [*first[:at], variant, *first[at + 1 :]]
+
+
+def _every(samples: Sequence[Array], batch: ClosedJaxpr) -> Iterator[list[Array]]:
+    """Yield the values of all samples, a few at a time."""
+    n, few = len(samples[0]), parts(batch)[0].invars[-1].aval.shape[0]
+    held = [_on_host(value) for value in samples]
+    for start in range(0, n, few):
+        start = min(start, n - few)  # in their order, on which a model may rely
+        yield [value[start : start + few] for value in held]
 
 
 def _agree(alone: Any, together: Any, eps: float) -> bool:
@@ -170,7 +208,7 @@ def _compiled(lowered: Any) -> Any:
 
 
 def _moved(value: Array, draw: np.random.Generator) -> Array:
-    if isinstance(value, jax.core.Tracer):
+    if _traced(value):
         return _made_up(value, draw)
     known = np.asarray(value, np.float64)
     with np.errstate(all="ignore"):  # a model that has diverged
@@ -179,7 +217,11 @@ def _moved(value: Array, draw: np.random.Generator) -> Array:
 
 
 def _value(value: Array, draw: np.random.Generator) -> Array:
-    return _made_up(value, draw) if isinstance(value, jax.core.Tracer) else _on_host(value)
+    return _made_up(value, draw) if _traced(value) else _on_host(value)
+
+
+def _traced(value: Array) -> bool:
+    return isinstance(value, jax.core.Tracer)
 
 
 def _on_host(value: Array) -> Array:

@@ -91,20 +91,21 @@ def named(parameters: Tree) -> dict[str, Array]:
     return {name: jnp.asarray(value) for name, value in leaves.items()}
 
 
-def leaves_of(batch: Any) -> list[Array]:
+def leaves_of(batch: Any, *, finite: bool = True) -> list[Array]:
     """Return the arrays of a batch.
 
     Args:
         batch: any pytree with samples first.
+        finite: whether known values must be. A loss may take −∞ in a mask, or NaN where a target is missing.
 
     Returns:
         The arrays.
 
     Raises:
-        ArgumentError: when known values are not finite.
+        ArgumentError: when known values are not finite and must be.
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
-    for leaf in leaves:
+    for leaf in leaves if finite else ():
         known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if known and not np.all(np.isfinite(np.asarray(leaf))):  # on the host, for jax.numpy would trace it under jit
             raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
@@ -127,7 +128,7 @@ def noting(name: str, arrays: Any) -> Iterator[None]:
         notes = getattr(error, "__notes__", ())
         if not any(note.startswith("mgs_core") for note in notes):  # of a function within this one
             shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(arrays)]
-            linen = " Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables)."
+            linen = " Pass a linen module by mgs_core.adapters.flax.linen_model(module, variables, train=False)."
             error.add_note(
                 f"mgs_core called `{name}` on arrays of shapes {shapes}, to trace it; it must take batches of any size."
                 f"{linen if type(error).__module__.startswith('flax') else ''}"

@@ -382,6 +382,13 @@ def test_sharded_inputs_give_the_kernel_of_one_device():
     for a, b in zip(jax.tree.leaves(step(p, x)), jax.tree.leaves(step(everywhere, spread)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     explicit = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    for array in (jax.device_put(x, NamedSharding(explicit, P("d"))), x):
+        try:
+            mgs.kernel(mgs.FunctionalModel(f, p), array)
+        except mgs.UnsupportedModelError as error:
+            assert "explicit axes of a mesh; got d" in str(error) and array is not x
+        else:
+            assert array is x
     with jax.set_mesh(explicit):
         automatic = jax.jit(jax.sharding.auto_axes(lambda p, x: value(p, x)[1], out_sharding=P()))
         found = automatic(jax.device_put(p, NamedSharding(explicit, P())), jax.device_put(x, NamedSharding(explicit, P("d"))))
