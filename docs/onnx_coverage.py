@@ -269,19 +269,30 @@ external data must lie in the model's folder, and whatever is damaged is refused
 ## Which initialisers are parameters
 
 An ONNX file does not say which of its tensors are trained. A floating-point initialiser counts as trained when it reaches,
-through views (Transpose, Reshape, Cast, …), an input where networks keep weights, or is added to or multiplied with data
-behind the first weights. Single numbers, values that are not finite (attention masks), running statistics, means that are
-subtracted and scalers on the raw inputs do not. `load(…, parameters=…)` chooses by names or a predicate instead, among all
-floating-point initialisers.
+through views (Transpose, Reshape, Cast, …) and operations on constants, an input where networks keep weights, or is added to,
+multiplied with or chosen in place of data behind the first weights. Not counted are single numbers (but the bias of a layer
+with one unit), masks (values that are not finite; tables of 0 and one number of at most −10 that are added; what is filled
+in), cosine and sine of positions, running statistics, what is subtracted or divided by, scalers on the raw inputs, and initial
+states of zeros. **Look at what was left out**: `mgs check FILE` lists it with the reason, as does `load(…).uncounted`.
+`load(…, parameters=…)` chooses by names or a predicate instead, among all floating-point initialisers.
+
+Where a file does not tell, the guess may be wrong. Counted though fixed: a table that is added to data or multiplied with it
+(sinusoidal positions, the mean and scale that outputs are brought back to). Not counted though perhaps trained: a temperature,
+a gate or another single number, an exponent, a divisor, and prototypes that are subtracted (`h - p`; not `p - h`).
 
 What an exporter has changed cannot always be undone. Undone are: transposed copies of tied embeddings, weights that a loop
-hands on as state, the zero half of Keras' recurrent biases, the ones and zeros that PyTorch writes for the gain of a
-normalisation that has none (but those of group normalisation with `affine=False`), and the coefficients that scikit-learn's
-linear models keep in attributes. Not undone are batch normalisation that was folded into a convolution (export without
-constant folding), that of
-Keras, whose export multiplies gains with statistics (the kernel is that of the products), equal
-weights that were merged (a freshly initialised model), and a fixed table that is added to data, which looks like a learnt
-one.
+hands on as state or holds in its body, running statistics that were merged with equal weights, the zero half of Keras'
+recurrent biases, the ones and zeros that PyTorch writes for the gain of a normalisation that has none (but those of group
+normalisation with `affine=False`), and the coefficients that scikit-learn's linear models keep in attributes. Not undone are
+
+* what was folded into one constant: batch normalisation in a convolution, weight and spectral norm, gathered or interpolated
+  position tables, a softmax of mixing weights, projections of learnt queries. Export without constant folding:
+  `do_constant_folding=False`, with `dynamo=True` `optimize=False`;
+* what was left out: PyTorch's dynamo exporter drops biases that are zero, as in a freshly initialised model;
+* equal weights that were merged, as fresh ones are (the kernel is that of one weight used twice);
+* Keras' batch normalisation, whose export multiplies gains with statistics (the kernel is that of the products).
+
+Files that onnxruntime has optimised beyond its basic level hold operators of its own (`com.microsoft`), which are refused.
 
 ## Speed
 

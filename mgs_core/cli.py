@@ -183,6 +183,11 @@ def check(
     for layer in found.layers:
         shown.add_row(escape(layer.parameter), layer.kind, layer.route, str(layer.size), escape(layer.remedy))
     console.print(shown)
+    if loaded.uncounted:
+        others = _table("no parameter", "why")
+        for name, why in loaded.uncounted.items():
+            others.add_row(escape(name), escape(why))
+        console.print(others)
     raise typer.Exit(0 if found.ok else 1)
 
 

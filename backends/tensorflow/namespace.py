@@ -30,7 +30,8 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _reduction(function: Callable[..., Array]) -> Any:
-    def reduce(array: Array, *, axis: Axis = None, keepdims: bool = False) -> Array:
+    def reduce(array: Array, *, axis: Axis = None, keepdims: bool = False, dtype: Any = None) -> Array:
+        array = array if dtype is None else tf.cast(array, dtype)
         return function(array, axis=list(axis) if isinstance(axis, Sequence) else axis, keepdims=keepdims)
 
     return staticmethod(reduce)

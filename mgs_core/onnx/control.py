@@ -177,7 +177,11 @@ def _joined(places: Sequence[Place]) -> Place:
 
 
 def _known(node: Node, backend: Backend, at: int, value: Any) -> Array:
-    return value if isinstance(value, np.ndarray) else to_host(backend, node, node.inputs[at] or "the condition", value)
+    return (
+        np.asarray(value)
+        if isinstance(value, (np.ndarray, np.generic))
+        else to_host(backend, node, node.inputs[at] or "the condition", value)
+    )
 
 
 def _truth(node: Node, value: Array) -> bool:

@@ -13,7 +13,6 @@ from mgs_core._errors import ArgumentError
 from mgs_core.onnx.errors import damaged
 from mgs_core.onnx.tensors import to_array
 
-_FLOATS = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 _LIMIT = 1 << 31  # protobuf's own limit of a message
 
 
@@ -30,12 +29,16 @@ def read_model(source: Any) -> tuple[onnx.ModelProto, Path | None]:
         ArgumentError: when there is no such file or it is damaged.
     """
     model = onnx.ModelProto()
+    source = getattr(source, "model_proto", source)  # of torch.onnx.export
     if isinstance(source, onnx.ModelProto):
         model.CopyFrom(source)
         _check(model, "the ModelProto")
         return model, None
     if not isinstance(source, (str, os.PathLike)):
-        raise ArgumentError(f"`model` must be a path or an onnx.ModelProto; got {type(source).__name__}.")
+        raise ArgumentError(
+            f"`model` must be a path or an onnx.ModelProto; got {type(source).__name__}. "
+            "Of bytes make one by onnx.load_from_string."
+        )
     path = Path(source)
     try:
         if not path.is_file():
@@ -70,23 +73,6 @@ def embed_external(model: onnx.ModelProto, folder: Path | None) -> None:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             array = to_array(tensor, folder, f"initialiser {tensor.name!r}")
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-
-
-def hoist(model: onnx.ModelProto) -> None:
-    """Make initialisers of the Constant nodes of a file whose weights are there, for it has no floating-point initialisers.
-
-    Args:
-        model: changed in place.
-    """
-    graph = model.graph
-    if any(tensor.data_type in _FLOATS and tensor.dims for tensor in graph.initializer) or graph.sparse_initializer:
-        return
-    for node in [node for node in graph.node if node.op_type == "Constant" and len(node.output) == 1]:
-        tensors = [attribute.t for attribute in node.attribute if attribute.name == "value" and attribute.HasField("t")]
-        if len(tensors) == 1 and tensors[0].data_type in _FLOATS and tensors[0].dims:
-            graph.initializer.add().CopyFrom(tensors[0])
-            graph.initializer[-1].name = node.output[0]
-            graph.node.remove(node)
 
 
 def _check(model: onnx.ModelProto, where: str) -> None:

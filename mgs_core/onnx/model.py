@@ -17,7 +17,7 @@ from mgs_core._types import Array
 from mgs_core.functional import FunctionalModel
 from mgs_core.onnx import control as control  # registers If, Loop and Scan
 from mgs_core.onnx.errors import damaged, unsupported
-from mgs_core.onnx.files import embed_external, hoist, read_model
+from mgs_core.onnx.files import embed_external, read_model
 from mgs_core.onnx.graph import Graph, Node, Value, needed
 from mgs_core.onnx.habits import halve, tie
 from mgs_core.onnx.invariants import capture_invariants
@@ -28,6 +28,7 @@ from mgs_core.onnx.operators.registry import find
 from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
 from mgs_core.onnx.program import Place, compile_nodes, refuse_lacking, to_device
+from mgs_core.onnx.relocation import relocate
 
 _PRECISIONS = (None, "float16", "float32", "float64")
 
@@ -42,12 +43,14 @@ class OnnxModel(FunctionalModel):
         proto: the model as read.
         ties: initialisers that are transposed copies of a parameter: name of the copy → name of the parameter.
         cut: biases of recurrent layers of which the file has a second half of zeros.
+        uncounted: why other floating-point initialisers are no parameters, by name; empty where `parameters` chose.
     """
 
     function: OnnxFunction
     proto: ModelProto
     ties: Mapping[str, str]
     cut: frozenset[str]
+    uncounted: Mapping[str, str]
 
     def example_inputs(self, n: int, *, seed: int = 0) -> dict[str, Array]:
         """Draw inputs of the declared shapes: normal numbers, and small integers that index what they look up.
@@ -111,7 +114,7 @@ def load(
         raise ArgumentError(f"`dtype` must be one of {', '.join(map(repr, _PRECISIONS))}; got {dtype!r}.")
     found = get_backend(backend)
     proto, folder = read_model(model)
-    hoist(proto)
+    relocate(proto)
     graph = parse(proto, folder, dtype)
     embed_external(proto, folder)
     lift(graph)
@@ -129,8 +132,9 @@ def load(
             raise unsupported(where, f"is a {value.kind}", "Only tensors can be inputs.")
         if value.name in used and value.dtype is not None:
             refuse_lacking(found, value.dtype, where)
+    uncounted: dict[str, str] = {}
     if parameters is None:
-        chosen = trained(graph, nodes)
+        chosen, uncounted = trained(graph, nodes)
     else:
         floats = [name for name, value in graph.initializers.items() if _is_float(value.dtype)]
         picked = select(floats, parameters)
@@ -146,7 +150,8 @@ def load(
             "Name them by `parameters`."
         )
     function = OnnxFunction(graph, nodes, wanted, chosen, found)
-    return OnnxModel(function, {name: to_device(found, graph.initializers[name]) for name in chosen}, proto, ties, frozenset(cut))
+    values = {name: to_device(found, graph.initializers[name]) for name in chosen}
+    return OnnxModel(function, values, proto, ties, frozenset(cut), uncounted)
 
 
 class OnnxFunction:
@@ -269,6 +274,9 @@ def _output(graph: Graph, output: str | None) -> str:
     if output is not None:
         if output not in names:
             raise ArgumentError(f"`output` must be one of {names}; got {output!r}.")
+        dtype = next(value.dtype for value in graph.outputs if value.name == output)
+        if dtype is not None and not _is_float(dtype):
+            raise ArgumentError(f"`output` must be of floating-point numbers, which have gradients; got {output!r} of {dtype}.")
         return output
     floats = [value.name for value in graph.outputs if value.dtype is not None and _is_float(value.dtype)]
     unknown = [value.name for value in graph.outputs if value.dtype is None and value.kind != "strings"]

@@ -2,23 +2,29 @@
 
 An ONNX file does not say. The rule: a floating-point initialiser is a parameter when it reaches, as it is or through nodes that
 take nothing but constants and sizes, an input where networks keep weights (`_WEIGHTS`), or a place where it is added to or
-multiplied with data that earlier parameters have touched, except
+multiplied with data that earlier parameters have touched, or chosen in place of it (Where), except
 
-* numbers of rank 0, and single elements unless they are added to the output of a layer with one unit: ε, scales, exponents;
-* values that are not finite or as small as a type goes: attention masks;
-* what also reaches an input that takes statistics, bounds or sizes (running mean and variance, Clip, Pad, Resize, …);
-* what is subtracted or divided by: a mean, a deviation;
+* single numbers, unless they are added to the output of a layer with one unit: ε, scales, exponents;
+* masks: values that are not finite or as small as a type goes; tables of 0 and one number of at most −10 that are added; a number
+  that fills what Where replaces; initial states of zeros;
+* two tables that data are multiplied by and whose squares add up to 1: cosine and sine of positions;
+* what also stands, as it is, at an input that takes statistics, bounds or sizes (running mean and variance, Clip, Pad, …);
+* what is subtracted or divided by: a mean, a deviation; from the raw inputs, it is none elsewhere either;
 * ones and zeros for gain and shift of a normalisation, under a name that PyTorch's exporters give to constants: it has none;
-* what is named as running statistics are: `running_mean`, `running_var`, `moving_mean`, `moving_variance`;
+* what is named as running statistics are: `running_mean`, `running_var`, `moving_mean`, `moving_variance`; and the vectors of
+  PyTorch's spectral norm, `._u` and `._v`;
 * what is applied to the raw inputs elementwise: scalers.
 
-A fixed table that is added to data (sinusoidal positions) looks like a trained one. `load(…, parameters=…)` chooses by name.
+Another fixed table that is added to data or multiplied with it (sinusoidal positions, the scale of a target) looks trained.
+`load(…, parameters=…)` chooses by name, and `OnnxModel.uncounted` says what was left out, and why.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from math import prod
 
 import numpy as np
 
@@ -29,12 +35,17 @@ _WEIGHTS: dict[str, frozenset[int]] = {
     name: frozenset(places)
     for name, places in {
         "MatMul": (0, 1), "Gemm": (0, 1, 2), "Conv": (1, 2), "ConvTranspose": (1, 2), "Einsum": range(8), "Gather": (0,),
+        "GatherND": (0,),
         "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
-        "RMSNormalization": (1,), "PRelu": (1,), "Concat": range(1 << 10), "LSTM": (1, 2, 3, 7), "GRU": (1, 2, 3),
-        "RNN": (1, 2, 3), "DeformConv": (1, 3), "LinearClassifier": (1, 2), "LinearRegressor": (1, 2),
+        "RMSNormalization": (1,), "PRelu": (1,), "Concat": range(1 << 10), "LSTM": (1, 2, 3, 5, 6, 7),
+        "GRU": (1, 2, 3, 5), "RNN": (1, 2, 3, 5), "DeformConv": (1, 3), "LinearClassifier": (1, 2), "LinearRegressor": (1, 2),
     }.items()
 }  # fmt: skip
-_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum"}
+_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum", "Where"}
+_LAYERS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Gather"}
+#: Places of initial states in recurrent layers, which are zeros unless they are learnt.
+_STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
+_MASKED = -10.0  # at most this is what a mask adds, e^−10 of the rest
 #: Rearrange their first input, and take sizes besides.
 _VIEWS = {
     "Identity",
@@ -53,22 +64,37 @@ _VIEWS = {
 _NORMALISATIONS = {name for name in _WEIGHTS if name.endswith("Normalization")}
 #: What torch.onnx.export calls a constant, such as the gain of a group norm's inner instance norm.
 _CONSTANT = re.compile(r"val_\d+|.*Constant(_\d+)?_output_0")
-_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
+_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance", "._u", "._v")
 
 
-def trained(graph: Graph, nodes: Iterable[Node]) -> list[str]:
-    """Return the names of the initialisers that are trained, in the order of their first use.
+def trained(graph: Graph, nodes: Sequence[Node]) -> tuple[list[str], dict[str, str]]:
+    """Return the initialisers that are trained, and why the others are not.
 
     Args:
         graph: the graph.
         nodes: those on which the outputs depend, in order.
 
     Returns:
-        Names.
+        (names in the order of their first use, reasons by the names of other floating-point initialisers that are used).
     """
     walk = _Walk(graph)
     walk.nodes(nodes)
-    return [name for name in walk.chosen if name not in walk.barred]
+    for name in _rotations({name: graph.initializers[name] for name in walk.factors}):
+        walk.barred[name] = "with another, the cosine and sine of positions"
+    chosen = [name for name in walk.chosen if name not in walk.barred]
+    used = dict.fromkeys(name for node in nodes for name in node.inputs if name in graph.initializers)
+    left = [name for name in used if name not in chosen and _is_float(graph.initializers[name])]
+    return chosen, {name: walk.barred.get(name) or _unseen(name, graph.initializers[name]) for name in left}
+
+
+def _rotations(factors: Mapping[str, Array]) -> set[str]:
+    """Return factors of which the squares of two add up to 1 everywhere, though neither is the same everywhere."""
+    found: set[str] = set()
+    for one, other in combinations(factors, 2):
+        a, b = (factors[name].astype(np.float64) for name in (one, other))
+        if a.shape == b.shape and a.size and np.ptp(a) and np.ptp(b) and np.allclose(a * a + b * b, 1.0, atol=1e-2):
+            found |= {one, other}
+    return found
 
 
 class _Walk:
@@ -76,12 +102,17 @@ class _Walk:
 
     def __init__(self, graph: Graph) -> None:
         self._values = graph.initializers
-        self._sources = {name: frozenset((name,)) for name, value in self._values.items() if _may_be_weight(name, value)}
+        self._sources = {
+            name: frozenset((name,)) for name, value in self._values.items() if _is_float(value) and not _no_weight(name, value)
+        }
+        self._as_they_are = dict(self._sources)  # of what is but rearranged
+        self._shapes = {name: value.shape for name, value in self._values.items()}
         self._constant = set(self._values)
         self._touched: set[str] = set()  # data that a parameter has touched
         self._single: set[str] = set()  # outputs of layers with one unit
         self.chosen: dict[str, None] = {}
-        self.barred: set[str] = set()
+        self.factors: dict[str, None] = {}  # what data are multiplied by
+        self.barred: dict[str, str] = {}  # and why
 
     def nodes(self, nodes: Iterable[Node]) -> bool:
         """Visit nodes; say whether a parameter meets data in one of them."""
@@ -91,14 +122,25 @@ class _Walk:
     def _node(self, node: Node) -> bool:
         given = [name for name in node.inputs if name]
         bodies = [value for value in node.attributes.values() if isinstance(value, Graph)]
-        carried = given[:1] if node.operator in _VIEWS else given
+        view = node.operator in _VIEWS
+        carried = given[:1] if view else given
         if not bodies and all(name in self._constant for name in carried):
             self._constant.update(node.outputs)
-            joined = frozenset().union(*(self._sources.get(name, frozenset()) for name in carried))
-            self._sources.update(dict.fromkeys(node.outputs, joined))
+            if node.operator not in ("Shape", "Size"):
+                joined = frozenset().union(*(self._sources.get(name, frozenset()) for name in carried))
+                self._sources.update(dict.fromkeys(node.outputs, joined))
+            if view and given:
+                self._as_they_are.update(dict.fromkeys(node.outputs, self._as_they_are.get(given[0], frozenset())))
+            if given and given[0] in self._shapes and node.operator in ("Transpose", "Identity", "Cast"):
+                shape = self._shapes[given[0]]
+                if node.operator == "Transpose":
+                    order = node.attributes.get("perm") or range(len(shape))[::-1]
+                    shape = tuple(shape[axis] for axis in order if -len(shape) <= axis < len(shape))
+                self._shapes[node.outputs[0]] = shape
             return False
-        meets = self._bodies(bodies)
-        for place, name in enumerate(node.inputs[: node.explicit]):
+        meets = self._bodies(node, bodies)
+        sliced = node.attributes["num_scan_inputs"] if node.operator == "Scan" else 0  # whose places are in the body
+        for place, name in enumerate(node.inputs[: node.explicit - sliced]):
             meets = self._use(node, place, name) or meets
         if meets or any(name in self._touched for name in given):
             self._touched.update(node.outputs)
@@ -106,10 +148,16 @@ class _Walk:
             self._single.update(node.outputs)
         return meets
 
-    def _bodies(self, bodies: list[Graph]) -> bool:
-        """Visit subgraphs, whose own inputs may be data that a parameter has touched."""
+    def _bodies(self, node: Node, bodies: list[Graph]) -> bool:
+        """Visit subgraphs, whose own inputs may be data that a parameter has touched; but slices of a constant are constant."""
         for body in bodies:
-            self._touched.update(value.name for value in body.inputs)
+            names = [value.name for value in body.inputs]
+            sliced = node.attributes["num_scan_inputs"] if node.operator == "Scan" else 0
+            for name, outer in zip(names[::-1][:sliced], node.inputs[: node.explicit][::-1], strict=False):
+                if outer in self._constant:
+                    self._constant.add(name)
+                    self._sources[name] = self._sources.get(outer, frozenset())
+            self._touched.update(name for name in names if name not in self._constant)
             self._constant.update(body.initializers)
         found = [self.nodes(body.nodes) for body in bodies]
         return any(found)
@@ -118,20 +166,38 @@ class _Walk:
         """Judge the place where a value meets data; say whether it is that of a weight."""
         found = self._sources.get(name, frozenset())
         others = [other for other in node.inputs if other and other not in self._constant]
-        weight = place in _WEIGHTS.get(node.operator, ())
+        weight, bias, raw = place in _WEIGHTS.get(node.operator, ()), False, True
         if node.operator in _ELEMENTWISE:
-            weight = any(other in self._touched for other in others) and not (node.operator in ("Sub", "Div") and place == 1)
-            if not any(other in self._single for other in others):
+            raw = not any(other in self._touched for other in others)
+            weight = not raw and not (node.operator in ("Sub", "Div") and place == 1)
+            bias = node.operator in ("Add", "Sum") and any(other in self._single for other in others)
+            if not bias:
                 found = frozenset(source for source in found if self._values[source].size > 1)
+            if node.operator in ("Add", "Sum"):
+                found = self._but(found, _is_mask, "a mask: 0 and one number of at most −10")
+            if node.operator == "Where":
+                found = self._but(found, lambda value: not np.ptp(value), "one number, which fills what is replaced")
+        if not bias:
+            found = frozenset(source for source in found if self._values[source].ndim)
         if node.operator in _NORMALISATIONS:
             found = frozenset(source for source in found if not self._no_gain(source))
+        if place in _STATES.get(node.operator, ()):
+            found = self._but(found, lambda value: not np.any(value), "an initial state of zeros")
         if not found:
             return False
         if weight:
             self.chosen.update(dict.fromkeys(sorted(found)))
-        else:
-            self.barred |= found
+            self.factors.update(dict.fromkeys(sorted(found) if node.operator == "Mul" else ()))
+        elif raw:
+            why = f"stands where {node.operator} takes no weight"
+            self.barred.update(dict.fromkeys(sorted(found & self._as_they_are.get(name, frozenset())), why))
         return weight
+
+    def _but(self, names: frozenset[str], is_no_weight: Callable[[Array], bool], why: str) -> frozenset[str]:
+        """Return the names but for those of values that are no weights for a reason."""
+        none = {name for name in names if is_no_weight(self._values[name].astype(np.float64))}
+        self.barred.update(dict.fromkeys(none, why))
+        return names - none
 
     def _no_gain(self, name: str) -> bool:
         """Say whether a gain or shift stands there only because the operator takes one."""
@@ -139,16 +205,48 @@ class _Walk:
 
     def _one_unit(self, node: Node) -> bool:
         """Say whether a node gives the output of a layer with one unit, so that a single element added to it is a bias."""
-        if node.operator in ("MatMul", "Conv"):
-            weight = self._values.get(node.inputs[1])
-            return weight is not None and weight.ndim >= 2 and weight.shape[-1 if node.operator == "MatMul" else 0] == 1
-        return node.operator in ("Reshape", "Squeeze", "Identity", "Cast") and node.inputs[0] in self._single
+        if node.operator in ("Add", "Sub", "Sum"):  # until it has its bias
+            return any(name in self._single for name in node.inputs) and not any(name in self._constant for name in node.inputs)
+        if node.operator in _VIEWS - {"Expand", "Tile"} or node.operator in ("ReduceSum", "ReduceMean"):
+            return any(name in self._single for name in node.inputs[:1])
+        if node.operator not in _LAYERS or len(node.inputs) < 2:
+            return False
+        if node.has(2) and prod(self._shapes.get(node.inputs[2], (2,))) > 1:  # JAX's exporter has zeros for a bias
+            return False
+        left, right = (self._shapes.get(name) for name in node.inputs[:2])
+        if node.operator == "Einsum":
+            return any(shape is not None and len(shape) == 1 for shape in (left, right))
+        if node.operator == "MatMul":
+            columns = None if right is None else right[-1] if len(right) > 1 else 1
+            rows = None if left is None else left[-2] if len(left) > 1 else 1
+            return 1 in (columns, rows)
+        if node.operator == "Gather":
+            return left is not None and len(left) > 1 and left[-1] == 1
+        if right is None or len(right) < 2:
+            return False
+        if node.operator == "ConvTranspose":
+            return bool(right[1] * node.attributes.get("group", 1) == 1)
+        return bool(right[0 if node.operator == "Conv" or node.attributes.get("transB") else 1] == 1)
 
 
-def _may_be_weight(name: str, value: Array) -> bool:
-    if not np.issubdtype(value.dtype, np.floating) and value.dtype.name != "bfloat16":
-        return False
-    if value.ndim == 0 or value.size == 0 or name.endswith(_STATISTICS):
-        return False
+def _unseen(name: str, value: Array) -> str:
+    return _no_weight(name, value) or ("a single number" if value.size == 1 else "not where networks keep weights")
+
+
+def _is_float(value: Array) -> bool:
+    return bool(np.issubdtype(value.dtype, np.floating)) or value.dtype.name == "bfloat16"
+
+
+def _is_mask(value: Array) -> bool:
+    least = float(np.min(value))
+    return least <= _MASKED and bool(np.all((value == 0.0) | (value == least)))
+
+
+def _no_weight(name: str, value: Array) -> str:
+    """Say why a value is no weight wherever it stands; empty where it may be one."""
+    if value.size == 0:
+        return "empty"
+    if name.endswith(_STATISTICS):
+        return "statistics, by its name"
     largest = float(np.max(np.abs(value.astype(np.float64))))
-    return bool(np.isfinite(largest) and largest < 1e30)
+    return "" if np.isfinite(largest) and largest < 1e30 else "not finite, or as large as a mask"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any
 
 from mgs_core._types import Array, Namespace
@@ -40,9 +41,16 @@ def _sum(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Array:
     return xp.sum(x, axis=axes, keepdims=True, dtype=x.dtype) if not is_real(xp, x) else xp.sum(x, axis=axes, keepdims=True)
 
 
+def _mean(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Array:
+    if is_real(xp, x):
+        return xp.mean(x, axis=axes, keepdims=True)
+    total = _sum(xp, x, axes)
+    return xp.sign(total) * (xp.abs(total) // prod(x.shape[axis] for axis in axes))  # towards zero, as onnxruntime rounds
+
+
 _REDUCTIONS: dict[str, Reduction] = {
     "ReduceSum": _sum,
-    "ReduceMean": lambda xp, x, axes: xp.mean(x, axis=axes, keepdims=True),
+    "ReduceMean": _mean,
     "ReduceProd": lambda xp, x, axes: xp.prod(x, axis=axes, keepdims=True),
     "ReduceMax": _extreme("max"),
     "ReduceMin": _extreme("min"),
