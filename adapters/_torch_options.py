@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 import mgs_core as mgs
+from mgs_core.heads import Output as Output
+from mgs_core.heads import Transform as Transform
 from mgs_core.kernel import check_options as check_kernel_options
 
 #: What PyTorch's losses leave out, and the head "target" too.

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import mgs_core as mgs
 
 from ._torch_criterion import Evaluation, Parts
-from ._torch_options import check_options, labels_of
+from ._torch_options import Output, Transform, check_options, labels_of
 
 _backend: Any = mgs.get_backend("torch")
 Configured = _backend.Configured
@@ -82,13 +82,13 @@ class MGSLoss(torch.nn.Module):
         criterion: Any,
         *,
         penalty: mgs.Penalty | None = None,
-        weighting: str | None = None,
-        output: Any = "loss",
-        transform: Any = "identity",
+        weighting: Literal["agreement"] | None = None,
+        output: Output = "loss",
+        transform: Transform = "identity",
         probes: int = 1,
         every: int = 1,
         max_samples: int | None = None,
-        batch_norm: str = "refuse",
+        batch_norm: Literal["refuse", "frozen"] = "refuse",
         model: torch.nn.Module | None = None,
         parameters: Any = None,
         select: Callable[[Any], torch.Tensor] | None = None,

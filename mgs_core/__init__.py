@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from mgs_core import _checkout
 from mgs_core._errors import ArgumentError as ArgumentError
 from mgs_core._errors import BackendError as BackendError
 from mgs_core._errors import MgsError as MgsError
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from mgs_core import onnx as onnx
     from mgs_core.experiments.audit import Audit as Audit
     from mgs_core.experiments.audit import audit as audit
+
+_checkout.complete()
 
 __version__ = "0.1.0"
 
@@ -70,12 +74,14 @@ _LATER = ("Audit", "audit", "onnx")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *(_LATER if find_spec("onnx") else ())})
 
 
-def __getattr__(name: str) -> Any:
-    if name == "onnx":
-        return importlib.import_module("mgs_core.onnx")
-    if name in ("audit", "Audit"):
-        return getattr(importlib.import_module("mgs_core.experiments.audit"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker it would mean that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name == "onnx":
+            return importlib.import_module("mgs_core.onnx")
+        if name in ("audit", "Audit"):
+            return getattr(importlib.import_module("mgs_core.experiments.audit"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 
+from mgs_core import __version__
 from mgs_core._errors import BackendError, extra
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command; its version is told without any other package."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"mgs {__version__}")
+        return
     try:
         with extra("app", "The command mgs"):
             from mgs_core.cli import main as run

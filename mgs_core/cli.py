@@ -34,7 +34,7 @@ from mgs_core.heads import Output
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?"
 )
-console = Console(width=None if sys.stdout.isatty() else 120)
+console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 _BackendOption = Annotated[str, typer.Option(help="numpy, torch, jax, tensorflow or keras; the default needs no framework.")]
 
 

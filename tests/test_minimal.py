@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,27 @@ def test_a_kernel_of_a_linear_model() -> None:
     inputs = np.array([[1.0, 0.0], [1.0, 2.0]])
     model = mgs.FunctionalModel(lambda p, x: x @ p["weight"], {"weight": np.zeros((2, 1))})
     np.testing.assert_allclose(mgs.kernel(model, inputs), inputs @ inputs.T)
+
+
+def test_python_that_is_started_in_the_checkout_finds_all_parts() -> None:
+    code = "import mgs_core, numpy; print(mgs_core.__file__, mgs_core.get_backend('numpy').name)"
+    folder = Path(__file__).parents[1]
+    unsafe = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder, env=unsafe)
+    assert found.stdout.split() == [str(folder / "mgs_core" / "__init__.py"), "numpy"]
+
+
+def test_help_needs_no_extra() -> None:
+    code = (
+        "import sys; sys.modules['onnx'] = None\nimport inspect, mgs_core\nprint('audit' in dict(inspect.getmembers(mgs_core)))"
+    )
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_the_command_is_a_module_too_and_tells_its_version() -> None:
+    found = subprocess.run([sys.executable, "-P", "-m", "mgs_core", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"mgs {mgs.__version__}\n"
 
 
 @pytest.mark.parametrize("wanted", ["mgs_core.onnx", "mgs_core.audit", "mgs_core.onnx.load"])

@@ -20,8 +20,6 @@ from mgs_core.report.runs import read
 from mgs_core.report.stopping import stopping, stopping_table
 from mgs_core.report.words import findings, verdict
 
-_TEMPLATES = Path(__file__).parent / "templates"
-
 
 def write_report(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], folder: str | Path) -> Path:
     """Write `report.html`, which needs nothing beside it, and `figure.png`.
@@ -86,7 +84,7 @@ def comparison_page(records: Sequence[Mapping[str, Any]], settings: Mapping[str,
 def render(template: str, **values: Any) -> str:
     """Return a page of any type in the common style; every value is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.PackageLoader("mgs_core.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
