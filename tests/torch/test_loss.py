@@ -374,6 +374,7 @@ def test_fused_recurrent_layers_are_refused_with_their_remedy():
 GOOD = nn.CrossEntropyLoss()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("options", "message"),
     [
