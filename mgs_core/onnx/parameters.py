@@ -8,7 +8,7 @@ multiplied with data that earlier parameters have touched, or chosen in place of
 * masks: values that are not finite or as small as a type goes; tables of 0 and one number of at most −10 that are added; a number
   that fills what Where replaces; initial states of zeros;
 * two tables that data are multiplied by and whose squares add up to 1: cosine and sine of positions;
-* what also stands, as it is, at an input that takes statistics, bounds or sizes (running mean and variance, Clip, Pad, …);
+* what also stands at an input that takes statistics, bounds or sizes (running mean and variance, Clip, Pad, …);
 * what is subtracted or divided by: a mean, a deviation; from the raw inputs, it is none elsewhere either;
 * ones and zeros for gain and shift of a normalisation, under a name that PyTorch's exporters give to constants: it has none;
 * what is named as running statistics are: `running_mean`, `running_var`, `moving_mean`, `moving_variance`; and the vectors of
@@ -24,7 +24,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
-from math import prod
 
 import numpy as np
 
@@ -84,16 +83,22 @@ def trained(graph: Graph, nodes: Sequence[Node]) -> tuple[list[str], dict[str, s
     chosen = [name for name in walk.chosen if name not in walk.barred]
     used = dict.fromkeys(name for node in nodes for name in node.inputs if name in graph.initializers)
     left = [name for name in used if name not in chosen and _is_float(graph.initializers[name])]
-    return chosen, {name: walk.barred.get(name) or _unseen(name, graph.initializers[name]) for name in left}
+    reasons = {**walk.reasons, **walk.barred}
+    return chosen, {name: reasons.get(name) or _unseen(name, graph.initializers[name]) for name in left}
 
 
 def _rotations(factors: Mapping[str, Array]) -> set[str]:
     """Return factors of which the squares of two add up to 1 everywhere, though neither is the same everywhere."""
+    squares: dict[tuple[int, ...], list[tuple[str, Array]]] = {}
+    for name, value in factors.items():
+        square = np.square(value.astype(np.float64))
+        if square.size and np.ptp(value) and np.max(square) < 1.02:
+            squares.setdefault(square.shape, []).append((name, square))
     found: set[str] = set()
-    for one, other in combinations(factors, 2):
-        a, b = (factors[name].astype(np.float64) for name in (one, other))
-        if a.shape == b.shape and a.size and np.ptp(a) and np.ptp(b) and np.allclose(a * a + b * b, 1.0, atol=1e-2):
-            found |= {one, other}
+    for alike in squares.values():
+        for (one, a), (other, b) in combinations(alike, 2):
+            if abs(a.flat[0] + b.flat[0] - 1.0) < 0.02 and np.allclose(a + b, 1.0, atol=1e-2):
+                found |= {one, other}
     return found
 
 
@@ -105,14 +110,14 @@ class _Walk:
         self._sources = {
             name: frozenset((name,)) for name, value in self._values.items() if _is_float(value) and not _no_weight(name, value)
         }
-        self._as_they_are = dict(self._sources)  # of what is but rearranged
         self._shapes = {name: value.shape for name, value in self._values.items()}
         self._constant = set(self._values)
         self._touched: set[str] = set()  # data that a parameter has touched
         self._single: set[str] = set()  # outputs of layers with one unit
         self.chosen: dict[str, None] = {}
         self.factors: dict[str, None] = {}  # what data are multiplied by
-        self.barred: dict[str, str] = {}  # and why
+        self.barred: dict[str, str] = {}  # wherever else they stand, and why
+        self.reasons: dict[str, str] = {}  # why values were not chosen at a place
 
     def nodes(self, nodes: Iterable[Node]) -> bool:
         """Visit nodes; say whether a parameter meets data in one of them."""
@@ -122,15 +127,12 @@ class _Walk:
     def _node(self, node: Node) -> bool:
         given = [name for name in node.inputs if name]
         bodies = [value for value in node.attributes.values() if isinstance(value, Graph)]
-        view = node.operator in _VIEWS
-        carried = given[:1] if view else given
+        carried = given[:1] if node.operator in _VIEWS else given
         if not bodies and all(name in self._constant for name in carried):
             self._constant.update(node.outputs)
             if node.operator not in ("Shape", "Size"):
                 joined = frozenset().union(*(self._sources.get(name, frozenset()) for name in carried))
                 self._sources.update(dict.fromkeys(node.outputs, joined))
-            if view and given:
-                self._as_they_are.update(dict.fromkeys(node.outputs, self._as_they_are.get(given[0], frozenset())))
             if given and given[0] in self._shapes and node.operator in ("Transpose", "Identity", "Cast"):
                 shape = self._shapes[given[0]]
                 if node.operator == "Transpose":
@@ -189,14 +191,13 @@ class _Walk:
             self.chosen.update(dict.fromkeys(sorted(found)))
             self.factors.update(dict.fromkeys(sorted(found) if node.operator == "Mul" else ()))
         elif raw:
-            why = f"stands where {node.operator} takes no weight"
-            self.barred.update(dict.fromkeys(sorted(found & self._as_they_are.get(name, frozenset())), why))
+            self.barred.update(dict.fromkeys(sorted(found), f"stands where {node.operator} takes no weight"))
         return weight
 
     def _but(self, names: frozenset[str], is_no_weight: Callable[[Array], bool], why: str) -> frozenset[str]:
-        """Return the names but for those of values that are no weights for a reason."""
+        """Return the names but for those of values that are no weights here for a reason."""
         none = {name for name in names if is_no_weight(self._values[name].astype(np.float64))}
-        self.barred.update(dict.fromkeys(none, why))
+        self.reasons.update(dict.fromkeys(none, why))
         return names - none
 
     def _no_gain(self, name: str) -> bool:
@@ -211,8 +212,8 @@ class _Walk:
             return any(name in self._single for name in node.inputs[:1])
         if node.operator not in _LAYERS or len(node.inputs) < 2:
             return False
-        if node.has(2) and prod(self._shapes.get(node.inputs[2], (2,))) > 1:  # JAX's exporter has zeros for a bias
-            return False
+        if node.has(2) and (node.inputs[2] not in self._values or np.any(self._values[node.inputs[2]])):
+            return False  # it has its bias, but for the zero that JAX's exporter writes
         left, right = (self._shapes.get(name) for name in node.inputs[:2])
         if node.operator == "Einsum":
             return any(shape is not None and len(shape) == 1 for shape in (left, right))
@@ -239,7 +240,7 @@ def _is_float(value: Array) -> bool:
 
 def _is_mask(value: Array) -> bool:
     least = float(np.min(value))
-    return least <= _MASKED and bool(np.all((value == 0.0) | (value == least)))
+    return least <= _MASKED and bool(np.any(value == 0.0)) and bool(np.all((value == 0.0) | (value == least)))
 
 
 def _no_weight(name: str, value: Array) -> str:

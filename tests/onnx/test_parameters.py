@@ -46,6 +46,7 @@ BIASES = {
         [node("Gemm", "x w z", "h"), node("Add", "h b", "y")],
         {"w": drawn(3, 1), "z": np.zeros(()), "b": drawn(1)},
     ),
+    "far below zero": ([node("MatMul", "x w", "h"), node("Add", "h b", "y")], {"w": drawn(3, 1), "b": np.array([-12.5])}),
     "Einsum": ([node("Einsum", "x w", "h", equation="ni,i->n"), node("Add", "h b", "y")], {"w": drawn(3), "b": drawn()}),
     "behind views": (
         [node("MatMul", "x w", "h"), node("Squeeze", "h axis", "s"), node("Add", "s b", "y")],
@@ -78,6 +79,7 @@ def test_the_bias_of_one_unit_is_a_parameter(name):
             [node("MatMul", "x w", "h"), node("Add", "h c", "g"), node("Add", "g b", "y")],
             {"w": drawn(3, 1), "c": drawn(1), "b": np.array(1e-6)},
         ),
+        ([node("Gemm", "x w c", "h"), node("Add", "h b", "y")], {"w": drawn(3, 1), "c": drawn(1), "b": np.array(2.0)}),
     ],
 )
 def test_other_single_numbers_are_none(nodes, initializers):
@@ -93,6 +95,10 @@ FIRST = [node("MatMul", "x w", "h")]
 TABLES = {
     "mask that is added": ([node("Add", "h t", "y")], {"t": np.array([0.0, -1e9, 0.0])}, {"t": "a mask: 0 and one number"}),
     "mask of Swin": ([node("Add", "h t", "y")], {"t": np.array([0.0, -100.0, 0.0])}, {"t": "a mask: 0 and one number"}),
+    "no mask but a bias": ([node("Add", "h t", "y")], {"t": np.full(3, -12.5)}, {}),
+    "fill that is a bias too": (
+        [node("Add", "h t", "b"), node("Where", "m t b", "y")], {"m": np.array([True, False, True]), "t": np.zeros(3)}, {},
+    ),
     "bias of two values": ([node("Add", "h t", "y")], {"t": np.array([0.0, -1.0, 0.0])}, {}),
     "cosine and sine": (
         [node("Unsqueeze", "h one", "u"), node("Mul", "u c", "a"), node("Mul", "u s", "b"), node("Add", "a b", "y")],
@@ -135,10 +141,10 @@ def test_tables_are_told_from_weights(name):
         assert reason in model.uncounted[key]
 
 
-@pytest.mark.parametrize("first", ["Sub", "Div"])
+@pytest.mark.parametrize("first", ["Sub", "Div", "Mul"])
 def test_the_scale_of_the_inputs_is_none_where_outputs_are_scaled_back(first):
-    nodes = [node(first, "x s", "z"), node("MatMul", "z w", "h"), node("Mul", "h s", "y")]
-    model = load(nodes, {"s": 1 + drawn(3) ** 2, "w": drawn(3, 3)})
+    made = [node("Reciprocal", "s", "r"), node("Mul", "x r", "z")] if first == "Mul" else [node(first, "x s", "z")]
+    model = load([*made, node("MatMul", "z w", "h"), node("Mul", "h s", "y")], {"s": 1 + drawn(3) ** 2, "w": drawn(3, 3)})
     assert list(model.parameters) == ["w"]
     assert model.uncounted == {"s": f"stands where {first} takes no weight"}
 
