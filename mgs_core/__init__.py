@@ -74,7 +74,11 @@ _LATER = ("Audit", "audit", "onnx")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(_LATER if find_spec("onnx") else ())})
+    try:
+        later = _LATER if find_spec("onnx") else ()
+    except ValueError:  # of a module that was made by hand
+        later = ()
+    return sorted({*globals(), *later})
 
 
 if not TYPE_CHECKING:  # to a type checker it would mean that every name exists

@@ -21,11 +21,13 @@ def test_a_kernel_of_a_linear_model() -> None:
 
 
 def test_python_that_is_started_in_the_checkout_finds_all_parts() -> None:
-    code = "import mgs_core, numpy; print(mgs_core.__file__, mgs_core.get_backend('numpy').name)"
+    code = (
+        "import mgs_core, numpy; print(mgs_core.__file__, mgs_core.get_backend('numpy').namespace and mgs_core.backends.__file__)"
+    )
     folder = Path(__file__).parents[1]
     unsafe = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder, env=unsafe)
-    assert found.stdout.split() == [str(folder / "mgs_core" / "__init__.py"), "numpy"]
+    assert found.stdout.split() == [str(folder / "mgs_core" / "__init__.py"), str(folder / "backends" / "__init__.py")]
 
 
 def test_help_needs_no_extra() -> None:

@@ -5,14 +5,14 @@ take nothing but constants and sizes, an input where networks keep weights (`_WE
 multiplied with data that earlier parameters have touched, or chosen in place of it (Where), except
 
 * single numbers, unless they are added to the output of a layer with one unit: ε, scales, exponents;
-* masks: values that are not finite or as small as a type goes; tables of 0 and one number of at most −10 that are added; a number
-  that fills what Where replaces; initial states of zeros;
+* masks: values that are not finite or as small as a type goes; tables of 0 and one number of at most −10 (of one axis:
+  −1000) that are added; a number that fills what Where replaces; initial states of zeros;
 * two tables that data are multiplied by and whose squares add up to 1: cosine and sine of positions;
 * what also stands at an input that takes statistics, bounds or sizes (running mean and variance, Clip, Pad, …);
 * what is subtracted or divided by: a mean, a deviation; from the raw inputs, it is none elsewhere either;
 * ones and zeros for gain and shift of a normalisation, under a name that PyTorch's exporters give to constants: it has none;
 * what is named as running statistics are: `running_mean`, `running_var`, `moving_mean`, `moving_variance`; and the vectors of
-  PyTorch's spectral norm, `._u` and `._v`;
+  PyTorch's spectral norm, `parametrizations.….0._u` and `._v`;
 * what is applied to the raw inputs elementwise: scalers.
 
 Another fixed table that is added to data or multiplied with it (sinusoidal positions, the scale of a target) looks trained.
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 
@@ -44,7 +43,8 @@ _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Sum", "Where"}
 _LAYERS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Gather"}
 #: Places of initial states in recurrent layers, which are zeros unless they are learnt.
 _STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
-_MASKED = -10.0  # at most this is what a mask adds, e^−10 of the rest
+_MASKED, _SURELY = -10.0, -1e3  # at most this is what a mask adds, e^−10 of the rest; and one that might be a bias
+_LEAST_TABLE, _SLOTS = 8, 10_000
 #: Rearrange their first input, and take sizes besides.
 _VIEWS = {
     "Identity",
@@ -63,7 +63,7 @@ _VIEWS = {
 _NORMALISATIONS = {name for name in _WEIGHTS if name.endswith("Normalization")}
 #: What torch.onnx.export calls a constant, such as the gain of a group norm's inner instance norm.
 _CONSTANT = re.compile(r"val_\d+|.*Constant(_\d+)?_output_0")
-_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance", "._u", "._v")
+_STATISTICS = re.compile(r".*(running_mean|running_var|moving_mean|moving_variance|parametrizations\.\w+\.\d+\._[uv])")
 
 
 def trained(graph: Graph, nodes: Sequence[Node]) -> tuple[list[str], dict[str, str]]:
@@ -80,25 +80,30 @@ def trained(graph: Graph, nodes: Sequence[Node]) -> tuple[list[str], dict[str, s
     walk.nodes(nodes)
     for name in _rotations({name: graph.initializers[name] for name in walk.factors}):
         walk.barred[name] = "with another, the cosine and sine of positions"
-    chosen = [name for name in walk.chosen if name not in walk.barred]
+    chosen = dict.fromkeys(name for name in walk.chosen if name not in walk.barred)
     used = dict.fromkeys(name for node in nodes for name in node.inputs if name in graph.initializers)
     left = [name for name in used if name not in chosen and _is_float(graph.initializers[name])]
     reasons = {**walk.reasons, **walk.barred}
-    return chosen, {name: reasons.get(name) or _unseen(name, graph.initializers[name]) for name in left}
+    return list(chosen), {name: reasons.get(name) or _unseen(name, graph.initializers[name]) for name in left}
 
 
 def _rotations(factors: Mapping[str, Array]) -> set[str]:
     """Return factors of which the squares of two add up to 1 everywhere, though neither is the same everywhere."""
-    squares: dict[tuple[int, ...], list[tuple[str, Array]]] = {}
+    squares: dict[
+        tuple[tuple[int, ...], int], list[tuple[str, Array]]
+    ] = {}  # by shape, and a hash that a partner's is known from
+    found: set[str] = set()
     for name, value in factors.items():
         square = np.square(value.astype(np.float64))
-        if square.size and np.ptp(value) and np.max(square) < 1.02:
-            squares.setdefault(square.shape, []).append((name, square))
-    found: set[str] = set()
-    for alike in squares.values():
-        for (one, a), (other, b) in combinations(alike, 2):
-            if abs(a.flat[0] + b.flat[0] - 1.0) < 0.02 and np.allclose(a + b, 1.0, atol=1e-2):
-                found |= {one, other}
+        if (
+            value.ndim < 2 or value.size < _LEAST_TABLE or not np.ptp(value) or np.max(square) > 1.01
+        ):  # short ones match by chance
+            continue
+        place = round(_SLOTS * float(square.mean()))
+        for other, partner in (pair for at in (-1, 0, 1) for pair in squares.get((value.shape, _SLOTS - place + at), ())):
+            if np.allclose(square + partner, 1.0, atol=1e-2):
+                found |= {name, other}
+        squares.setdefault((value.shape, place), []).append((name, square))
     return found
 
 
@@ -240,14 +245,18 @@ def _is_float(value: Array) -> bool:
 
 def _is_mask(value: Array) -> bool:
     least = float(np.min(value))
-    return least <= _MASKED and bool(np.any(value == 0.0)) and bool(np.all((value == 0.0) | (value == least)))
+    return (
+        least <= (_MASKED if value.ndim > 1 else _SURELY)
+        and bool(np.any(value == 0.0))
+        and bool(np.all((value == 0.0) | (value == least)))
+    )
 
 
 def _no_weight(name: str, value: Array) -> str:
     """Say why a value is no weight wherever it stands; empty where it may be one."""
     if value.size == 0:
         return "empty"
-    if name.endswith(_STATISTICS):
+    if _STATISTICS.fullmatch(name):
         return "statistics, by its name"
     largest = float(np.max(np.abs(value.astype(np.float64))))
     return "" if np.isfinite(largest) and largest < 1e30 else "not finite, or as large as a mask"

@@ -21,6 +21,7 @@ def relocate(model: onnx.ModelProto) -> None:
     _hoist(model.graph)
     _raise(model.graph)
     _part(model.graph)
+    model.ir_version = max(model.ir_version, 4)  # before, each initialiser was an input too
 
 
 def _hoist(graph: onnx.GraphProto) -> None:
@@ -40,20 +41,22 @@ def _raise(graph: onnx.GraphProto) -> None:
     bodies = list(_bodies(graph))
     names = Counter(name for each in (graph, *bodies) for name in _names(each))
     for body in bodies:
+        given = {value.name for value in body.output}  # which must stay where it is
         for tensor in list(body.initializer):
-            if tensor.data_type in _FLOATS and tensor.dims and names[tensor.name] == 1:
+            if tensor.name not in given and tensor.data_type in _FLOATS and tensor.dims and names[tensor.name] == 1:
                 graph.initializer.add().CopyFrom(tensor)
                 body.initializer.remove(tensor)
 
 
 def _part(graph: onnx.GraphProto) -> None:
     """Give running statistics a tensor of their own where an exporter has merged them with equal weights, as fresh ones are."""
-    uses = Counter(name for node in graph.node for name in node.input)
+    same = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity" and node.input}
+    uses = Counter(same.get(name, name) for node in graph.node if node.op_type != "Identity" for name in node.input)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     names = {*_names(graph)}
     for node in graph.node:
         for place in _STATISTICS if node.op_type == "BatchNormalization" and len(node.input) > max(_STATISTICS) else ():
-            name = node.input[place]
+            name = same.get(node.input[place], node.input[place])
             if name not in tensors or uses[name] < 2:
                 continue
             own = f"{name} (statistics of {node.output[0]}, {place})"

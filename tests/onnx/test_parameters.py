@@ -88,13 +88,17 @@ def test_other_single_numbers_are_none(nodes, initializers):
     assert model.uncounted == {"b": "a single number"}
 
 
-COS = np.cos(np.arange(6.0)).reshape(2, 3)
-SIN = np.sin(np.arange(6.0)).reshape(2, 3)
+COS = np.cos(np.arange(12.0)).reshape(4, 3)
+SIN = np.sin(np.arange(12.0)).reshape(4, 3)
 FIRST = [node("MatMul", "x w", "h")]
 #: Nodes behind `h = x @ w`, tables, and what is said of those that are no parameters.
 TABLES = {
     "mask that is added": ([node("Add", "h t", "y")], {"t": np.array([0.0, -1e9, 0.0])}, {"t": "a mask: 0 and one number"}),
-    "mask of Swin": ([node("Add", "h t", "y")], {"t": np.array([0.0, -100.0, 0.0])}, {"t": "a mask: 0 and one number"}),
+    "mask of Swin": ([node("Add", "h t", "y")], {"t": np.array([[0.0, -100.0, 0.0]])}, {"t": "a mask: 0 and one number"}),
+    "a bias of two values": ([node("Add", "h t", "y")], {"t": np.array([0.0, -20.0, 0.0])}, {}),
+    "gains that match by chance": (
+        [node("Mul", "h c", "a"), node("Mul", "a s", "y")], {"c": np.array([1.0, 0.0, 1.0]), "s": np.array([0.0, 1.0, 0.0])}, {},
+    ),
     "no mask but a bias": ([node("Add", "h t", "y")], {"t": np.full(3, -12.5)}, {}),
     "fill that is a bias too": (
         [node("Add", "h t", "b"), node("Where", "m t b", "y")], {"m": np.array([True, False, True]), "t": np.zeros(3)}, {},
@@ -109,7 +113,9 @@ TABLES = {
         [node("Mul", "h c", "a"), node("Mul", "h s", "b"), node("Add", "a b", "y")], {"c": drawn(3), "s": drawn(3)}, {},
     ),
     "vectors of spectral norm": (
-        [node("Mul", "h p.weight._u", "y")], {"p.weight._u": drawn(3)}, {"p.weight._u": "statistics, by its name"},
+        [node("Mul", "h parametrizations.w.0._u", "y")],
+        {"parametrizations.w.0._u": drawn(3)},
+        {"parametrizations.w.0._u": "statistics"},
     ),
     "divided by what is made of a weight": (
         [node("ReduceL2", "w", "l", axes=[0], keepdims=0), node("Div", "h l", "y")], {}, {},
@@ -224,6 +230,30 @@ def test_statistics_that_were_merged_with_equal_weights_are_parted(tmp_path):
     np.testing.assert_allclose(mgs.onnx.load(tmp_path / "n.onnx")(x), 3 * h, rtol=1e-12)
 
 
+def test_what_a_body_gives_stays_in_it_and_old_files_are_saved(tmp_path):
+    ends = [helper.make_tensor_value_info("out", TensorProto.DOUBLE, ["n", 3])]
+    bodies = [
+        helper.make_graph([node("Identity", "h", "out")], "then", [], ends),
+        helper.make_graph(
+            [], "else", [], [helper.make_tensor_value_info("fixed", TensorProto.DOUBLE, [1, 3])], [tensor("fixed", drawn(1, 3))]
+        ),
+    ]
+    nodes = [*FIRST, node("If", "true", "y", then_branch=bodies[0], else_branch=bodies[1])]
+    model = load(nodes, {"w": drawn(3, 3), "true": np.array(True)}, shape=["n", 3])
+    assert list(model.parameters) == ["w"]
+    mgs.onnx.save(model, tmp_path / "if.onnx")
+    assert list(mgs.onnx.load(tmp_path / "if.onnx").parameters) == ["w"]
+
+
+@pytest.mark.parametrize("behind", ["", "Identity"])
+def test_statistics_are_parted_behind_an_identity(behind):
+    ones, zeros = ("one", "zero") if behind else ("n.weight", "n.bias")
+    made = [node("Identity", "n.weight", "one"), node("Identity", "n.bias", "zero")] if behind else []
+    last = node("BatchNormalization", f"h n.weight n.bias {zeros} {ones}", "y", epsilon=0.0)
+    model = load([*made, *FIRST, last], {"w": drawn(3, 2), "n.weight": np.ones(2), "n.bias": np.zeros(2)})
+    assert set(model.parameters) == {"w", "n.weight", "n.bias"}
+
+
 def test_outputs_without_gradients_are_refused():
     x, h = (helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["n", 3]) for name in "xh")
     y = helper.make_tensor_value_info("y", TensorProto.INT64, None)
@@ -253,5 +283,13 @@ def test_integers_are_reduced_alike(backend):
     model = load(nodes, {"w": drawn(3, 2), "one": np.array([1])}, backend=backend, dtype="float32")
     whole = x.astype(int)
     factor = whole.sum(1) + np.trunc(whole.mean(1))
+    for kind in ("uint32", "int32"):
+        whole_numbers = load(
+            [node("Cast", "x", "i", to=getattr(TensorProto, kind.upper())), node("ReduceMean", "i", "m", axes=[1], keepdims=1),
+             node("Cast", "m", "f", to=TensorProto.DOUBLE), node("MatMul", "f w", "y")],
+            {"w": np.ones((1, 1))}, backend=backend, dtype="float32",
+        )  # fmt: skip
+        means = mgs.get_backend(backend).to_numpy(whole_numbers(mgs.get_backend(backend).asarray(np.abs(x).astype(np.float32))))
+        np.testing.assert_array_equal(means[:, 0], np.abs(x).astype(int).mean(1) // 1)
     found = mgs.get_backend(backend).to_numpy(mgs.kernel(model, mgs.get_backend(backend).asarray(x.astype(np.float32))))
     np.testing.assert_allclose(found, 2 * (x @ x.T) * factor[:, None] * factor, rtol=1e-5)

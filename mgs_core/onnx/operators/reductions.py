@@ -7,6 +7,8 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from mgs_core._types import Array, Namespace
 from mgs_core.onnx.graph import Node
 from mgs_core.onnx.operators.common import axes_of, axis_of, integers, is_real, native_dtype, root
@@ -44,8 +46,8 @@ def _sum(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Array:
 def _mean(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Array:
     if is_real(xp, x):
         return xp.mean(x, axis=axes, keepdims=True)
-    total = _sum(xp, x, axes)
-    return xp.sign(total) * (xp.abs(total) // prod(x.shape[axis] for axis in axes))  # towards zero, as onnxruntime rounds
+    total, count = _sum(xp, xp.astype(x, native_dtype(xp, np.dtype(np.int64))), axes), prod(x.shape[axis] for axis in axes)
+    return xp.astype(xp.sign(total) * (xp.abs(total) // count), x.dtype)  # towards zero, as onnxruntime rounds
 
 
 _REDUCTIONS: dict[str, Reduction] = {
