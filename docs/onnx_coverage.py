@@ -271,20 +271,22 @@ external data must lie in the model's folder, and whatever is damaged is refused
 An ONNX file does not say which of its tensors are trained. A floating-point initialiser counts as trained when it reaches,
 through views (Transpose, Reshape, Cast, …) and operations on constants, an input where networks keep weights, or is added to,
 multiplied with or chosen in place of data behind the first weights. Not counted are single numbers (but the bias of a layer
-with one unit), masks (values that are not finite; tables of 0 and one number of at most −10, of one axis
-−1000, that are added; what is filled in), cosine and sine of positions, running statistics, what is subtracted or divided by, scalers on the raw inputs, and initial
-states of zeros. **Look at what was left out**: `mgs check FILE` lists it with the reason, as does `load(…).uncounted`.
+with one unit), masks (values that are not finite; tables of 0 and one number of at most −10, of one axis −1000, that are
+added; what is filled in), cosine and sine of positions, running statistics, what is subtracted or divided by, scalers on the
+raw inputs, and initial states of zeros. **Look at what was left out**: `mgs check FILE` lists it with the reason, as does
+`load(…).uncounted`.
 `load(…, parameters=…)` chooses by names or a predicate instead, among all floating-point initialisers.
 
 Where a file does not tell, the guess may be wrong. Counted though fixed: a table that is added to data or multiplied with it
 (sinusoidal positions, a joint table of cosines and sines, a mask that multiplies, the mean and scale that outputs are brought
-back to). Not counted though perhaps trained: a temperature,
-a gate or another single number, an exponent, a divisor, and prototypes that are subtracted (`h - p`; not `p - h`).
+back to). Not counted though perhaps trained: a temperature, a gate or another single number, an exponent, a divisor, and
+prototypes that are subtracted (`h - p`; not `p - h`).
 
 What an exporter has changed cannot always be undone. Undone are: transposed copies of tied embeddings, weights that a loop
-hands on as state or holds in its body, running statistics that were merged with equal weights (but in bodies), the zero half of Keras'
-recurrent biases, the ones and zeros that PyTorch writes for the gain of a normalisation that has none (but those of group
-normalisation with `affine=False`), and the coefficients that scikit-learn's linear models keep in attributes. Not undone are
+hands on as state or holds in its body, running statistics that were merged with equal weights (but in bodies), the zero half
+of Keras' recurrent biases, the ones and zeros that PyTorch writes for the gain of a normalisation that has none (but those of
+group normalisation with `affine=False`), and the coefficients that scikit-learn's linear models keep in attributes. Not undone
+are
 
 * what was folded into one constant: batch normalisation in a convolution, weight and spectral norm, gathered or interpolated
   position tables, a softmax of mixing weights, projections of learnt queries. Export without constant folding:

@@ -125,7 +125,8 @@ def _interact(
     eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
     for data in batches:
         given = (theta, data, constants)
-        alone, together = (np.asarray(value, np.float64) for value in _compare(key, batch, single, *given)(*given))
+        with jax.ensure_compile_time_eval():  # a model may call back to the host
+            alone, together = (np.asarray(value, np.float64) for value in _compare(key, batch, single, *given)(*given))
         if not _agree(alone, together, eps):
             return True
     return False
@@ -151,12 +152,14 @@ def _few(samples: Sequence[Array], batch: ClosedJaxpr, draw: np.random.Generator
 
 
 def _every(samples: Sequence[Array], batch: ClosedJaxpr) -> Iterator[list[Array]]:
-    """Yield the values of all samples, a few at a time."""
+    """Yield the values of all samples, a few at a time: neighbours, and such as lie far apart."""
     n, few = len(samples[0]), parts(batch)[0].invars[-1].aval.shape[0]
     held = [_on_host(value) for value in samples]
     for start in range(0, n, few):
         start = min(start, n - few)  # in their order, on which a model may rely
         yield [value[start : start + few] for value in held]
+    for start in range(n // few if n >= 2 * few else 0):  # neighbours may be alike
+        yield [value[start :: n // few][:few] for value in held]
 
 
 def _agree(alone: Any, together: Any, eps: float) -> bool:

@@ -56,6 +56,11 @@ MARKED = {
     "finite": (np.nan, squares, jnp.isfinite),
     "far below": (-1000.0, squares, lambda y: y > -999),
     "exactly 0": (0.0, squares, lambda y: y != 0),
+    "equal to itself": (np.nan, squares, lambda y: y == y),
+    "infinite": (np.inf, squares, lambda y: y != jnp.inf),
+    "very far below": (-3e30, squares, lambda y: y >= -1e30),
+    "rolled": (-100, losses, lambda y: jnp.roll(jnp.roll(y, -1, 1), 1, 1).at[:, 0].set(y[:, 0]) != -100),
+    "behind many thresholds": (255, losses, lambda y: (sum((y > c) * 0 for c in range(12)) == 0) & (y != 255)),
 }
 
 
@@ -104,6 +109,58 @@ def test_a_mean_over_what_is_left_of_each_sample_is_not(name, jit):
     rows = np.stack([np.ravel(jax.grad(loss)(p, one)["w"]) for one in ones])
     np.testing.assert_allclose(parts.kernel, rows @ rows.T, atol=1e-12)
     np.testing.assert_allclose(value, loss(p, batch) + 0.1 * np.mean(np.sum(rows**2, 1)), rtol=1e-12)
+
+
+def flat_gather(p, x, y):
+    """As BERT gathers positions from a batch laid out in one table."""
+    at = y + 4 * jnp.arange(len(y))[:, None]
+    return jnp.sum((x @ p["w"]).reshape(-1, _C)[at], 1)
+
+
+def flat_edges(p, x, y):
+    edges = (y + 4 * jnp.arange(len(y))[:, None]).reshape(-1)
+    return jnp.sum(jax.ops.segment_sum((x @ p["w"]).reshape(-1, _C), edges, 4 * len(y)).reshape(-1, 4, _C), 1)
+
+
+def thresholds(p, x, y):
+    count = jnp.zeros(y.shape, int)
+    for number in range(40):
+        count = jnp.where(y > number, count + 1, count)
+    return jnp.sum(jnp.tanh(x @ p["w"]) * count[..., None], 1)
+
+
+def bits(p, x, y):
+    """A loop that would not end for −1, which no index of this program is."""
+    ones = jax.vmap(jax.vmap(lambda n: lax.while_loop(lambda s: s[0] != 0, lambda s: (s[0] >> 1, s[1] + (s[0] & 1)), (n, 0))[1]))(
+        y
+    )
+    return jnp.sum(jnp.tanh(x @ p["w"]) * ones[..., None] + p["w"].T[y % _C][..., :1], 1)
+
+
+def half(p, x, y):
+    kept = y.astype(jnp.float16).astype(jnp.float32) > -1e9
+    return jnp.sum(jnp.where(kept[..., None], x @ p["w"], 0.0), 1)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("function", [flat_gather, flat_edges, thresholds, bits, half], ids=lambda function: function.__name__)
+def test_programs_that_compare_and_index_otherwise_are_not_refused(function, jit):
+    p, y = {"w": jnp.asarray(W)}, jnp.asarray(RANDOM.integers(0, 4, (_N, 4)))
+
+    def kernel(p, x, y):
+        return mgs.kernel(mgs.FunctionalModel(lambda p, b: function(p, b["x"], b["y"]), p), {"x": x, "y": y}, output="sum")
+
+    found = (jax.jit(kernel) if jit else kernel)(p, jnp.asarray(X), y)
+    rows = [jax.grad(lambda p, a=a: jnp.sum(function(p, X[a : a + 1], y[a : a + 1])))(p)["w"].ravel() for a in range(_N)]
+    np.testing.assert_allclose(found, np.stack(rows) @ np.stack(rows).T, atol=1e-11)
+
+
+def test_neighbours_that_are_alike_do_not_hide_the_others():
+    padded = np.zeros((32, 4), bool)
+    padded[4:8, 2:] = True  # each four in a row have as many labels, and those that are compared at first have all
+    batch = {"x": RANDOM.normal(size=(32, 4, 3)), "y": np.where(padded, -1, RANDOM.integers(0, _C, (32, 4)))}
+    with pytest.raises(mgs.SamplesInteractError, match="a mean over a mask"):
+        regularized(loss_of("at least 0", over_batch), mgs.Penalty("trace", 0.1))({"w": jnp.asarray(W)}, batch)
 
 
 def test_eagerly_no_sample_is_overlooked():
