@@ -124,7 +124,7 @@ def _follow(program: Any, given: Sequence[_Origin], found: list[Marks]) -> list[
     wraps = _wraps(jaxpr)
     for equation in jaxpr.eqns:
         operands = [origin(variable) for variable in equation.invars]
-        if equation.outvars[0] not in wraps:
+        if wraps.isdisjoint(equation.outvars):
             _note(equation, operands, found)
         kept = _UNKNOWN
         if equation.primitive.name == "iota":
