@@ -29,6 +29,7 @@ from mgs_core.onnx.parameters import trained
 from mgs_core.onnx.parsing import parse
 from mgs_core.onnx.program import Place, compile_nodes, refuse_lacking, to_device
 from mgs_core.onnx.relocation import relocate
+from mgs_core.onnx.tensors import is_float
 
 _PRECISIONS = (None, "float16", "float32", "float64")
 
@@ -136,7 +137,7 @@ def load(
     if parameters is None:
         chosen, uncounted = trained(graph, nodes)
     else:
-        floats = [name for name, value in graph.initializers.items() if _is_float(value.dtype)]
+        floats = [name for name, value in graph.initializers.items() if is_float(value.dtype)]
         picked = select(floats, parameters)
         chosen = [name for name in picked if name in used]
         if chosen != picked and not callable(parameters):
@@ -226,7 +227,7 @@ class OnnxFunction:
             _, *rest = value.shape or (n, 4)
             shape = (n, *(size if isinstance(size, int) and size > 0 else 4 for size in rest))
             dtype = np.dtype(np.float32 if value.dtype is None else value.dtype)
-            if _is_float(dtype):
+            if is_float(dtype):
                 drawn[value.name] = random.normal(size=shape).astype(dtype)
             else:
                 drawn[value.name] = random.integers(0, 2 if dtype.kind == "b" else self._rows(value.name), shape).astype(dtype)
@@ -275,15 +276,11 @@ def _output(graph: Graph, output: str | None) -> str:
         if output not in names:
             raise ArgumentError(f"`output` must be one of {names}; got {output!r}.")
         dtype = next(value.dtype for value in graph.outputs if value.name == output)
-        if dtype is not None and not _is_float(dtype):
+        if dtype is not None and not is_float(dtype):
             raise ArgumentError(f"`output` must be of floating-point numbers, which have gradients; got {output!r} of {dtype}.")
         return output
-    floats = [value.name for value in graph.outputs if value.dtype is not None and _is_float(value.dtype)]
+    floats = [value.name for value in graph.outputs if value.dtype is not None and is_float(value.dtype)]
     unknown = [value.name for value in graph.outputs if value.dtype is None and value.kind != "strings"]
     if not floats and not unknown:
         raise unsupported("the graph", "has no floating-point output", "Name one by `output`.")
     return (floats or unknown)[0]
-
-
-def _is_float(dtype: Any) -> bool:
-    return bool(np.issubdtype(dtype, np.floating)) or np.dtype(dtype).name == "bfloat16"

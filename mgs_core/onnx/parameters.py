@@ -28,6 +28,7 @@ import numpy as np
 
 from mgs_core._types import Array
 from mgs_core.onnx.graph import Graph, Node
+from mgs_core.onnx.tensors import is_float
 
 _WEIGHTS: dict[str, frozenset[int]] = {
     name: frozenset(places)
@@ -82,22 +83,20 @@ def trained(graph: Graph, nodes: Sequence[Node]) -> tuple[list[str], dict[str, s
         walk.barred[name] = "with another, the cosine and sine of positions"
     chosen = dict.fromkeys(name for name in walk.chosen if name not in walk.barred)
     used = dict.fromkeys(name for node in nodes for name in node.inputs if name in graph.initializers)
-    left = [name for name in used if name not in chosen and _is_float(graph.initializers[name])]
+    left = [name for name in used if name not in chosen and is_float(graph.initializers[name].dtype)]
     reasons = {**walk.reasons, **walk.barred}
     return list(chosen), {name: reasons.get(name) or _unseen(name, graph.initializers[name]) for name in left}
 
 
 def _rotations(factors: Mapping[str, Array]) -> set[str]:
     """Return factors of which the squares of two add up to 1 everywhere, though neither is the same everywhere."""
-    squares: dict[
-        tuple[tuple[int, ...], int], list[tuple[str, Array]]
-    ] = {}  # by shape, and a hash that a partner's is known from
+    # by shape and mean, from which that of a partner is known
+    squares: dict[tuple[tuple[int, ...], int], list[tuple[str, Array]]] = {}
     found: set[str] = set()
     for name, value in factors.items():
         square = np.square(value.astype(np.float64))
-        if (
-            value.ndim < 2 or value.size < _LEAST_TABLE or not np.ptp(value) or np.max(square) > 1.01
-        ):  # short ones match by chance
+        # short ones match by chance
+        if value.ndim < 2 or value.size < _LEAST_TABLE or not np.ptp(value) or np.max(square) > 1.01:
             continue
         place = round(_SLOTS * float(square.mean()))
         for other, partner in (pair for at in (-1, 0, 1) for pair in squares.get((value.shape, _SLOTS - place + at), ())):
@@ -113,7 +112,9 @@ class _Walk:
     def __init__(self, graph: Graph) -> None:
         self._values = graph.initializers
         self._sources = {
-            name: frozenset((name,)) for name, value in self._values.items() if _is_float(value) and not _no_weight(name, value)
+            name: frozenset((name,))
+            for name, value in self._values.items()
+            if is_float(value.dtype) and not _no_weight(name, value)
         }
         self._shapes = {name: value.shape for name, value in self._values.items()}
         self._constant = set(self._values)
@@ -145,8 +146,8 @@ class _Walk:
                     shape = tuple(shape[axis] for axis in order if -len(shape) <= axis < len(shape))
                 self._shapes[node.outputs[0]] = shape
             return False
-        meets = self._bodies(node, bodies)
         sliced = node.attributes["num_scan_inputs"] if node.operator == "Scan" else 0  # whose places are in the body
+        meets = self._bodies(node, bodies, sliced)
         for place, name in enumerate(node.inputs[: node.explicit - sliced]):
             meets = self._use(node, place, name) or meets
         if meets or any(name in self._touched for name in given):
@@ -155,11 +156,10 @@ class _Walk:
             self._single.update(node.outputs)
         return meets
 
-    def _bodies(self, node: Node, bodies: list[Graph]) -> bool:
+    def _bodies(self, node: Node, bodies: list[Graph], sliced: int) -> bool:
         """Visit subgraphs, whose own inputs may be data that a parameter has touched; but slices of a constant are constant."""
         for body in bodies:
             names = [value.name for value in body.inputs]
-            sliced = node.attributes["num_scan_inputs"] if node.operator == "Scan" else 0
             for name, outer in zip(names[::-1][:sliced], node.inputs[: node.explicit][::-1], strict=False):
                 if outer in self._constant:
                     self._constant.add(name)
@@ -237,10 +237,6 @@ class _Walk:
 
 def _unseen(name: str, value: Array) -> str:
     return _no_weight(name, value) or ("a single number" if value.size == 1 else "not where networks keep weights")
-
-
-def _is_float(value: Array) -> bool:
-    return bool(np.issubdtype(value.dtype, np.floating)) or value.dtype.name == "bfloat16"
 
 
 def _is_mask(value: Array) -> bool:

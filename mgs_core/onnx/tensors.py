@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
@@ -57,6 +58,15 @@ def dtype_of(code: int, where: str, precision: str | None = None) -> np.dtype:
     if precision is not None and code in _FLOATS:
         return np.dtype(precision)
     return np.dtype(str(helper.tensor_dtype_to_np_dtype(code)))
+
+
+def is_float(dtype: Any) -> bool:
+    """Say whether a dtype is one of floating-point numbers, bfloat16 among them.
+
+    Args:
+        dtype: of NumPy or ml_dtypes.
+    """
+    return bool(np.issubdtype(dtype, np.floating)) or np.dtype(dtype).name == "bfloat16"
 
 
 def to_array(tensor: TensorProto, folder: Path | None, where: str, precision: str | None = None) -> Array:
