@@ -134,7 +134,7 @@ def bits(p, x, y):
     ones = jax.vmap(jax.vmap(lambda n: lax.while_loop(lambda s: s[0] != 0, lambda s: (s[0] >> 1, s[1] + (s[0] & 1)), (n, 0))[1]))(
         y
     )
-    return jnp.sum(jnp.tanh(x @ p["w"]) * ones[..., None] + p["w"].T[y % _C][..., :1], 1)
+    return jnp.sum(jnp.tanh(x @ p["w"]) * ones[..., None] + p["w"].T[y][..., :1], 1)
 
 
 def half(p, x, y):
