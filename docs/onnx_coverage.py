@@ -263,8 +263,9 @@ def _reason(case: Any) -> str:
 _HEAD = """# ONNX models
 
 `mgs_core.onnx.load(path, backend=…)` gives any exported network as a functional model, on every backend;
-`mgs_core.onnx.save` writes it back with other parameters. Files are not trusted: sizes are checked before memory is taken,
-external data must lie in the model's folder, and whatever is damaged is refused with the name of the node or tensor.
+`mgs_core.onnx.save` writes it back with other parameters. A loaded model can be pickled and copied. Files are not trusted: sizes
+are checked before memory is taken, external data must lie in the model's folder, and whatever is damaged is refused with the
+name of the node or tensor.
 
 ## Which initialisers are parameters
 

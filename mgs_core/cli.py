@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -24,7 +24,7 @@ from mgs_core._errors import ArgumentError, MgsError, renamed
 from mgs_core.experiments.audit import BLOCK, usual_epochs
 from mgs_core.experiments.compare import best_model, load_records, load_settings
 from mgs_core.experiments.compare import compare as run_comparison
-from mgs_core.experiments.data import load_digits_arrays, read_arrays, require
+from mgs_core.experiments.data import load_digits_arrays, named_labels, read_arrays, require
 from mgs_core.experiments.networks import logits_of
 from mgs_core.experiments.recipes import DEFAULT, RECIPES, choose
 from mgs_core.experiments.settings import Settings
@@ -63,8 +63,7 @@ def compare(
     """
     settings = Settings(
         data=data, noise=noise, noise_kind=noise_kind, samples=samples, model=model, backend=backend, epochs=epochs,
-        batch_size=batch_size, learning_rate=learning_rate, seeds=seeds, probe_samples=probe_samples,
-        tuning=tuning,
+        batch_size=batch_size, learning_rate=learning_rate, seeds=seeds, probe_samples=probe_samples, tuning=tuning,
     )  # fmt: skip
     recipes = choose(name.strip() for name in regularizers.split(",") if name.strip())
     mgs.get_backend(backend)
@@ -240,7 +239,7 @@ def audit(
         pair = ("x_train", "y_train") if "x_train" in arrays and "x" not in arrays else ("x", "y")
         require(arrays, pair, data)
         images, labels = (arrays[name] for name in pair)
-        labels, names = _named(labels, arrays.get("names"), pair[1])
+        labels, names = named_labels(labels, arrays.get("names"), pair[1])
     images, labels = images[:samples], labels[:samples]
     mgs.get_backend(backend)
     from mgs_core.report import headline, write_audit  # needs Matplotlib and Jinja, which measuring a model does not
@@ -276,22 +275,6 @@ def audit(
     )
 
 
-def _named(labels: Any, names: Any, called: str) -> tuple[Any, list[str] | None]:
-    """Return labels as numbers, and the names of the classes: what the labels are, or an array of the file."""
-    if labels.dtype.kind == "U":
-        found, numbers = np.unique(labels, return_inverse=True)
-        return numbers.reshape(labels.shape), [str(name) for name in found]
-    if names is None:
-        return labels, None
-    least = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0  # other labels are refused by the audit
-    if names.ndim != 1 or len(names) < least:
-        raise ArgumentError(
-            f"`names` in the data must name each of the {least} classes of `{called}`; got shape {names.shape}. "
-            "Write one name for each number, or leave the array out."
-        )
-    return labels, [str(name) for name in names]
-
-
 @app.command()
 def backends() -> None:
     """List the backends and whether each is installed."""
@@ -305,12 +288,20 @@ def main() -> None:
     """Run the command; errors of this library end it with one line and status 2, and warnings are one line too."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what was trained must not be lost for a character that a terminal lacks
+        codecs.register_error("mgs", _plainer)
+        sys.stdout.reconfigure(errors="mgs")  # what was trained must not be lost for a character that a terminal lacks
     try:
         app()
     except MgsError as error:
         Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for a character that the terminal cannot show: a number keeps its sign."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "-" if error.object[error.start] == "−" else "?", error.start + 1
 
 
 def _table(*columns: str, **options: Any) -> Table:

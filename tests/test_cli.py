@@ -71,6 +71,7 @@ def test_what_a_terminal_cannot_show_stops_nothing(encoding, tmp_path):
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert b"Page: " in found.stdout
+    assert re.search(rb"\|\s*-[\d.]+\|", found.stdout), "a number keeps its sign"
     assert (tmp_path / "report.html").exists()
 
 

@@ -200,6 +200,22 @@ def require(arrays: Mapping[str, Array], names: Iterable[str], path: str | Path)
             raise ArgumentError(f"`path` must hold samples along the first axis of {name!r}; {str(path)!r} holds a single value.")
 
 
+def named_labels(labels: Any, names: Any, called: str) -> tuple[Any, list[str] | None]:
+    """Return labels as numbers, and the names of the classes: what the labels are, or an array of the file."""
+    if labels.dtype.kind == "U":
+        found, numbers = np.unique(labels, return_inverse=True)
+        return numbers.reshape(labels.shape), [str(name) for name in found]
+    if names is None:
+        return labels, None
+    least = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0  # other labels are refused by the audit
+    if names.ndim != 1 or len(names) < least:
+        raise ArgumentError(
+            f"`names` in the data must name each of the {least} classes of `{called}`; got shape {names.shape}. "
+            "Write one name for each number, or leave the array out."
+        )
+    return labels, [str(name) for name in names]
+
+
 def label_remedy(name: str, labels: Array, samples: int, numbered: str) -> str:
     """Say what to do about labels that do not fit.
 

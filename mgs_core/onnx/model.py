@@ -178,6 +178,10 @@ class OnnxFunction:
         if self._program.places[0] is not Place.DEVICE:
             raise damaged(f"output {output!r}", "depends on no parameter and no input")
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Be pickled without the compiled calls, which are made anew."""
+        return _recompiled, (self._graph, self._nodes, self.output, self._names, self._backend.name)
+
     def __call__(self, parameters: Any, inputs: Any) -> Array:
         """Return the outputs.
 
@@ -268,6 +272,10 @@ class OnnxFunction:
             if xp.isdtype(dtype, kind) and xp.isdtype(wanted, kind):
                 return xp.astype(array, wanted)
         raise ArgumentError(f"`inputs` must have the dtype {wanted} for {value.name!r}; got {dtype}. Convert it.")
+
+
+def _recompiled(graph: Graph, nodes: list[Node], output: str, chosen: list[str], backend: str) -> OnnxFunction:
+    return OnnxFunction(graph, nodes, output, chosen, get_backend(backend))
 
 
 def _output(graph: Graph, output: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 
 import numpy as np
 import onnx
@@ -201,6 +202,15 @@ def test_saved_models_run_elsewhere(tmp_path):
     x = draw(3, 8, 8)
     (found,) = runtime.InferenceSession(tmp_path / "saved.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x})
     np.testing.assert_allclose(found, loaded.function(changed, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pickle_computes_the_same(backend):
+    loaded = mgs.onnx.load(build("cnn", (8, 8), 10, seed=0).plain, backend=backend)
+    again = pickle.loads(pickle.dumps(loaded))
+    x = loaded.example_inputs(4)
+    np.testing.assert_array_equal(np.asarray(mgs.kernel(again, x)), np.asarray(mgs.kernel(loaded, x)))
+    assert (again.ties, again.cut, again.uncounted) == (loaded.ties, loaded.cut, loaded.uncounted)
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
