@@ -8,10 +8,22 @@ from typing import Any
 import mgs_core as mgs
 
 
-def check_unit(unit: Any) -> None:
-    """Refuse a unit that the schedule cannot count."""
+def scheduled(unit: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `MGSMonitor`, by default with a measurement each epoch where these are counted.
+
+    Args:
+        unit: what the schedule counts.
+        options: the user's.
+
+    Returns:
+        The options.
+
+    Raises:
+        ArgumentError: when the schedule cannot count the unit.
+    """
     if unit not in ("step", "epoch"):
         raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
+    return {"every": 1, **options} if unit == "epoch" else dict(options)
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ _FITTING = ["transform", "probes", "seed", "parameters", "chunk_size"]
 
 def refuse(
     given: Mapping[str, Any], output: Any, weighting: Any, every: int, max_samples: int | None, options: dict[str, Any]
-) -> None:
-    """Refuse arguments that do not fit each other.
+) -> dict[str, Any]:
+    """Refuse arguments that do not fit each other; return `kernel_options` for repeated use.
 
     Args:
         given: `loss_fn`, `penalty`, `outputs` and `targets` by name.
@@ -26,6 +26,9 @@ def refuse(
         every: as for `regularized`.
         max_samples: as for `regularized`.
         options: `kernel_options`.
+
+    Returns:
+        The options.
 
     Raises:
         ArgumentError: at the first that does not.
@@ -51,8 +54,8 @@ def refuse(
     if unused:
         which = "`parameters` alone for the losses' own kernel" if output == "loss" else f"among {', '.join(_FITTING)}"
         raise ArgumentError(f"`kernel_options` must be {which}; got {', '.join(unused)}. Mind the spelling.")
-    if output != "loss":
-        check_options({**options, "output": output}, given["targets"])
+    checked = check_options(options if output == "loss" else {**options, "output": output}, given["targets"])
+    return {name: checked[name] for name in options}
 
 
 def step_of(rest: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 from flax import linen, nnx
 
 from mgs_core import ArgumentError, FunctionalModel, Recorder, Schedule, Summary
+from mgs_core._arguments import integer
 from mgs_core.monitor import Sink
 
 from ._flax_arguments import arrays_of_jax
@@ -15,6 +16,8 @@ from ._flax_arguments import arrays_of_jax
 
 class MGSMonitor:
     """Summarise the kernel of a probe batch every so many steps.
+
+    An nnx module is measured in evaluation mode, and left as it was.
 
     Attributes:
         history: the records so far, as of `mgs_core.Recorder`.
@@ -69,24 +72,29 @@ class MGSMonitor:
         self._step = -1
         self.history = self._recorder.history
 
-    def step(self, variables: Any = None, **extra: Any) -> Summary | None:
+    def step(self, variables: Any = None, *, number: int | None = None, **extra: Any) -> Summary | None:
         """Count a step, and measure when it is due.
 
         Args:
             variables: parameters, or a linen module's variables; None for an nnx module, which holds its own.
+            number: the step's number, as of a run that is resumed; None counts on from the last.
             **extra: further entries of the record, for instance the loss.
 
         Returns:
             The summary, or None when it is not due.
+
+        Raises:
+            ArgumentError: when the number is no integer, or variables do not fit the model.
         """
-        self._step += 1
+        self._step = self._step + 1 if number is None else integer("number", number, 0, "Count steps or epochs.")
         if isinstance(self._model, nnx.Module):
             if variables is not None:
                 raise ArgumentError(
                     f"`variables` must be None for an nnx module, which holds its own; got {type(variables).__name__}. Update "
                     "the module by nnx.update, or give MGSMonitor the function `lambda module, inputs: module(inputs)`."
                 )
-            model = self._model
+            model = nnx.merge(*nnx.split(self._model))  # with the same arrays, so that the mode of the user's stays
+            model.eval()
         elif isinstance(self._model, linen.Module):
             model = linen_model(self._model, variables, **self._apply)
         else:

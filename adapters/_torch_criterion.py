@@ -76,11 +76,12 @@ class Parts:
         given: list[Any] = [outputs, *arguments]
         if each:  # views: the gradients that are taken there pass no hooks of the user's tensors
             given, keywords = [_view(part) for part in given], {name: _view(part) for name, part in keywords.items()}
-        reduction = _reduction(criterion)
+        reduction = str(keywords.get("reduction") or _reduction(criterion))
+        rest = {name: value for name, value in keywords.items() if name != "reduction"}
         elements: Any = None
         if each and reduction != "none":
             with _kept_random_state(outputs):
-                elements = _unreduced(criterion)(*given, **keywords)
+                elements = _unreduced(criterion)(*given, **rest)
         cancels = elements is not None and _cancel(criterion, arguments, keywords, elements)
         looks = cancels or (elements is not None and self._due() and not _is_captured(outputs))
         with torch.set_grad_enabled(torch.is_grad_enabled() and (whole or reduction == "none" or looks)):
@@ -94,7 +95,7 @@ class Parts:
         if known is not None:
             value = known
         elif _is_nan(value):  # a mean of nothing?
-            elements = _unreduced(criterion)(*given, **keywords) if elements is None else elements
+            elements = _unreduced(criterion)(*given, **rest) if elements is None else elements
             if isinstance(elements, torch.Tensor) and not bool(elements.any()):
                 value = elements.sum()
         if not each:

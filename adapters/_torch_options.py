@@ -28,9 +28,10 @@ def check_options(
     max_samples: Any,
     batch_norm: Any,
     model: Any,
+    parameters: Any,
     select: Any,
-) -> tuple[int, int | None]:
-    """Refuse options that are out of range; return `every` and `max_samples` as integers of Python."""
+) -> tuple[int, int | None, Any]:
+    """Refuse options that are out of range; return `every` and `max_samples` as integers of Python, and `parameters`."""
     every = mgs.Schedule(every).every  # as an int, or refused
     if max_samples is not None:
         if isinstance(max_samples, bool) or not isinstance(max_samples, Integral) or max_samples < 1:
@@ -38,8 +39,6 @@ def check_options(
         max_samples = int(max_samples)
     if weighting not in (None, "agreement"):
         raise mgs.ArgumentError(f'`weighting` must be "agreement" or None; got {weighting!r}.')
-    if batch_norm not in ("refuse", "frozen"):
-        raise mgs.ArgumentError(f'`batch_norm` must be "refuse" or "frozen"; got {batch_norm!r}.')
     if output == "loss" and transform != "identity":
         raise mgs.ArgumentError(
             f'`transform` must be "identity" for output="loss"; got {transform!r}. The criterion has its own.'
@@ -52,13 +51,18 @@ def check_options(
         raise mgs.ArgumentError(
             f'`penalty` must be a mgs_core.Penalty; got {penalty!r}. Make one: mgs_core.Penalty("trace", strength=3e-3).'
         )
-    if not (select is None or callable(select)):
-        raise mgs.ArgumentError(f"`select` must be a function of what the model returns; got {select!r}.")
+    backend: Any = mgs.get_backend("torch")
+    backend.Configured(torch.nn.Identity(), select, batch_norm)  # refuses them
     # labels of one sample stand in for the targets that are to come
-    check_kernel_options({"output": output, "transform": transform, "probes": probes}, torch.zeros(1, dtype=torch.int64))
+    given = {"output": output, "transform": transform, "probes": probes, "parameters": parameters}
+    parameters = check_kernel_options(given, torch.zeros(1, dtype=torch.int64))["parameters"]
+    if model is None and not (parameters is None or callable(parameters)):
+        raise mgs.ArgumentError(
+            f"`model` must be given for parameters to have names; got None and {parameters!r}. Pass the module."
+        )
     if output == "full" and penalty is not None:
         raise mgs.ArgumentError('`output` must be a head with one kernel for a penalty; got "full". Use "trace", its sum.')
-    return every, max_samples
+    return every, max_samples, parameters
 
 
 def labels_of(criterion: Any, targets: Any) -> Any:

@@ -110,8 +110,8 @@ def regularized(
     every = integer("every", every, 1)
     max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
     given = {"loss_fn": loss_fn, "penalty": penalty, "outputs": outputs, "targets": targets}
-    refuse(given, output, weighting, every, max_samples, kernel_options)
-    return _Regularized(loss_fn, penalty, output, outputs, targets, weighting, every, max_samples, kernel_options)
+    options = refuse(given, output, weighting, every, max_samples, kernel_options)
+    return _Regularized(loss_fn, penalty, output, outputs, targets, weighting, every, max_samples, options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import transformers
 
 import mgs_core as mgs
 
-from ._callbacks import check_unit, figures
+from ._callbacks import figures, scheduled
 from .torch import MGSLoss, MGSMonitor, twice_differentiable
 
 
@@ -49,13 +49,13 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
             trainer: the `transformers.Trainer`, whose `log` is used.
             inputs: probe batch for `model(**inputs)`, without labels.
             targets: its targets, if the head needs them.
-            unit: what the schedule counts: optimizer steps or epochs.
+            unit: what the schedule counts: optimizer steps, or epochs from 0; each epoch by default.
             **options: passed to `MGSMonitor`: `every`, `labels`, `sinks`, `select`, `output`, …
 
         Raises:
             ArgumentError: when the unit is neither.
         """
-        check_unit(unit)
+        options = scheduled(unit, options)
         device = trainer.args.device
         inputs, targets = (_to_device(part, device) for part in (inputs, targets))
         self.monitor = MGSMonitor(trainer.model, inputs, targets, **options)
@@ -69,7 +69,7 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
     def on_epoch_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Measure if it is due."""
         if self._unit == "epoch":
-            self._measure(round(state.epoch))
+            self._measure(round(state.epoch) - 1)
 
     def _measure(self, number: int) -> None:
         if self.monitor.step(number) is not None:
@@ -77,7 +77,7 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
 
 
 class MGSTrainerMixin:
-    """Give a `transformers.Trainer` an `MGSLoss`; put it in front of the trainer among the bases.
+    """Give a `transformers.Trainer` an `MGSLoss`; list it before the trainer's class.
 
     The loss is `mgs_loss(logits, labels)`, instead of the model's own.
 
@@ -97,7 +97,7 @@ class MGSTrainerMixin:
             **keywords: passed to the trainer.
 
         Raises:
-            ArgumentError: when the trainer is told of a loss of its own, or `mgs_loss` is none.
+            ArgumentError: when the trainer is told of a loss of its own, or `mgs_loss` is not an MGSLoss.
         """
         super().__init__(*arguments, **keywords)
         trainer: Any = self
@@ -108,7 +108,7 @@ class MGSTrainerMixin:
             )
         if not isinstance(mgs_loss, MGSLoss):
             raise mgs.ArgumentError(f"`mgs_loss` must be an MGSLoss; got {mgs_loss!r}. Wrap it: MGSLoss(…, penalty=…).")
-        self.mgs_loss = mgs_loss
+        self.mgs_loss = mgs_loss.to(trainer.args.device)  # with the criterion's weights
         self.model_accepts_loss_kwargs = False  # so that the trainer divides by the steps that it accumulates
 
     def compute_loss(
@@ -116,7 +116,10 @@ class MGSTrainerMixin:
     ) -> Any:
         """Return the loss, and the outputs if asked for."""
         if "labels" not in inputs:
-            raise mgs.ArgumentError(f"`inputs` must have labels for `mgs_loss`; got {sorted(inputs)}. Name that column labels.")
+            raise mgs.ArgumentError(
+                f"`inputs` must have labels for `mgs_loss`; got {sorted(inputs)}. Name that column labels; and where the model "
+                "takes none, set remove_unused_columns=False, or the trainer drops it."
+            )
         labels = inputs["labels"]
         fused = self.mgs_loss.penalty is None or not model.training or labels.device.type == "cpu"
         with nullcontext() if fused else twice_differentiable(recurrent=False):

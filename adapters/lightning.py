@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning
+from lightning.fabric.utilities import move_data_to_device
 
-from ._callbacks import check_unit, figures
+from ._callbacks import figures, scheduled
 from .torch import MGSMonitor
 
 
@@ -31,20 +32,21 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
         Args:
             inputs: probe batch, as for `MGSMonitor`.
             targets: its targets, if the head needs them.
-            unit: what the schedule counts: optimizer steps or epochs.
+            unit: what the schedule counts: optimizer steps or epochs, from 0; each epoch by default.
             **options: passed to `MGSMonitor`: `every`, `labels`, `sinks`, `select`, `output`, …
 
         Raises:
             ArgumentError: when the unit is neither.
         """
-        check_unit(unit)
+        options = scheduled(unit, options)
         self.monitor: MGSMonitor | None = None
         self._batch, self._unit, self._options = (inputs, targets), unit, options
         self._last = 0
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Move the probe batch to the module's device and precision."""
-        inputs, targets = (pl_module.transfer_batch_to_device(part, pl_module.device, 0) for part in self._batch)
+        # not by the module's own hook, which knows its batches
+        inputs, targets = (move_data_to_device(part, pl_module.device) for part in self._batch)
         self.monitor = MGSMonitor(pl_module, trainer.precision_plugin.convert_input(inputs), targets, **self._options)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -121,9 +121,10 @@ class MGSLoss(torch.nn.Module):
             ArgumentError: when an option is out of range.
         """
         super().__init__()
-        every, max_samples = check_options(
+        every, max_samples, parameters = check_options(
             criterion=criterion, penalty=penalty, weighting=weighting, output=output, transform=transform, probes=probes,
-            every=every, max_samples=max_samples, batch_norm=batch_norm, model=model, select=select,
+            every=every, max_samples=max_samples, batch_norm=batch_norm, model=model, parameters=parameters,
+            select=select,
         )  # fmt: skip
         self.criterion = criterion
         self.penalty, self.weighting, self.every, self.max_samples = penalty, weighting, every, max_samples
@@ -136,6 +137,12 @@ class MGSLoss(torch.nn.Module):
         self._select = select
         self._reuse = reuse
         self._calls = 0
+
+    def extra_repr(self) -> str:
+        """Return the options that are set, for `print`."""
+        shown = {"penalty": self.penalty, "weighting": self.weighting, **self._head, "max_samples": self.max_samples}
+        given = [f"{name}={value!r}" for name, value in shown.items() if value is not None]
+        return ", ".join([*given, f"every={self.every}"])
 
     def forward(self, outputs: Any, *arguments: Any, sample_weight: torch.Tensor | None = None, **keywords: Any) -> torch.Tensor:
         """Return the loss.
@@ -153,7 +160,7 @@ class MGSLoss(torch.nn.Module):
             ArgumentError: when each sample's part of the criterion is needed and it gives none, or one whose sum is not a
                 constant times its value; or when the outputs have no graph.
         """
-        outputs = self._take(outputs)
+        outputs = _backend.tensor(outputs if self._select is None else self._select(outputs))
         active = self.training and torch.is_grad_enabled()
         due = self.penalty if active and self._calls % self.every == 0 else None
         weighted = active and self.weighting is not None
@@ -256,10 +263,6 @@ class MGSLoss(torch.nn.Module):
             return attached
 
         return kernel, attach
-
-    def _take(self, outputs: Any) -> torch.Tensor:
-        taken: torch.Tensor = _backend.tensor(outputs if self._select is None else self._select(outputs))
-        return taken
 
 
 def _penalty(penalty: mgs.Penalty, kernel: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,11 @@ def select(names: Iterable[str], chosen: Iterable[str] | Callable[[str], bool] |
     return picked
 
 
+def kept_choice(chosen: Iterable[str] | Callable[[str], bool] | None) -> str | list[str] | Callable[[str], bool] | None:
+    """Return the user's `parameters` argument as it can be used more than once: an iterator gives its names only once."""
+    return chosen if chosen is None or isinstance(chosen, str) or callable(chosen) else list(chosen)
+
+
 def add_named(names: dict[str, Any], name: str, value: Any) -> None:
     """Add a value by its name, or by `name#2`, `name#3`, … where others have it."""
     free, number = name, 1

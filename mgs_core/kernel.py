@@ -12,6 +12,7 @@ from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._protocol import LayerStatistics, ParameterChoice
 from mgs_core._registry import get_backend
+from mgs_core._tree import kept_choice
 from mgs_core._types import Array, LossFunction, Shaped
 from mgs_core.contraction import contract
 from mgs_core.heads import Output, Transform, make_head
@@ -162,8 +163,7 @@ def kernel_blocks(
     """
     counts = _counts(inputs, targets, others, other_targets)
     chunk_size = integer("chunk_size", chunk_size, 1, _ALL)
-    if not (parameters is None or isinstance(parameters, str) or callable(parameters)):
-        parameters = list(parameters)  # which an iterator gives only once
+    parameters = kept_choice(parameters)
     backend = get_backend(model)
     head = make_head(output, transform, loss, probes, seed, targets)
     if others is not None and output in ("target", "loss") and other_targets is None:
@@ -206,12 +206,15 @@ def _counts(inputs: Any, targets: Any, others: Any, other_targets: Any) -> tuple
     return (_batch.count(inputs, targets),)
 
 
-def check_options(options: Mapping[str, Any], targets: Any) -> None:
-    """Refuse options of `kernel` that it would refuse, before there is a model to measure.
+def check_options(options: Mapping[str, Any], targets: Any) -> dict[str, Any]:
+    """Refuse options of `kernel` that it would refuse, before there is a model to measure; return them for repeated use.
 
     Args:
         options: keyword arguments.
         targets: what will be passed besides.
+
+    Returns:
+        The options; names of parameters that an iterator gave, which gives them once, as a list.
 
     Raises:
         ArgumentError: when one is unknown or does not fit.
@@ -225,3 +228,4 @@ def check_options(options: Mapping[str, Any], targets: Any) -> None:
     make_head(given["output"], given["transform"], given["loss"], given["probes"], given["seed"], targets)
     if given["chunk_size"] is not None:
         integer("chunk_size", given["chunk_size"], 1, _ALL)
+    return {**options, "parameters": kept_choice(options["parameters"])} if "parameters" in options else dict(options)

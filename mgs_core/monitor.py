@@ -140,8 +140,7 @@ class Recorder:
                 f"`sinks` must be a list of objects with `write` and `close`; got {sinks!r}. As [mgs_core.JSONLinesSink(path)]."
             )
         self._prefix = prefix
-        check_options(kernel_options, targets)
-        self._options = kernel_options
+        self._options = check_options(kernel_options, targets)
 
     def __call__(self, model: Any, step: int, **extra: Any) -> Summary | None:
         """Measure if the schedule says so.

@@ -99,7 +99,7 @@ def regularize(model: Any, regularizer: MGSRegularizer | None) -> Any:
 
     Args:
         model: a Keras model, compiled or not.
-        regularizer: how; None to end it.
+        regularizer: how; None to remove it.
 
     Returns:
         The model.
@@ -127,7 +127,7 @@ def attach(model: Any, regularizer: MGSRegularizer | None) -> Any:
 
     Args:
         model: a Keras model of any class, compiled or not.
-        regularizer: how; None to end it.
+        regularizer: how; None to remove it.
 
     Returns:
         The model.

@@ -74,8 +74,7 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
         self._inputs, self._targets, self._summarize = inputs, targets, Summarizer(labels)
         self._every = _schedule(every)
         self._batches = None if batches is None else _schedule(batches)
-        self._sinks, self._prefix, self._options = tuple(sinks), prefix, kernel_options
-        check_options(kernel_options, targets)
+        self._sinks, self._prefix, self._options = tuple(sinks), prefix, check_options(kernel_options, targets)
         self._kernel: Any = None
         self._probe: Any = None
         self._last: dict[str, float] = {}
@@ -169,7 +168,7 @@ class StrengthSchedule(keras.callbacks.Callback):  # type: ignore[misc]
         elif by == "batch":
             self.on_train_batch_begin = self._before_batch
         else:
-            raise mgs.ArgumentError(f"`by` must be epoch or batch; got {by!r}.")
+            raise mgs.ArgumentError(f'`by` must be "epoch" or "batch"; got {by!r}.')
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Count batches anew, and refuse a model without a regulariser."""

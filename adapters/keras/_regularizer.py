@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from mgs_core import ArgumentError, Penalty
 from mgs_core._arguments import integer
+from mgs_core._errors import renamed
 
 from ._keras import keras
 
@@ -23,8 +22,8 @@ class MGSRegularizer:
 
     Attributes:
         penalty: name of the penalty R, see `mgs_core.Penalty`; None for weighting alone.
-        strength: factor of the penalty, at least 0; None for the default of `mgs_core.Penalty`. `StrengthSchedule` changes it
-            during `fit`.
+        strength: factor of the penalty, at least 0; None for the default of `mgs_core.Penalty`. `StrengthSchedule` changes that
+            of one model during `fit`.
         scale: of the penalty.
         output: the head: "loss" (the losses the model is compiled with), "trace", "sum", "target" or "random".
         transform: applied to the outputs before the head; "softmax" for a model that returns logits. Not to those of the losses.
@@ -61,11 +60,11 @@ class MGSRegularizer:
         every: int = 1,
         weighting: Literal["agreement"] | None = None,
     ) -> None:
-        if penalty is not None:
-            checked = Penalty(penalty, strength, scale)  # type: ignore[arg-type]  # refuses what it does not know
-            strength, scale = checked.strength, checked.scale
-        elif weighting is None:
+        if penalty is None and weighting is None:
             raise ArgumentError("`penalty` must be the name of a penalty unless `weighting` is given; got None for both.")
+        strength = 0.0 if penalty is None and strength is None else strength
+        with renamed(name="penalty"):
+            checked = Penalty(penalty or "trace", strength, scale)  # type: ignore[arg-type]  # refuses what it does not know
         for name, value, choices in (
             ("output", output, get_args(OutputName)),
             ("transform", transform, get_args(TransformName)),
@@ -82,20 +81,16 @@ class MGSRegularizer:
         max_samples = None if max_samples is None else integer("max_samples", max_samples, 1)
         if weighting is not None and max_samples is not None:
             raise ArgumentError(f"`max_samples` must be None with weighting, which weights all samples; got {max_samples}.")
-        self.penalty, self.scale = penalty, scale
+        self.penalty, self.scale = penalty, checked.scale
         self.output, self.transform, self.probes, self.seed = output, transform, probes, seed
         self.max_samples, self.every, self.weighting = max_samples, every, weighting
-        self.strength = 0.0 if strength is None else strength
+        self.strength = float(checked.strength)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Change the strength, and nothing else once it is made."""
-        if name == "strength":
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
-                raise ArgumentError(f"`strength` must be a finite number at least 0; got {value!r}.")
-            value = float(value)
-        elif "strength" in self.__dict__:
-            raise ArgumentError(f"`{name}` must stay as it was made, for it is compiled into the step. Attach a new regularizer.")
+        """Set what the constructor sets, once: models keep what they were given, and several may share it."""
+        if "strength" in self.__dict__:  # the last
+            remedy = "Use StrengthSchedule, or attach a new regularizer." if name == "strength" else "Attach a new regularizer."
+            raise ArgumentError(f"`{name}` must stay as it was made, for a model is trained by it; got {value!r}. {remedy}")
         object.__setattr__(self, name, value)
 
     def __call__(self, kernel: Any) -> Any:

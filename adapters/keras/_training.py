@@ -31,7 +31,7 @@ _TRACED = 50
 
 
 def _minds_training(layer: Any) -> bool:
-    """Say whether a layer may do otherwise in training; containers only pass the argument on, and dense layers let it lie."""
+    """Say whether a layer may do otherwise in training; containers only pass the argument on, and dense layers ignore it."""
     indifferent = keras.Sequential.call, Functional.call, keras.layers.Dense.call, keras.layers.EinsumDense.call
     quantized = getattr(layer, "quantization_mode", None) is not None  # a dense layer in float8 counts its steps
     return bool(layer._call_has_training_arg) and (quantized or type(layer).call not in indifferent)
@@ -41,7 +41,7 @@ class Training:
     """Regularise one model's `fit`.
 
     Attributes:
-        regularizer: how.
+        regularizer: how, with the strength of now.
         tracker: the metric that the logs show.
     """
 
@@ -60,8 +60,11 @@ class Training:
 
         Args:
             strength: at least 0.
+
+        Raises:
+            ArgumentError: when it is negative or not finite.
         """
-        self.regularizer.strength = strength
+        self.regularizer = MGSRegularizer(**{**self.regularizer.get_config(), "strength": strength})
         self.tracker.strength.assign(strength)
 
     def loss(self, original: Callable[..., Any], x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:

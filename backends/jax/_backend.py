@@ -126,7 +126,7 @@ class JaxBackend:
                 raise
             raise UnsupportedModelError(
                 f"`model` must be made of operations that jax.vmap maps over samples; got one that it does not: {error}. "
-                "Write it otherwise."
+                "Rewrite it."
             ) from error
         except ValueError as error:
             if "Reverse-mode differentiation" not in str(error):

@@ -13,7 +13,7 @@ from mgs_core._types import Array
 from .versions import ClosedJaxpr, as_function, parts, takes_functions
 
 #: Primitives that do nothing but call.
-INLINED = {"jit", "pjit", "closed_call", "core_call", "core_closed_call", "eval_jaxpr"}
+INLINED = {"jit", "closed_call", "eval_jaxpr"}
 
 
 def inner(equation: Any) -> Jaxpr | ClosedJaxpr:

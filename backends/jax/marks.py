@@ -28,7 +28,7 @@ _EQUAL, _ORDERED = {"eq", "ne"}, {"lt", "le", "gt", "ge"}
 #: Primitives whose result holds the entries of their operands, or tells what they are.
 _KEEPING = {
     "abs", "add", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy", "dynamic_slice",
-    "dynamic_update_slice", "expand_dims", "gather", "max", "min", "neg", "optimization_barrier", "pad", "reshape", "rev",
+    "dynamic_update_slice", "gather", "max", "min", "neg", "optimization_barrier", "pad", "reshape", "rev",
     "scatter", "select_n", "slice", "squeeze", "stop_gradient", "sub", "transpose",
 }  # fmt: skip
 

@@ -186,7 +186,7 @@ class _Planner:
         if DATA not in origins:
             self._set(equation, _derive(equation, origins) if places else [None] * len(equation.outvars))
             return Operation(equation, "parameters" if places else "evaluate")
-        if places and name in _CHECKPOINTS:
+        if places and name == "remat2":
             plan = make_plan(inner(equation), origins)
             return self._follow(equation, "checkpoint", plan, plan.outputs, plan.sites)
         if places and name == "scan":
@@ -224,9 +224,6 @@ class _Planner:
 
     def _set(self, equation: Any, origins: Sequence[Origin]) -> None:
         self._origins.update(zip(equation.outvars, origins, strict=True))
-
-
-_CHECKPOINTS = {"remat2", "checkpoint", "remat"}
 
 
 def _derive(equation: Any, origins: Sequence[Origin]) -> Sequence[Origin]:

@@ -20,7 +20,7 @@ from mgs_core._types import Array
 
 from .fingerprint import fingerprint
 
-_REARRANGEMENTS = {"transpose", "reshape", "squeeze", "expand_dims", "rev", "slice", "copy", "copy_p"}
+_REARRANGEMENTS = {"transpose", "reshape", "squeeze", "rev", "slice", "copy"}
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,14 @@ class TorchBackend:
         check_parameters(leaves, lambda dtype: isinstance(dtype, torch.dtype) and dtype.is_floating_point)
         for name, value in leaves.items():
             if value.is_meta:
-                raise ArgumentError(f"`model` must have values; got the parameter {name!r} on the device meta. Load them first.")
+                raise ArgumentError(
+                    f"`model` must have values; got the parameter {name!r} on the device meta. "
+                    "Use model.to_empty(device=…) and load_state_dict."
+                )
             if isinstance(model, torch.nn.Module) and not torch.nn.parameter.is_lazy(value) and value.is_inference():
                 raise ArgumentError(
-                    f"`model` must be made outside of torch.inference_mode(), else no gradient is recorded; got {name!r} made "
-                    "within. Use torch.no_grad() there."
+                    f"`model` must be made outside of torch.inference_mode(), else no gradient is recorded; got {name!r}, "
+                    "made within. Use torch.no_grad() there."
                 )
         return leaves
 
@@ -142,7 +145,7 @@ class TorchBackend:
             graph = read_graph(heads, wanted)
             with frozen_batch_norm(graph.nodes) if evaluated.batch_norm == "frozen" else nullcontext():
                 data = {} if isinstance(model, Evaluated) else flatten(inputs)
-                plan = _plan(graph, evaluated.plans, data.values()) if graph.nodes else None
+                plan = _plan(graph, evaluated, data.values()) if graph.nodes else None
                 if plan and differentiable:
                     refuse_fused(graph, {use.site for use in plan.uses if site_of(Place(graph, use.site, use.slot)) is None})
                 yield _Reading(graph, plan, wanted, evaluated.samples, differentiable)
@@ -231,9 +234,10 @@ class _Reading:
         return [Rows(name, torch.zeros((samples, len(heads), 1), dtype=some.dtype, device=some.device))]
 
 
-def _plan(graph: Graph, plans: Known[Plan], data: Iterable[Any]) -> Plan:
+def _plan(graph: Graph, evaluated: Evaluated, data: Iterable[Any]) -> Plan:
+    plans, key = evaluated.plans, (evaluated.batch_norm, graph.key)  # frozen statistics hide that samples interact
     capturing = not on_host(graph.heads) and is_capturing()
-    if (capturing or get_proxy_mode() is not None) and (known := plans.kept(graph.key)) is not None:
+    if (capturing or get_proxy_mode() is not None) and (known := plans.kept(key)) is not None:
         return known
     if capturing:
         raise ArgumentError(
@@ -248,7 +252,7 @@ def _plan(graph: Graph, plans: Known[Plan], data: Iterable[Any]) -> Plan:
         plan = make_plan(graph, graph.heads.shape[0], lambda edges, weights: weighted_pulls(graph, edges, weights), places)
         return plan, plan.sure
 
-    return plans.of(graph.key, find)
+    return plans.of(key, find)
 
 
 def _sources(values: dict[str, torch.Tensor], connected: bool) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._known import Known
-from mgs_core._tree import flatten
+from mgs_core._tree import add_named, flatten
 
 from .graph import operation
 from .observed import observed
@@ -107,7 +107,10 @@ def evaluated(
         parameters = {f"parameter {number}": value for number, value in enumerate(own)}
     else:
         names = {id(value): name for model in models for name, value in unwrap(model).named_parameters()}
-        parameters = {names[id(value)]: value for value in leaves if id(value) in names}
+        parameters = {}
+        for value in leaves:
+            if id(value) in names:
+                add_named(parameters, names[id(value)], value)  # copies of a model have equal names
     if not parameters and leaves and models is None:
         raise ArgumentError(
             "`outputs` must depend on torch.nn.Parameters; got plain tensors that need gradients, which are taken for data. Make "

@@ -33,7 +33,7 @@ _OPAQUE = {
 
 @dataclass(eq=False)
 class Graph:
-    """Hold the nodes that depend on the chosen parameters, each after the nodes that it depends on.
+    """Hold the nodes that depend on the chosen parameters, in topological order.
 
     Attributes:
         heads: the scalars, (n, k), at the root.
@@ -193,6 +193,8 @@ _names: dict[type, tuple[str, ...]] = {}
 def _settings(node: Any) -> tuple[Any, ...]:
     """Return the numbers that the node keeps (axes, strides, flags), which belong to the structure; tensors do not."""
     kind = type(node)
+    if isinstance(node, BackwardCFunction):  # what its `forward` kept on ctx
+        return tuple((name, value) for name, value in vars(node).items() if _is_setting(value))
     if kind not in _names:
         names = [name for name in dir(kind) if name.startswith("_saved_")]
         _names[kind] = tuple(name for name in names if _is_setting(getattr(node, name)))

@@ -23,7 +23,7 @@ Gradients = Callable[[list[Edge], list[torch.Tensor]], list[list[torch.Tensor | 
 # data say to which sample they take a row
 _MOVERS = {
     "Cummax", "Cummin", "Embedding", "EmbeddingBag", "Gather", "IndexAdd", "IndexCopy", "IndexPut", "IndexSelect",
-    "MaskedScatter", "MaskedSelect", "PackPaddedSequence", "PadPackedSequence", "Scatter", "ScatterAdd", "ScatterReduce",
+    "MaskedScatter", "MaskedSelect", "PackPaddedSequence", "Scatter", "ScatterAdd", "ScatterReduce",
     "SegmentReduce", "Sort", "SparseAddmm", "Take", "Topk",
 }  # fmt: skip
 _PRODUCTS = {"Addmm", "Addmv", "Baddbmm", "Bmm", "Mm", "Mv"}

@@ -15,6 +15,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
 
+from mgs_core._errors import ArgumentError
+
 from .contraction import contribution, weighted_gradient
 from .convolutions import patches
 from .products import full_precision, on_host, symmetric_product
@@ -157,6 +159,8 @@ class TorchNamespace:
         """Return data with updates written at indices."""
         if reduction == "none":
             return data.index_put((indices,), updates)
+        if reduction not in _SCATTER:
+            raise ArgumentError(f"`reduction` must be none, {', '.join(_SCATTER)}; got {reduction!r}. Choose one of them.")
         return data.scatter_reduce(0, indices.to(torch.int64), updates, _SCATTER[reduction], include_self=True)
 
 
@@ -166,6 +170,8 @@ def _beside(device: torch.device) -> TorchNamespace:
 
 
 def _by_rank(rank: int, *functions: Callable[..., Any]) -> Callable[..., Any]:
+    if rank > len(functions):
+        raise ArgumentError(f"`window` must have at most {len(functions)} axes; got {rank}. PyTorch has no more.")
     return functions[rank - 1]
 
 

@@ -9,7 +9,7 @@ enter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -126,22 +126,22 @@ def _find_plan(graph: Graph, n: int, gradients: Gradients, inputs: Set[tuple[int
         ]
         up = [number for number in mixed if not _data_enter(graph, number, sites[number])]
         if mixed and not up:  # activations meet the parameter here, and samples mix later
-            raise _interaction(graph, sites[mixed[0]])
+            raise _interaction(graph, sites[mixed[0]].values())
         failed.update(up)
         for number in mixed:
             del known[number]
     root = len(graph.nodes) - 1
     if n > 1 and root in failed:  # they separate nowhere, up to the heads
-        raise _interaction(graph, {0: (root, 0)})
+        raise _interaction(graph, [(root, 0)])
     for number, slots in sites.items():
         # samples separate where no data enter: they entered before, and were mixed
         if _alone(graph, number, slots) and not known[number].silent:
-            raise _interaction(graph, slots)
+            raise _interaction(graph, slots.values())
     data = set().union(*(_constants(graph, number) for number in sites))
     for number in failed:  # a constant that is data elsewhere is data here
         held = {(tensor.data_ptr(), tensor.numel()) for tensor in _tensors(graph, number)}
         if not data.isdisjoint(_constants(graph, number)) or not inputs.isdisjoint(held):
-            raise _interaction(graph, {0: (number, 0)})
+            raise _interaction(graph, [(number, 0)])
     uses = [
         Use(number, slot, edge, known[number].layouts[slot]) for number, slots in sites.items() for slot, edge in slots.items()
     ]
@@ -284,18 +284,20 @@ def arrangement(site: Site | None) -> Callable[[torch.Tensor], torch.Tensor]:
     return by_element if site is None else site.arrange
 
 
-def _interaction(graph: Graph, slots: dict[int, Edge]) -> SamplesInteractError:
-    names = [name for edge in slots.values() for name in sources(graph, edge)]
+def _interaction(graph: Graph, edges: Iterable[Edge]) -> SamplesInteractError:
+    names = [name for edge in edges for name in sources(graph, edge)]
     mixing = [n for n in range(len(graph.nodes)) if graph.name(n) in BATCH_NORMS and graph.nodes[n]._saved_training]
     gains = [graph.parameters[edges[1]] for edges in (graph.inputs[n] for n in mixing) if edges[1] in graph.parameters]
     if mixing:
-        where, remedy = "batch normalisation in training mode", ""
+        where = "batch normalisation in training mode"
+        remedy = (
+            'Use `model.eval()`, MGSLoss(…, batch_norm="frozen"), Configured(model, batch_norm="frozen"), another normalisation,'
+        )
         where += "".join(f", {layer!r}" for layer in (name.rpartition(".")[0] for name in gains) if layer)
     else:
         where = "statistics over the batch, outputs flat over positions, or a loss that compares samples"
-        remedy = 'Penalise another head than such a loss, as `output="trace"`. Else use '
+        remedy = 'Penalise another head than such a loss, as `output="trace"`; or use `model.eval()`,'
     return SamplesInteractError(
         f"`model` must treat each sample by itself; got samples that interact after parameter {names[0]!r} ({where}). "
-        f'{remedy or "Use "}`model.eval()`, `batch_norm="frozen"` or another normalisation, or leave these parameters out by '
-        "`parameters=`."
+        f"{remedy} or leave these parameters out by `parameters=`."
     )

@@ -23,13 +23,16 @@ _lock = RLock()
 
 @dataclass(frozen=True, eq=False)
 class Configured:
-    """Hold a module with what `mgs_core.kernel` cannot ask for; takes the module's place there.
+    """Hold a module with options that `mgs_core.kernel` has no argument for; takes the module's place there.
 
     Attributes:
         model: the module.
         select: takes the outputs' tensor out of what the module returns; by default the tensor itself, or its `logits`.
         batch_norm: "refuse" raises where batch normalisation mixes the samples; "frozen" takes the statistics of the batch for
             constants of the per-sample gradients.
+
+    Raises:
+        ArgumentError: when one of them is something else.
 
     Example:
         >>> import torch
@@ -44,6 +47,15 @@ class Configured:
     model: torch.nn.Module
     select: Callable[[Any], torch.Tensor] | None = None
     batch_norm: BatchNorm = "refuse"
+
+    def __post_init__(self) -> None:
+        """Refuse what is none of these."""
+        if not isinstance(self.model, torch.nn.Module):
+            raise ArgumentError(f"`model` must be a torch.nn.Module; got {type(self.model).__name__}. Pass the module itself.")
+        if not (self.select is None or callable(self.select)):
+            raise ArgumentError(f"`select` must be a function of what the model returns; got {self.select!r}.")
+        if self.batch_norm not in ("refuse", "frozen"):
+            raise ArgumentError(f'`batch_norm` must be "refuse" or "frozen"; got {self.batch_norm!r}.')
 
     def __call__(self, inputs: Any) -> torch.Tensor:
         """Run the module and return its outputs; the module is left as it was."""
@@ -80,8 +92,10 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)
     devices = {value.device for value in parameters if value.device.type == "cuda"}
     with _kept_random_state(devices), _recurrent_gradients(module) if devices else nullcontext():
-        # only buffers need the detour, which takes 0.1 ms
-        return torch.func.functional_call(module, buffers, arguments, keywords) if buffers else module(*arguments, **keywords)
+        if not buffers:  # only they need the detour, which takes 0.1 ms
+            return module(*arguments, **keywords)
+        with _lock:  # it puts others in their place meanwhile, which another thread would take for the module's own
+            return torch.func.functional_call(module, buffers, arguments, keywords)
 
 
 @contextmanager

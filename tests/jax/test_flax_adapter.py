@@ -76,7 +76,9 @@ def test_agreement_weighted_loss(p, batch):
     close((value, gradient), jax.value_and_grad(lambda p: jnp.mean(weights * losses(p, batch)))(p))
     close(parts.weights, weights)
     close(parts.kernel, kernel(p, batch))
-    some = evaluate(regularized(loss_fn, weighting="agreement", parameters=["w"]), p, batch)
+    named = regularized(loss_fn, weighting="agreement", parameters=iter(["w"]))
+    some, again = evaluate(named, p, batch), evaluate(named, p, batch)
+    close(again[0], some[0])
     model = mgs.FunctionalModel(lambda p, b: losses(p, b)[:, None], p)
     weights = mgs.agreement_weights(mgs.kernel(model, batch, parameters=["w"]))
     close(some[2], jax.grad(lambda p: jnp.mean(weights * losses(p, batch)))(p))
@@ -357,6 +359,29 @@ class Frozen(nnx.Module):
 
     def __call__(self, x):
         return self.norm(self.dense(x))
+
+
+class Training(nnx.Module):
+    def __init__(self):
+        self.dense, self.norm = nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=float), nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.dense(x)))
+
+
+@pytest.mark.wrong_types
+def test_nnx_modules_are_measured_in_evaluation_mode_and_stay_in_theirs(batch):
+    module = Training()
+    monitor = MGSMonitor(module, batch["x"], every=1)
+    measured = monitor.step(number=7)
+    assert (module.dropout.deterministic, module.norm.use_running_average) == (False, False)
+    module.eval()
+    close(measured.trace, float(jnp.trace(mgs.kernel(module, batch["x"]))))
+    monitor.step()
+    assert [record["step"] for record in monitor.history] == [7, 8]
+    with pytest.raises(mgs.ArgumentError, match=r"`number` must be an integer of at least 0; got 1\.5\. Count"):
+        monitor.step(number=1.5)
 
 
 def test_functions_of_nnx_modules_have_the_parameters_of_the_module_alone(batch):

@@ -171,12 +171,16 @@ def test_both_routes_and_zero_strength():
 
 
 def test_strength_is_scheduled_without_a_new_trace():
-    model = compiled(regularize(network(), MGSRegularizer("trace", strength=1.0)), optimizer=keras.optimizers.SGD(0.0))
+    shared = MGSRegularizer("trace", strength=1.0)
+    model, other = (compiled(regularize(network(), shared), optimizer=keras.optimizers.SGD(0.0)) for _ in range(2))
     history = fit(model, epochs=3, callbacks=[StrengthSchedule(lambda epoch: float(epoch))])
     first, second, third = history["mgs_penalty"]
     assert first == 0.0
     assert third == pytest.approx(2 * second, rel=1e-5)
     assert model.mgs_regularizer.strength == 2.0
+    assert (shared.strength, other.mgs_regularizer.strength) == (1.0, 1.0)
+    assert model.get_config()["mgs_regularizer"]["config"]["strength"] == 2.0
+    assert fit(other)["mgs_penalty"][0] == pytest.approx(second, rel=1e-5)
     by_batch = fit(model, epochs=2, callbacks=[StrengthSchedule(lambda batch: float(batch == 0), by="batch")])["mgs_penalty"]
     assert by_batch[0] > 0.0 == by_batch[1]
 
@@ -505,7 +509,7 @@ def test_clones_have_no_regularizer():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MGSRegularizer("nonsense"), "`name` must be one of trace"),
+        (lambda: MGSRegularizer("nonsense"), "`penalty` must be one of trace"),
         (lambda: MGSRegularizer(strength=-1.0), "`strength` must be a finite number at least 0; got -1.0"),
         (lambda: MGSRegularizer(scale=0.0), "`scale` must be a finite number above 0"),
         (lambda: MGSRegularizer(None), "`penalty` must be the name of a penalty unless"),
@@ -517,11 +521,12 @@ def test_clones_have_no_regularizer():
         (lambda: MGSRegularizer(max_samples=True), "`max_samples` must be an integer"),
         (lambda: MGSRegularizer(weighting="agreement", max_samples=3), "`max_samples` must be None with weighting"),
         (lambda: setattr(MGSRegularizer(), "every", 3), "`every` must stay as it was made"),
-        (lambda: setattr(MGSRegularizer(), "strength", "much"), "`strength` must be a finite number"),
+        (lambda: setattr(MGSRegularizer(), "strength", 3), "`strength` must stay as it was made.* Use StrengthSchedule"),
+        (lambda: MGSRegularizer(None, -1.0, weighting="agreement"), "`strength` must be a finite number"),
         (lambda: regularize(layers.Dense(2), MGSRegularizer()), "`model` must be a keras.Model; got Dense"),
         (lambda: regularize(network(), "l2"), "`regularizer` must be an MGSRegularizer or None; got str"),
         (lambda: sample_loss(network()), "`model` must be compiled with a loss; got 'sequential"),
-        (lambda: StrengthSchedule(lambda n: 1.0, by="day"), "`by` must be epoch or batch"),
+        (lambda: StrengthSchedule(lambda n: 1.0, by="day"), '`by` must be "epoch" or "batch"'),
         (lambda: fit(compiled(network()), callbacks=[StrengthSchedule(float)]), "`model` must have a regularizer for"),
         (lambda: mgs.kernel(keras.Sequential([layers.Dense(2)]), X), "`model` must be built"),
         (lambda: mgs.kernel(keras.Sequential([keras.Input((5,)), layers.Flatten()]), X), "`model` must have trainable variables"),

@@ -11,7 +11,7 @@ import mgs_core as mgs
 
 torch = pytest.importorskip("torch")
 
-from mgs_core.adapters.torch import MGSLoss, MGSMonitor  # noqa: E402  # after the skip
+from mgs_core.adapters.torch import Configured, MGSLoss, MGSMonitor  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 from torch.autograd.function import once_differentiable  # noqa: E402  # after the skip
 from torch.nn.functional import cross_entropy  # noqa: E402  # after the skip
@@ -27,11 +27,49 @@ def linear() -> nn.Module:
 
 @pytest.mark.wrong_types
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("linear",), r"`model` must be a torch.nn.Module; got str"),
+        ((nn.Linear(2, 2), None, "freeze"), '`batch_norm` must be "refuse" or "frozen"; got \'freeze\''),
+        ((nn.Linear(2, 2), "logits"), "`select` must be a function of what the model returns; got 'logits'"),
+    ],
+)
+def test_configurations_that_there_are_not_are_refused_at_once(arguments, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        Configured(*arguments)
+
+
+def test_names_of_parameters_may_come_from_an_iterator():
+    model, y = linear(), Y
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model, parameters=iter(["weight"]))
+    first, second = (float(criterion(model(X), y).detach()) for _ in range(2))
+    assert first == second
+    monitor = MGSMonitor(model, X, every=1, parameters=(name for name in ["weight"]))
+    assert monitor.step().trace == monitor.step().trace == float(mgs.kernel(model, X, parameters="weight").trace())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_reduction_may_be_given_with_the_call(reduction):
+    model, y = linear(), Y
+    called, made = MGSLoss(cross_entropy, penalty=TRACE), MGSLoss(nn.CrossEntropyLoss(reduction=reduction), penalty=TRACE)
+    torch.testing.assert_close(called(model(X), y, reduction=reduction), made(model(X), y))
+
+
+def test_a_criterion_shows_its_options():
+    assert "penalty=Penalty(name='trace'" in repr(MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, every=4))
+    assert "every=4" in repr(MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, every=4))
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"output": "targt"}, "`output` must be one of trace, .* got 'targt'"),
         ({"output": "random", "probes": 0}, "`probes` must be an integer of at least 1; got 0"),
         ({"output": "trace", "transform": "sofmax"}, "`transform` must be one of identity, .* got 'sofmax'"),
+        ({"batch_norm": "freeze"}, '`batch_norm` must be "refuse" or "frozen"; got \'freeze\''),
+        ({"select": "logits"}, "`select` must be a function of what the model returns; got 'logits'"),
+        ({"parameters": "weight"}, r"`model` must be given for parameters to have names; got None and 'weight'"),
         ({"output": "full"}, '`output` must be a head with one kernel for a penalty; got "full". Use "trace"'),
     ],
 )

@@ -119,3 +119,32 @@ def test_gradient_of_a_penalty_is_that_of_central_differences(name):
                 value.add_(part, alpha=step)
         values.append(float(criterion(model(X), Y).detach()))
     assert along == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+class Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, over_batch):
+        ctx.over_batch = over_batch
+        return x - x.mean(0 if over_batch else 1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, above):
+        return above - above.mean(0 if ctx.over_batch else 1, keepdim=True), None
+
+
+class Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.over_batch = nn.Linear(4, 5).double(), nn.Linear(5, 2).double(), False
+
+    def forward(self, x):
+        return self.last(Centred.apply(self.first(x), self.over_batch).sin())
+
+
+def test_what_a_function_keeps_belongs_to_the_structure():
+    model = Switched()
+    for _ in range(2):
+        mgs.kernel(model, X)
+    model.over_batch = True
+    with pytest.raises(mgs.SamplesInteractError):
+        mgs.kernel(model, X)

@@ -103,8 +103,10 @@ def test_trainer_penalises_and_logs(tmp_path, unit):
         bert(), arguments(tmp_path, max_steps=4), train_dataset=Data(torch.arange(8) % 3), eval_dataset=Data(torch.arange(8) % 3),
         mgs_loss=criterion,
     )  # fmt: skip
-    trainer.add_callback(MGSCallback(trainer, words(), unit=unit, every=2 if unit == "step" else 1, output="sum"))
+    callback = MGSCallback(trainer, words(), unit=unit, output="sum", **({"every": 2} if unit == "step" else {}))
+    trainer.add_callback(callback)
     trainer.train()
+    assert [record["step"] for record in callback.monitor.history] == ([2, 4] if unit == "step" else [0, 1])
     assert criterion.last.penalty > 0
     logged = [entry for entry in trainer.state.log_history if "mgs_trace" in entry]
     assert [entry["step"] for entry in logged] == [2, 4]

@@ -38,13 +38,18 @@ class Module(lightning.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        x, y = batch  # as a probe is not
+        return [x.to(device), y.to(device)]
+
 
 @pytest.mark.parametrize(("unit", "steps"), [("step", [2, 4, 6]), ("epoch", [0, 1])])
 def test_logs_on_schedule(tmp_path, unit, steps):
     torch.manual_seed(0)
     x, y = torch.randn(12, 5), torch.arange(12) % 3
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
-    module, callback = Module(), MGSCallback(x, y, unit=unit, every=2 if unit == "step" else 1, labels=y, output="loss")
+    schedule = {"every": 2} if unit == "step" else {}
+    module, callback = Module(), MGSCallback(x, y, unit=unit, labels=y, output="loss", **schedule)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(
         max_epochs=2, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, num_sanity_val_steps=0, **quiet

@@ -89,6 +89,20 @@ def test_a_copy_of_the_criterion_alone_goes_with_the_model(mlp):
         pickle.loads(pickle.dumps(criterion))(model(x), y)
 
 
+def test_two_copies_of_the_model_in_one_graph_both_count():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    criterion, twin = copy.deepcopy((MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, output="trace", model=model), model))
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    criterion(model(x) + twin(x).square(), y)
+    both = nn.ModuleList([model, twin])
+    summed = mgs.FunctionalModel(
+        lambda p, x: x @ p["0.weight"].T + p["0.bias"] + (x @ p["1.weight"].T + p["1.bias"]).square(),
+        {name: value.detach() for name, value in both.named_parameters()},
+    )
+    torch.testing.assert_close(criterion.last.kernel, mgs.kernel(summed, x))
+
+
 @pytest.mark.wrong_types
 def test_the_model_of_a_criterion_is_a_module():
     with pytest.raises(mgs.ArgumentError, match=r"`model` must be a torch\.nn\.Module; got dict"):

@@ -265,15 +265,37 @@ def test_batch_normalisation_is_refused_by_name_or_frozen(of):
         MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, model=model)(model(x), y)
     criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, batch_norm="frozen")
     criterion(model(x), y)
-    # the same by hand: a copy in evaluation mode with the statistics of this batch
+    rows = loss_rows(frozen_copy(model, x), x, lambda outputs: cross_entropy(outputs, y, reduction="none"))
+    torch.testing.assert_close(criterion.last.kernel, rows @ rows.T, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(mgs.kernel(Configured(model, batch_norm="frozen"), x, y, output="loss"), criterion.last.kernel)
+
+
+def frozen_copy(model, x):
+    """Return a copy in evaluation mode with the statistics of this batch."""
     fixed = copy.deepcopy(model)
     hooks = [module.register_forward_pre_hook(freeze) for module in fixed.modules() if isinstance(module, nn.BatchNorm2d)]
     fixed(x)
     for hook in hooks:
         hook.remove()
-    rows = loss_rows(fixed.eval(), x, lambda outputs: cross_entropy(outputs, y, reduction="none"))
-    torch.testing.assert_close(criterion.last.kernel, rows @ rows.T, rtol=1e-9, atol=1e-12)
-    assert torch.allclose(mgs.kernel(Configured(model, batch_norm="frozen"), x, y, output="loss"), criterion.last.kernel)
+    return fixed.eval()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_statistics_are_frozen_for_a_batch_of_one_too(n):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 2)).double()
+    x = torch.randn(n, 1, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(mgs.kernel(Configured(model, batch_norm="frozen"), x), mgs.kernel(frozen_copy(model, x), x))
+
+
+def test_frozen_statistics_vouch_for_no_others():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), torch.randn(6, 4)
+    for _ in range(2):
+        mgs.kernel(Configured(model, batch_norm="frozen"), x)
+    with pytest.raises(
+        mgs.SamplesInteractError, match=r'Use `model.eval\(\)`, MGSLoss\(…, batch_norm="frozen"\), Configured\(model, '
+    ):
+        mgs.kernel(model, x)
 
 
 def freeze(module, inputs):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 
@@ -61,6 +64,32 @@ def test_threads_do_not_nest_in_one_another():
     assert not value.requires_grad
     assert not gradient["w"].requires_grad
     assert len(found) == 1
+
+
+class Meeting(nn.Module):
+    """Be evaluated by two threads at once, if they may, the second of which leaves last."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.both, self.turns = nn.Linear(4, 2), threading.Barrier(2), itertools.count()
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x):
+        turn = next(self.turns)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both.wait(0.5)
+        time.sleep(0.1 * turn)
+        return self.out(x) - self.mean
+
+
+def test_threads_leave_a_module_its_buffers():
+    model = Meeting()
+    mean, threads = model.mean, [threading.Thread(target=mgs.kernel, args=(model, torch.ones(3, 4))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.mean is mean
 
 
 class Indexed(nn.Module):

@@ -85,7 +85,7 @@ def frozen_batch_norm(nodes: Iterable[Any]) -> Iterator[None]:
     try:
         for node in nodes:
             name = operation(node)
-            if name in BATCH_NORMS and node._saved_training and node._saved_input.shape[0] > 1:
+            if name in BATCH_NORMS and node._saved_training:
                 handles.append(node.register_hook(partial(_pass_frozen, node)))
         yield
     finally:
