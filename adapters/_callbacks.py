@@ -8,22 +8,41 @@ from typing import Any
 import mgs_core as mgs
 
 
-def scheduled(unit: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `MGSMonitor`, by default with a measurement each epoch where these are counted.
+class Counter:
+    """Say when to measure, by the trainer's own count of steps, which may leave numbers out, or of epochs.
 
-    Args:
-        unit: what the schedule counts.
-        options: the user's.
-
-    Returns:
-        The options.
-
-    Raises:
-        ArgumentError: when the schedule cannot count the unit.
+    Attributes:
+        unit: "step" or "epoch".
+        options: those of `MGSMonitor`, which measures whenever it is asked to.
     """
-    if unit not in ("step", "epoch"):
-        raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
-    return {"every": 1, **options} if unit == "epoch" else dict(options)
+
+    def __init__(self, unit: Any, options: Mapping[str, Any]) -> None:
+        """Take the schedule out of the options; by default each hundredth step, or each epoch.
+
+        Args:
+            unit: what is counted.
+            options: the user's.
+
+        Raises:
+            ArgumentError: when the unit is neither, or the schedule is none.
+        """
+        if unit not in ("step", "epoch"):
+            raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
+        every = options.get("every", 100 if unit == "step" else 1)
+        self.unit, self.options = unit, {**options, "every": 1}
+        self._schedule = every if isinstance(every, mgs.Schedule) else mgs.Schedule(every)
+        self._last = -1
+
+    def begin(self, number: int) -> None:
+        """Count on from a number, as a resumed run does."""
+        self._last = number
+
+    def due(self, unit: str, number: int) -> bool:
+        """Return whether a measurement was due since the number before this one."""
+        if unit != self.unit:
+            return False
+        before, self._last = self._last, number
+        return any(map(self._schedule, range(before + 1, number + 1)))
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,11 @@ class Parts:
         if not each:
             return Evaluation(value, None, torch.mean)
         losses = _by_sample(elements, n)
+        if _is_one_of(criterion, _OF_ALL) and elements.shape != outputs.shape:
+            raise mgs.ArgumentError(
+                f"`outputs` must have the shape of the targets for {getattr(criterion, '__name__', type(criterion).__name__)}; got "
+                f"{tuple(outputs.shape)}, and losses of {tuple(elements.shape)}: of each with each. Use outputs.squeeze(-1)."
+            )
         own = criterion.parameters() if isinstance(criterion, torch.nn.Module) else ()
         tensors = [part for part in (*given, *keywords.values(), *own) if _has_gradient(part)]
         count = 1 if reduction == "sum" else elements.numel()

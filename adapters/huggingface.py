@@ -1,12 +1,15 @@
 """Hugging Face transformers: a callback that logs the kernel, and a mixin that gives a `Trainer` the penalised loss.
 
-class PenalisedTrainer(MGSTrainerMixin, transformers.Trainer): pass
-trainer = PenalisedTrainer(model, arguments, train_dataset=data, mgs_loss=MGSLoss(torch.nn.CrossEntropyLoss(), penalty=…))
-trainer.add_callback(MGSCallback(trainer, probe, every=100))
+    class PenalisedTrainer(MGSTrainerMixin, transformers.Trainer): pass
+    trainer = PenalisedTrainer(model, arguments, train_dataset=data, mgs_loss=MGSLoss(torch.nn.CrossEntropyLoss(), penalty=…))
+    trainer.add_callback(MGSCallback(trainer, probe, every=100))
+
+The loss is that of the criterion, of logits and labels, instead of the model's own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -16,7 +19,7 @@ import transformers
 
 import mgs_core as mgs
 
-from ._callbacks import figures, scheduled
+from ._callbacks import Counter, figures
 from .torch import MGSLoss, MGSMonitor, twice_differentiable
 
 
@@ -49,37 +52,45 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
             trainer: the `transformers.Trainer`, whose `log` is used.
             inputs: probe batch for `model(**inputs)`, without labels.
             targets: its targets, if the head needs them.
-            unit: what the schedule counts: optimizer steps, or epochs from 0; each epoch by default.
-            **options: passed to `MGSMonitor`: `every`, `labels`, `sinks`, `select`, `output`, …
+            unit: what the schedule counts: optimizer steps, or epochs from 0.
+            **options: passed to `MGSMonitor`: `every`, by default 100 steps or each epoch, `labels`, `sinks`, to which the first
+                process writes, `select`, `output`, …, and `prefix`, by which two callbacks are told apart.
 
         Raises:
-            ArgumentError: when the unit is neither.
+            ArgumentError: when the unit is neither, or the schedule is none.
         """
-        options = scheduled(unit, options)
-        device = trainer.args.device
-        inputs, targets = (_to_device(part, device) for part in (inputs, targets))
+        self._trainer, self._counter = trainer, Counter(unit, options)
+        options = self._counter.options if trainer.is_world_process_zero() else {**self._counter.options, "sinks": ()}
+        inputs, targets = (_to_device(part, trainer.args.device) for part in (inputs, targets))
         self.monitor = MGSMonitor(trainer.model, inputs, targets, **options)
-        self._trainer, self._unit = trainer, unit
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Take the model, which `model_init` may have made anew, and count on from where a resumed run was."""
+        self.monitor.model = self._trainer.model
+        self._counter.begin(state.global_step if self._counter.unit == "step" else math.floor(state.epoch or 0) - 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Measure if it is due."""
-        if self._unit == "step":
-            self._measure(state.global_step)
+        self._measure("step", state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Measure if it is due."""
-        if self._unit == "epoch":
-            self._measure(round(state.epoch) - 1)
+        self._measure("epoch", math.ceil(state.epoch) - 1)
 
-    def _measure(self, number: int) -> None:
-        if self.monitor.step(number) is not None:
+    def _measure(self, unit: str, number: int) -> None:
+        if self._counter.due(unit, number):
+            self.monitor.step(number)
+            control = self._trainer.control
+            due = control.should_log  # which `log` takes back, and then the trainer's own figures would be lost
             self._trainer.log(figures(self.monitor.history[-1]))
+            control.should_log = due
 
 
 class MGSTrainerMixin:
     """Give a `transformers.Trainer` an `MGSLoss`; list it before the trainer's class.
 
-    The loss is `mgs_loss(logits, labels)`, instead of the model's own.
+    The loss is `mgs_loss(logits, labels)`, instead of the model's own, and instead of what that has besides, as the loss of a
+    router among experts. An encoder-decoder gets the labels moved by one for its decoder, as by its own loss.
 
     Example:
         >>> import transformers
@@ -115,15 +126,21 @@ class MGSTrainerMixin:
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss, and the outputs if asked for."""
-        if "labels" not in inputs:
+        trainer: Any = self
+        names = trainer.args.label_names or ["labels"]
+        if len(names) != 1 or names[0] not in inputs:
             raise mgs.ArgumentError(
-                f"`inputs` must have labels for `mgs_loss`; got {sorted(inputs)}. Name that column labels; and where the model "
-                "takes none, set remove_unused_columns=False, or the trainer drops it."
+                f"`inputs` must have one column of labels for `mgs_loss`; got {sorted(inputs)}. Name it by label_names=[…] in "
+                "the TrainingArguments, without which the trainer drops what the model does not take."
             )
-        labels = inputs["labels"]
+        given = dict(inputs)
+        labels = given.pop(names[0])
+        shift = getattr(trainer.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & given.keys():
+            given["decoder_input_ids"] = shift(labels=labels)
         fused = self.mgs_loss.penalty is None or not model.training or labels.device.type == "cpu"
         with nullcontext() if fused else twice_differentiable(recurrent=False):
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            outputs = model(**given)
         self.mgs_loss.train(model.training)
         loss = self.mgs_loss(outputs, labels)
         if not isinstance(outputs, Mapping):  # the trainer takes the first of what it returns for the loss
@@ -149,8 +166,9 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                 [1.8500, 0.0000]])
     """
     targets = labels[:, 1:]
+    logits = logits if logits.dtype == torch.float64 else logits.float()  # as the models' own losses do
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
-    return losses / (targets != -100).to(losses.dtype).mean()
+    return losses * (targets.numel() / (targets != -100).sum().clamp(min=1))
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

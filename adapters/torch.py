@@ -1,8 +1,10 @@
-"""PyTorch: a loss that penalises or weights by the kernel, and a monitor. The outputs' graph is all they need.
+"""PyTorch: a loss that penalises or weights by the kernel, and a monitor.
 
-criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 5e-3))
-loss = criterion(model(x), y)
-loss.backward()
+    criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 5e-3))
+    loss = criterion(model(x), y)
+    loss.backward()
+
+The outputs' graph is all they need.
 """
 
 from __future__ import annotations
@@ -179,8 +181,7 @@ class MGSLoss(torch.nn.Module):
         except mgs.ArgumentError:
             value = found.value if whole or found.losses is None else found.reduce(found.losses)
             if bool(torch.isfinite(value)):
-                raise
-            # what has no finite value has no kernel; it is passed on, so that a GradScaler skips the step
+                raise  # what has no finite value has no kernel; it is passed on, so that a GradScaler skips the step
         if active and (self.penalty is not None or self.weighting is not None):
             self._calls += 1
         total = value if penalty is None else value + penalty
@@ -308,6 +309,7 @@ class MGSMonitor:
     The model is measured in evaluation mode and left as it was: modes, gradients, buffers and random state.
 
     Attributes:
+        model: the module that is measured; another may take its place.
         history: the records, as of `mgs_core.Recorder`.
 
     Example:
@@ -345,8 +347,8 @@ class MGSMonitor:
             select: takes the outputs' tensor out of what the model returns.
             **kernel_options: passed to `mgs_core.kernel`: `output`, `transform`, `parameters`, `chunk_size`, …
         """
-        self._model = model
-        self._source = Configured(model, select=select)
+        self.model, self._select = model, select
+        Configured(model, select=select)  # refused now, if at all
         self._schedule = every if isinstance(every, mgs.Schedule) else mgs.Schedule(every)
         self._recorder = mgs.Recorder(inputs, targets, labels=labels, schedule=self._schedule, sinks=sinks, **kernel_options)
         self._next = 0
@@ -376,8 +378,8 @@ class MGSMonitor:
         self._next = number + 1
         if not self._schedule(number):
             return None
-        with _evaluation_mode(self._model):
-            return self._recorder(self._source, number, **extra)
+        with _evaluation_mode(self.model):
+            return self._recorder(Configured(self.model, select=self._select), number, **extra)
 
 
 @contextmanager

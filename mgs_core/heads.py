@@ -190,7 +190,7 @@ def _pick(outputs: Array, targets: Array) -> Array:
         *lead, c = outputs.shape
         raise ArgumentError(
             f"`targets` must have shape {(*lead[:1],)} for labels or {(*lead, c)} for probabilities; got {tuple(targets.shape)}. "
-            'For labels of each position use output="loss" with a `loss` of (outputs, targets) → (n,), or output="random".'
+            'For labels of each position use output="loss" with a `loss` of (outputs, targets) → (n,), or choose one.'
         )
     if targets.dtype != outputs.dtype:  # which not every framework multiplies
         targets = xp.astype(targets, outputs.dtype)

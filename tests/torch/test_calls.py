@@ -55,6 +55,15 @@ def test_the_reduction_may_be_given_with_the_call(reduction):
     torch.testing.assert_close(called(model(X), y, reduction=reduction), made(model(X), y))
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), torch.nn.functional.l1_loss])
+def test_targets_that_are_compared_with_all_outputs_are_refused(criterion):
+    with pytest.raises(
+        mgs.ArgumentError, match=r"of the targets for \w+; got \(6, 1\), and losses of \(6, 6\).*Use outputs\.squeeze"
+    ):
+        MGSLoss(criterion, penalty=TRACE)(linear()(X)[:, :1], torch.zeros(6).double())
+
+
 def test_a_criterion_shows_its_options():
     assert "penalty=Penalty(name='trace'" in repr(MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, every=4))
     assert "every=4" in repr(MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, every=4))

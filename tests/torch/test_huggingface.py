@@ -110,6 +110,8 @@ def test_trainer_penalises_and_logs(tmp_path, unit):
     assert criterion.last.penalty > 0
     logged = [entry for entry in trainer.state.log_history if "mgs_trace" in entry]
     assert [entry["step"] for entry in logged] == [2, 4]
+    own = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert own == [1, 2, 3, 4], "the trainer's own rows stay"
     trainer.evaluate()
     assert criterion.last.penalty is None
 
@@ -143,8 +145,68 @@ def test_losses_of_the_trainers_own_and_missing_labels_are_refused(tmp_path):
     trainer = PenalisedTrainer(bert(), arguments(tmp_path), mgs_loss=criterion)
     with pytest.raises(mgs.ArgumentError, match='`unit` must be "step" or "epoch"; got \'steps\''):
         MGSCallback(trainer, words(), unit="steps")
-    with pytest.raises(mgs.ArgumentError, match=r"`inputs` must have labels for `mgs_loss`; got \['input_ids'\]"):
+    with pytest.raises(mgs.ArgumentError, match=r"`inputs` must have one column of labels for `mgs_loss`; got \['input_ids'\]"):
         trainer.compute_loss(bert(), {"input_ids": words()["input_ids"]})
+
+
+def test_epochs_that_are_not_whole_have_numbers_of_their_own(tmp_path):
+    pytest.importorskip("accelerate")
+    data = Data(torch.arange(8) % 3)
+    trainer = transformers.Trainer(bert(), arguments(tmp_path, max_steps=5), train_dataset=data)
+    callback = MGSCallback(trainer, words(), unit="epoch", output="sum")
+    trainer.add_callback(callback)
+    trainer.train()
+    assert [record["step"] for record in callback.monitor.history] == [0, 1, 2]
+
+
+def test_the_model_that_the_trainer_makes_is_measured(tmp_path):
+    pytest.importorskip("accelerate")
+    options = arguments(tmp_path, max_steps=3, optim="sgd", learning_rate=1.0)
+    trainer = transformers.Trainer(model_init=bert, args=options, train_dataset=Data(torch.arange(8) % 3))
+    callback = MGSCallback(trainer, words(), every=1, output="sum")
+    trainer.add_callback(callback)
+    trainer.train()
+    expected = mgs.kernel(trainer.model.eval(), words(), output="sum").trace()
+    assert callback.monitor.history[-1]["mgs_trace"] == pytest.approx(float(expected), rel=1e-5)
+    assert callback.monitor.history[0]["mgs_trace"] != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_labels_may_have_another_name(tmp_path):
+    pytest.importorskip("accelerate")
+
+    class Renamed(Data):
+        def __getitem__(self, number):
+            given = super().__getitem__(number)
+            return {**given, "kind": given.pop("labels")}
+
+    criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 0.01))
+    options = arguments(tmp_path, max_steps=1, label_names=["kind"])
+    PenalisedTrainer(bert(), options, train_dataset=Renamed(torch.arange(8) % 3), mgs_loss=criterion).train()
+    assert criterion.last.penalty > 0
+
+
+def test_decoders_see_the_labels_moved_by_one(tmp_path):
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    size = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=50, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, dropout=0.0, **size
+        )
+    )
+    batch = {**words(4), "labels": torch.randint(4, 50, (4, 5))}
+    criterion = MGSLoss(lambda logits, labels: cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1))
+    trainer = PenalisedTrainer(model, arguments(tmp_path), mgs_loss=criterion)
+    torch.testing.assert_close(trainer.compute_loss(model, batch), model(**batch).loss)
+
+
+def test_a_batch_without_a_token_to_predict_has_no_loss():
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    losses = next_token_loss(logits, torch.full((2, 3), -100))
+    losses.mean().backward()
+    assert not losses.any()
+    assert not logits.grad.any()
+    assert next_token_loss(logits.bfloat16(), torch.ones(2, 3, dtype=torch.int64)).dtype == torch.float32
 
 
 def test_next_token_loss_is_the_models_own():

@@ -90,3 +90,61 @@ def test_micro_batches_before_the_first_step_are_not_measured(tmp_path):
 def test_an_unknown_unit_is_refused():
     with pytest.raises(mgs.ArgumentError, match='`unit` must be "step" or "epoch"; got \'steps\''):
         MGSCallback(torch.ones(2, 4), unit="steps")
+
+
+class Alternating(Module):
+    """Take two steps a batch, of two optimisers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, _):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[3].parameters(), 0.1)]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(3, [4, 6]), (mgs.Schedule(2, start=1), [2, 4, 6])])
+def test_steps_that_are_left_out_are_made_up_for(tmp_path, every, steps):
+    callback = fitted(tmp_path, Alternating(), [MGSCallback(X, every=every)])[0]
+    assert [record["step"] for record in callback.monitor.history] == steps
+
+
+def test_each_measurement_reaches_the_logger_and_a_second_fit_goes_on(tmp_path):
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    callbacks, module = [MGSCallback(X, every=2), MGSCallback(X[:4], every=3, prefix="few_")], Module()
+    fitted(tmp_path, module, callbacks, logger=logger)
+    logger.save()
+    table = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(table[0].split(","), row.split(","), strict=True)) for row in table[1:]]
+    for callback, steps in zip(callbacks, ([1], [2]), strict=True):  # Lightning counts batches from 0
+        name = "few_trace" if callback is callbacks[1] else "mgs_trace"
+        assert [int(row["step"]) for row in rows if row.get(name)] == steps
+        found = [float(row[name]) for row in rows if row.get(name)]
+        assert found == pytest.approx([record[name] for record in callback.monitor.history])
+    fitted(tmp_path, module, callbacks)
+    assert [record["step"] for record in callbacks[0].monitor.history] == [2, 2]
+
+
+def test_the_first_process_alone_writes(tmp_path, monkeypatch):
+    records = []
+    callback = MGSCallback(X, every=1, sinks=[mgs.CallbackSink(lambda numbers, step: records.append(step))])
+    monkeypatch.setattr(lightning.Trainer, "is_global_zero", False)
+    fitted(tmp_path, Module(), [callback])
+    assert (records, len(callback.monitor.history)) == ([], 3)
+
+
+X, Y = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+
+
+def fitted(folder, module, callbacks, logger=False):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": folder, "logger": logger}
+    lightning.Trainer(callbacks=callbacks, **options, **quiet).fit(module, loader)
+    return callbacks
