@@ -102,9 +102,10 @@ class Parts:
             return Evaluation(value, None, torch.mean)
         losses = _by_sample(elements, n)
         if _is_one_of(criterion, _OF_ALL) and elements.shape != outputs.shape:
+            name = getattr(criterion, "__name__", type(criterion).__name__)
             raise mgs.ArgumentError(
-                f"`outputs` must have the shape of the targets for {getattr(criterion, '__name__', type(criterion).__name__)}; got "
-                f"{tuple(outputs.shape)}, and losses of {tuple(elements.shape)}: of each with each. Use outputs.squeeze(-1)."
+                f"`outputs` must have the shape of the targets for {name}; got {tuple(outputs.shape)}, and losses of "
+                f"{tuple(elements.shape)}: of each with each. Use outputs.squeeze(-1)."
             )
         own = criterion.parameters() if isinstance(criterion, torch.nn.Module) else ()
         tensors = [part for part in (*given, *keywords.values(), *own) if _has_gradient(part)]

@@ -5,7 +5,7 @@ stands in for one place of the core, which says what it returns, and whether Non
 
 * `mgs_contribution(left, right, full)`, `mgs_product(left, right)`, and the flag `mgs_counts_biases`: see `contraction.py`;
 * `mgs_weighted_gradient(use, weights)`, `mgs_sum_by_index(values, indices, size)`: see `gradient.py`;
-* `mgs_log_determinant(kernel, rounding)`: see `penalty.py`;
+* `mgs_log_determinant(kernel, eps)`, `mgs_constant(array)`: see `penalty.py`;
 * `mgs_picked(outputs, labels)`, `mgs_labels(labels, c)`, `mgs_shares(targets)`, `mgs_values(array)`: see `heads.py`;
 * `mgs_beside(array)`: where arrays are made, see `_namespace.py`;
 * the operators of ONNX: see `onnx/extensions.py`.

@@ -83,7 +83,12 @@ def select(names: Iterable[str], chosen: Iterable[str] | Callable[[str], bool] |
 
 def kept_choice(chosen: Iterable[str] | Callable[[str], bool] | None) -> str | list[str] | Callable[[str], bool] | None:
     """Return the user's `parameters` argument as it can be used more than once: an iterator gives its names only once."""
-    return chosen if chosen is None or isinstance(chosen, str) or callable(chosen) else list(chosen)
+    if chosen is None or isinstance(chosen, str) or callable(chosen):
+        return chosen
+    names = list(chosen) if isinstance(chosen, Iterable) else [chosen]
+    if not all(isinstance(name, str) for name in names):
+        raise ArgumentError(f"`parameters` must be names or a function of one; got {chosen!r}. Pass strings.")
+    return names
 
 
 def add_named(names: dict[str, Any], name: str, value: Any) -> None:

@@ -14,7 +14,8 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
         kernel: kernel of the per-sample losses, (n, n).
 
     Returns:
-        (n,); 0 for a sample without gradient, or without others. Averaged over steps, low values rank suspicious labels.
+        (n,), in single precision at least; 0 for a sample without gradient, or without others, NaN where the kernel is. Averaged
+        over steps, low values rank suspicious labels.
 
     Raises:
         ArgumentError: when the kernel is not square.
@@ -30,10 +31,14 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
     """
     n = _square(kernel)
     xp = array_namespace(kernel)
-    diagonal = xp.sum(kernel * xp.eye(n, dtype=kernel.dtype), axis=1)
-    positive = diagonal > 0
-    root = xp.sqrt(xp.where(positive, diagonal, xp.ones_like(diagonal)))
-    return xp.where(positive, (xp.sum(kernel, axis=1) - diagonal) / root, xp.zeros_like(diagonal))
+    if float(xp.finfo(kernel.dtype).eps) > float(xp.finfo(xp.float32).eps):
+        kernel = xp.astype(kernel, xp.float32)  # sums of half precision overflow
+    identity = xp.eye(n, dtype=kernel.dtype)
+    diagonal = xp.sum(kernel * identity, axis=1)
+    none = diagonal <= 0
+    root = xp.sqrt(xp.where(none, xp.ones_like(diagonal), diagonal))
+    others = xp.sum(kernel * (1.0 - identity), axis=1)  # a sum less the diagonal would round by it
+    return xp.where(none, xp.zeros_like(diagonal), others / root)
 
 
 def agreement_weights(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
@@ -62,7 +67,7 @@ def agreement_weights(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
     """
     r = agreement(kernel)
     xp = array_namespace(r)
-    kept = xp.where(r > 0, r, xp.zeros_like(r))
+    kept = xp.where(r <= 0, xp.zeros_like(r), r)  # NaN stays
     mean = xp.mean(kept)
-    some = mean > 0
-    return xp.where(some, kept / xp.where(some, mean, xp.ones_like(mean)), xp.ones_like(kept))
+    none = mean <= 0
+    return xp.where(none, xp.ones_like(kept), kept / xp.where(none, xp.ones_like(mean), mean))

@@ -102,6 +102,8 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
         raise ArgumentError(
             f'`loss` must be None unless output="loss"; got one with output={output!r}. Leave it out, or name the head.'
         )
+    if not (loss is None or callable(loss)):
+        raise ArgumentError(f"`loss` must be a function (outputs, targets) → (n,); got {loss!r}. Pass the function itself.")
     probes, seed = integer("probes", probes, 1, "One probe is usual."), integer("seed", seed, 0)
     if output in ("target", "loss") and targets is None:
         raise ArgumentError(f'`targets` must be given for output="{output}"; got None. Pass labels, or use output="trace".')
@@ -120,7 +122,7 @@ def make_head(output: Output, transform: Transform, loss: LossFunction | None, p
 
         def losses(outputs: Array, labels: Array) -> Array:
             changed = change(outputs)
-            return _column(_unreduced(function(changed, labels), changed))
+            return _column(_unreduced(function(changed, labels), changed, "output" if callable(output) else "loss"))
 
         return Head(losses)
     raise ArgumentError(
@@ -150,13 +152,13 @@ def _column(scalars: Array) -> Array:
     return array_namespace(scalars).expand_dims(scalars, axis=-1)
 
 
-def _unreduced(losses: Array, outputs: Array) -> Array:
+def _unreduced(losses: Array, outputs: Array, name: str) -> Array:
     shape = getattr(losses, "shape", None)
     if shape is None or len(shape) != 1 or shape[0] != outputs.shape[0]:
         got = type(losses).__name__ if shape is None else f"shape {tuple(shape)}"
         raise ArgumentError(
-            f"`loss` must return one value for each of {outputs.shape[0]} samples, shape ({outputs.shape[0]},); "
-            f"got {got}. Use the loss without reduction over samples, and take its mean over the other axes."
+            f"`{name}` must return one value for each of {outputs.shape[0]} samples, shape ({outputs.shape[0]},); "
+            f"got {got}. Leave out its reduction over samples, and take its mean over the other axes."
         )
     return losses
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
-from mgs_core._types import Array, Shaped
+from mgs_core._types import Array, Namespace, Shaped
 
 PenaltyName = Literal["trace", "log_trace", "log_determinant", "cosine", "log_determinant_cosine"]
 #: For trace, log_determinant and cosine, of the study's four strengths, a factor of ten apart, that which in its worst cell is
@@ -18,13 +18,18 @@ PenaltyName = Literal["trace", "log_trace", "log_determinant", "cosine", "log_de
 _STRENGTHS = {"trace": 3e-3, "log_trace": 3e-2, "log_determinant": 0.3, "cosine": 1.0, "log_determinant_cosine": 1.0}
 
 
+#: Multiple of the smallest normal number that a squared length must exceed: the derivative of its root overflows below.
+_LEAST = 1024.0
+
+
 @dataclass(frozen=True, init=False)
 class Penalty:
     """Penalise a kernel: `P(K) = strength · R(K)`.
 
     * trace: `tr K / n`;
     * log_trace: `log(1 + tr K / (n·scale))`;
-    * log_determinant: `(1/n) log det(I + K/scale)`, at least 0, linear in K where K ≪ scale, logarithmic where K ≫ scale;
+    * log_determinant: `(1/n) log det(I + K/scale)`, at least 0, linear in K where K ≪ scale, logarithmic where K ≫ scale; of
+      huge gradients in single precision, eigenvalues below the rounding of K count less than they should;
     * cosine: `1 − mean_{a≠b} C_ab`, with the cosine kernel `C_ab = K_ab / √(K_aa K_bb)`; 0 for one sample, which has no pairs;
     * log_determinant_cosine: `(1/n) log det(I + C/scale)`.
 
@@ -58,12 +63,12 @@ class Penalty:
     scale: float
 
     def __init__(self, name: PenaltyName, strength: float | None = None, scale: float = 1.0) -> None:
-        if name not in _STRENGTHS:
+        if name not in tuple(_STRENGTHS):  # also what cannot be hashed
             raise ArgumentError(f"`name` must be one of {', '.join(_STRENGTHS)}; got {name!r}.")
         strength = _STRENGTHS[name] if strength is None else strength
         object.__setattr__(self, "name", name)  # the class is frozen
         for field, value, least in (("strength", strength, "at least 0"), ("scale", scale, "above 0")):
-            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
             if not number or value < 0 or (field == "scale" and value == 0):
                 raise ArgumentError(f"`{field}` must be a finite number {least}; got {value!r}.")
             object.__setattr__(self, field, value if isinstance(value, (int, float)) else float(value))  # which JSON can hold
@@ -82,13 +87,15 @@ class Penalty:
         """
         n = _square(kernel)
         xp, dtype = array_namespace(kernel), kernel.dtype
+        if not xp.isdtype(dtype, "real floating"):
+            raise ArgumentError(f"`kernel` must hold real floating-point numbers; got dtype {dtype}. Convert it.")
         half = float(xp.finfo(dtype).eps) > float(xp.finfo(xp.float32).eps)
         kernel = xp.astype(kernel, xp.float32) if half else kernel  # NumPy has no Cholesky factorisation of it
         identity = xp.eye(n, dtype=kernel.dtype)
         if self.name == "trace":
             value = _trace(kernel, identity) / n
         elif self.name == "log_trace":
-            value = xp.log(1.0 + _trace(kernel, identity) / (n * self.scale))
+            value = xp.log1p(_trace(kernel, identity) / (n * self.scale))
         elif self.name == "log_determinant":
             value = _log_determinant(kernel / self.scale, identity) / n
         elif self.name == "cosine":
@@ -110,12 +117,19 @@ class Penalty:
         return cls(**config)
 
 
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an integer that is no floating-point number
+        return False
+
+
 def cosine_kernel(kernel: Array) -> Array:
-    """Return `C_ab = K_ab / √(K_aa K_bb)`; a sample without gradient is similar to none, itself included."""
+    """Return `C_ab = K_ab / √(K_aa K_bb)`; a sample without gradient, or a denormal one, is similar to none."""
     n = _square(kernel)
     xp = array_namespace(kernel)
     diagonal = xp.sum(kernel * xp.eye(n, dtype=kernel.dtype), axis=1)
-    positive = diagonal > 0
+    positive = diagonal > _LEAST * float(xp.finfo(kernel.dtype).smallest_normal)
     # the inner `where` keeps 1/√0 out of the derivative
     inverse = xp.where(positive, 1.0 / xp.sqrt(xp.where(positive, diagonal, xp.ones_like(diagonal))), xp.zeros_like(diagonal))
     return kernel * xp.expand_dims(inverse, axis=0) * xp.expand_dims(inverse, axis=1)
@@ -126,21 +140,38 @@ def _trace(kernel: Array, identity: Array) -> Array:
 
 
 def _log_determinant(kernel: Array, identity: Array) -> Array:
-    """Return log det(I + K) by Cholesky.
+    """Return log det(I + K) by Cholesky, in double precision.
 
-    Rounding may cost K its definiteness, by about `√n · eps · tr K / n`, for errors of its entries are as good as random. The
-    identity makes up for less than 1; beyond, a multiple of it does, and the value is that of the kernel as far as it is known.
+    Rounding may cost K its definiteness, by about `√n · eps · tr K / n` where errors are as good as random, and by `eps · ‖K‖` in
+    the Frobenius norm where they are not, as of many samples with nearly collinear gradients. The identity makes up for less
+    than 1. Beyond, r times the identity does, with the lesser of the two that suffices, a constant; and what it adds to the value
+    where eigenvalues are below it, `Σ log(r) · r/(r + λ)`, is taken off, down to 0.
     """
-    xp = array_namespace(kernel)
-    n = identity.shape[0]
-    rounding = 4.0 * math.sqrt(n) * float(xp.finfo(kernel.dtype).eps)
+    xp, dtype = array_namespace(kernel), kernel.dtype
+    n, eps = identity.shape[0], float(xp.finfo(dtype).eps)
     native = getattr(xp, "mgs_log_determinant", None)
     if native is not None:
-        return native(kernel, rounding)
-    noise = rounding * _trace(kernel, identity) / n
-    ridge = xp.where(noise > 1.0, noise, xp.ones_like(noise))
-    diagonal = xp.sum(xp.linalg.cholesky(kernel + ridge * identity) * identity, axis=1)
-    return 2.0 * xp.sum(xp.log(diagonal))
+        return native(kernel, eps)
+    kernel, identity = xp.astype(kernel, xp.float64), xp.astype(identity, xp.float64)
+    constant = getattr(xp, "mgs_constant", None)
+    known = kernel if constant is None else constant(kernel)
+    ridge = _at_least_one(xp, 4.0 * eps / math.sqrt(n) * xp.sum(known * identity))
+    ridge = xp.where(_is_definite(xp, known + ridge * identity), ridge, _at_least_one(xp, 4.0 * eps * xp.sqrt(xp.sum(known**2))))
+    value = 2.0 * xp.sum(xp.log(xp.sum(xp.linalg.cholesky(kernel + ridge * identity) * identity, axis=1)))
+    excess = xp.log(ridge) * ridge * xp.sum(xp.linalg.inv(known + ridge * identity) * identity)
+    most = value if constant is None else constant(value)
+    return xp.astype(value - xp.where(excess > most, most, excess), dtype)
+
+
+def _at_least_one(xp: Namespace, value: Array) -> Array:
+    return xp.where(value > 1.0, value, xp.ones_like(value))
+
+
+def _is_definite(xp: Namespace, matrix: Array) -> Array:
+    try:
+        return xp.all(xp.isfinite(xp.linalg.cholesky(matrix)))
+    except ValueError:  # of NumPy; other frameworks return NaN
+        return xp.asarray(False)
 
 
 def _square(kernel: Array) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ _LEAST_WEIGHT = 1e-3
 _USUAL = 0.75
 #: Share of the labels that networks not trained on them contradict and those trained on them do not, from which a warning is due.
 _MEMORY = 0.4
+#: Difference of predictions that is rounding.
+_TIE = 1e-9
 #: Change of the largest weight below which no further round is made.
 _SETTLED = 1e-2
 
@@ -40,8 +43,8 @@ class Suspicion:
     Example:
         >>> import numpy as np
         >>> import mgs_core as mgs
-        >>> isinstance(mgs.suspicion(np.eye(4), np.array([0, 1, 0, 1])), mgs.Suspicion)
-        True
+        >>> mgs.suspicion(np.kron(np.eye(2), np.ones((4, 4))), np.repeat([0, 1], 4)).predictable
+        1.0
     """
 
     scores: Array
@@ -77,7 +80,8 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         rounds: how often at most the weights are found anew, until they settle; 0 is plain kernel regression.
 
     Returns:
-        Scores, suggested labels, neighbours and weights, NumPy arrays.
+        Scores, suggested labels, neighbours and weights, NumPy arrays. With a warning where the samples predict each other's
+        labels no better than naming the most frequent one does: then nothing follows from them.
 
     Raises:
         ArgumentError: when the kernel is not square, finite, symmetric and of positive trace, labels do not fit, or there are
@@ -108,7 +112,9 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     rounds = integer("rounds", rounds, 0, "The default is 6.")
     matrix = _checked(kernel)
     given, c = _labels(labels, n, classes)
-    return judge([_cosine(matrix, np.linalg.diagonal(matrix))], [np.ones(n, dtype=bool)], given, c, rounds)
+    found = judge([_cosine(matrix, np.linalg.diagonal(matrix))], [np.ones(n, dtype=bool)], given, c, rounds)
+    warn_of_chance(found.predictable, given, "the gradients in `kernel`")
+    return found
 
 
 def judge(kernels: list[Array], members: list[Array], given: Array, classes: int, rounds: int = 6) -> Suspicion:
@@ -125,7 +131,7 @@ def judge(kernels: list[Array], members: list[Array], given: Array, classes: int
     centred = one_hot - np.mean(one_hot, axis=0)
     ridge, residual = _best_ridge(kernels, members, centred)
     predicted = one_hot - residual
-    right = float(np.mean(np.argmax(predicted, axis=1) == given))
+    right = _right(predicted, one_hot)
     weights = _trust(predicted, one_hot)
     for _ in range(rounds):
         predicted = one_hot - _residual(kernels, members, centred, ridge / np.maximum(weights, _LEAST_WEIGHT))
@@ -141,7 +147,18 @@ def predictable(kernels: list[Array], members: list[Array], given: Array, classe
     """Return the share of the labels that leave-one-out regression predicts as given; arguments as those of `judge`."""
     one_hot = np.astype(given[:, None] == np.arange(classes)[None, :], np.float64)
     residual = _residual(kernels, members, one_hot - np.mean(one_hot, axis=0), np.full(len(given), ridge))
-    return float(np.mean(np.argmax(one_hot - residual, axis=1) == given))
+    return _right(one_hot - residual, one_hot)
+
+
+def warn_of_chance(predictable: float, given: Array, what: str) -> None:
+    """Warn where samples predict each other's labels no better than naming the most frequent one does, by two standard errors."""
+    if by_chance(predictable, given):
+        warnings.warn(
+            f"The samples predict {predictable:.0%} of each other's labels, which naming the most frequent one could: {what} do "
+            "not tell the classes apart, or about as many `labels` are wrong as right. Do not drop samples by `contradicted`.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def by_chance(share: float, given: Array) -> bool:
@@ -212,6 +229,11 @@ def _usual(predicted: Array, one_hot: Array) -> Array:
 def _scores(predicted: Array, one_hot: Array) -> Array:
     others = np.max(np.where(one_hot > 0, -np.inf, predicted), axis=1)
     return others - np.sum(np.where(one_hot > 0, predicted, 0.0), axis=1)
+
+
+def _right(predicted: Array, one_hot: Array) -> float:
+    """Return the share of labels that are predicted ahead of all others, by more than rounding."""
+    return float(np.mean(np.astype(_scores(predicted, one_hot) < -_TIE, np.float64)))
 
 
 def _contradicted(predicted: Array, one_hot: Array) -> Array:

@@ -135,9 +135,9 @@ class JaxNamespace:
         return jnp.ravel(found if use.restore is None else use.restore(found[None]))
 
     @staticmethod
-    def mgs_log_determinant(kernel: Array, rounding: float) -> Array:
-        """Return `log det(r I + K)` of a kernel (n, n) with `r = max(1, rounding · tr K / n)`; NaN if not definite."""
-        return _log_determinant(kernel, rounding)
+    def mgs_log_determinant(kernel: Array, eps: float) -> Array:
+        """Return log det(I + K), as `penalty.py` says, but in the kernel's own precision; NaN if not definite."""
+        return _log_determinant(kernel, eps)
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -163,31 +163,46 @@ def _gram_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _log_determinant(kernel: Array, rounding: float) -> Array:
+def _log_determinant(kernel: Array, eps: float) -> Array:
     """Use `d log det M = tr(M⁻¹ dM)`; two calls of LAPACK, where the derivative of Cholesky's factor makes it three."""
-    return _of_factor(_factor(kernel, rounding))
+    factor, ridge = _factor(kernel, eps)
+    return _of_factor(factor, ridge, lax.cond(ridge > 1.0, _traced_inverse, lambda factor: 0.0 * factor[0, 0], factor))
 
 
 @_log_determinant.defjvp  # type: ignore[untyped-decorator]  # jax is not followed
-def _log_determinant_tangent(rounding: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _log_determinant_tangent(eps: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (kernel,), (change,) = primals, tangents
-    factor = _factor(kernel, rounding)
+    factor, ridge = _factor(kernel, eps)
     inverse = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
     for transpose in (False, True):
         inverse = lax.linalg.triangular_solve(factor, inverse, left_side=True, lower=True, transpose_a=transpose)
-    return _of_factor(factor), jnp.sum(inverse.T * change)  # the ridge is 1, or stands for rounding
+    value = _of_factor(factor, ridge, lax.stop_gradient(jnp.trace(inverse)))
+    return value, jnp.sum(inverse.T * change)
 
 
-def _factor(kernel: Array, rounding: float) -> Array:
-    """Factor `I + K` with the ridge; its transpose, in fact, for LAPACK counts columns first, and would have it copied."""
-    diagonal = _diagonal(kernel)
-    ridge = jnp.maximum(1.0, rounding * jnp.sum(jnp.where(diagonal, kernel, 0.0)) / kernel.shape[0])
-    factor: Array = lax.linalg.cholesky(jnp.where(diagonal, kernel + ridge, kernel).T, symmetrize_input=False)
+def _factor(kernel: Array, eps: float) -> tuple[Array, Array]:
+    """Factor K with the ridge, and return that too."""
+    known = lax.stop_gradient(kernel)
+    size = 4.0 * eps * jnp.trace(known) / kernel.shape[0] ** 0.5
+    small, large = (jnp.maximum(1.0, noise) for noise in (size, 4.0 * eps * jnp.sqrt(jnp.sum(known**2))))
+    ridge = jnp.where(jnp.isfinite(_cholesky(known, small)[-1, -1]), small, large)
+    return _cholesky(kernel, ridge), ridge
+
+
+def _cholesky(kernel: Array, ridge: Array) -> Array:
+    """Factor K with a ridge; its transpose, in fact, for LAPACK counts columns first, and would have it copied."""
+    factor: Array = lax.linalg.cholesky(jnp.where(_diagonal(kernel), kernel + ridge, kernel).T, symmetrize_input=False)
     return factor
 
 
-def _of_factor(factor: Array) -> Array:
-    return 2.0 * jnp.sum(jnp.log(jnp.where(_diagonal(factor), factor, 1.0)))
+def _traced_inverse(factor: Array) -> Array:
+    identity = jnp.eye(factor.shape[0], dtype=factor.dtype)
+    return jnp.sum(lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True) ** 2)
+
+
+def _of_factor(factor: Array, ridge: Array, traced_inverse: Array) -> Array:
+    value = 2.0 * jnp.sum(jnp.log(jnp.where(_diagonal(factor), factor, 1.0)))
+    return value - jnp.minimum(jnp.log(ridge) * ridge * traced_inverse, lax.stop_gradient(value))
 
 
 def _diagonal(square: Array) -> Array:

@@ -130,11 +130,10 @@ class _Scalars:
         try:
             outputs = self._model.function(unflatten(self._model.parameters, {**self._leaves, **parameters}), inputs)
         except Exception as error:
-            if not any(word in str(error) for word in _FOREIGN):
-                raise
-            raise ArgumentError(f"`model` {_AUTOGRAD}") from error
-        if getattr(plain(outputs), "dtype", None) == np.dtype(object):  # NumPy's own, of traced numbers: nothing follows them
-            raise ArgumentError(f"`model` {_AUTOGRAD}")
+            if foreign := _foreign("`model`", error):
+                raise foreign from error
+            raise
+        _refuse_objects("`model`", outputs)
         if not hasattr(outputs, "shape"):
             raise ArgumentError(f"`model` must return an array (n, c); got {type(outputs).__name__}. Return the outputs alone.")
         if anp.ndim(outputs) != 2 or outputs.shape[0] != n:
@@ -142,7 +141,28 @@ class _Scalars:
                 f"`model` must return outputs of shape (n, c) with n = {n}; got {anp.shape(outputs)}. "
                 "Keep the samples first and flatten the outputs of each."
             )
-        return self._head(outputs, targets)
+        if np.issubdtype(plain(outputs).dtype, np.complexfloating):
+            raise ArgumentError(f"`model` must return real outputs; got {plain(outputs).dtype}. Return real and imaginary parts.")
+        try:
+            heads = self._head(outputs, targets)
+        except ArgumentError:
+            raise
+        except Exception as error:
+            if foreign := _foreign("`loss`, `output` or `transform`", error):
+                raise foreign from error
+            raise
+        _refuse_objects("`loss`, `output` or `transform`", heads)
+        return heads
+
+
+def _foreign(what: str, error: Exception) -> ArgumentError | None:
+    """Return the refusal of a function that is not written with autograd's NumPy, if the error is one of that."""
+    return ArgumentError(f"{what} {_AUTOGRAD}") if any(word in str(error) for word in _FOREIGN) else None
+
+
+def _refuse_objects(what: str, values: Any) -> None:
+    if getattr(plain(values), "dtype", None) == np.dtype(object):  # NumPy's own, of traced numbers: nothing follows them
+        raise ArgumentError(f"{what} {_AUTOGRAD}")
 
 
 def _functional(model: Any) -> FunctionalModel:
@@ -198,13 +218,13 @@ def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerSta
     d = _wide(anp.stack(parts, axis=1) if len(parts) > 1 else anp.expand_dims(parts[0], axis=1))
     common: dict[str, Any] = {"parameter": use.parameter, "view": use.view_key, "restore": _restore(use)}
     if site.kind == "outer":
-        return Outer(gradients=d, inputs=_wide(layout.split(site.inputs, n)), **common)
+        return Outer(gradients=d, inputs=_floating(layout.split(site.inputs, n), d), **common)
     _, k, _, s, o = anp.shape(d)
     common["gradients"] = anp.reshape(d, (n, k, s, o))  # one group; by reshape, for indexing is slow to differentiate
     if site.kind == "sum":
         return Sum(**common)
     if site.kind == "scale":
-        return Scale(inputs=_wide(anp.reshape(layout.split(site.inputs, n), (n, s, o))), **common)
+        return Scale(inputs=_floating(anp.reshape(layout.split(site.inputs, n), (n, s, o)), d), **common)
     if site.kind == "lookup":
         return Lookup(indices=anp.reshape(layout.split(site.inputs[..., None], n), (n, s)), size=site.size, **common)
     raise TypeError(f"`use` must be outer, sum, scale or lookup; got {site.kind!r}.")
@@ -213,6 +233,11 @@ def _layer(use: Use, layout: Layout, gradients: list[Array], n: int) -> LayerSta
 def _wide(array: Array) -> Array:
     """Return half precision in float32, in which kernels are summed."""
     return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _floating(inputs: Array, gradients: Array) -> Array:
+    """Return the inputs as floating-point numbers: products of integers, as pixels, would begin anew at 256."""
+    return _wide(inputs) if np.issubdtype(inputs.dtype, np.inexact) else inputs.astype(gradients.dtype)
 
 
 def _restore(use: Use) -> Restore:

@@ -17,6 +17,7 @@ from . import primitives
 class _LinearAlgebra:
     cholesky = staticmethod(anp.linalg.cholesky)
     det = staticmethod(anp.linalg.det)
+    inv = staticmethod(anp.linalg.inv)
 
 
 class TracedNamespace:
@@ -52,6 +53,11 @@ class TracedNamespace:
         function = getattr(anp, name)
         setattr(self, name, function)
         return function
+
+    @staticmethod
+    def mgs_constant(array: Any) -> Any:
+        """Return the array as one that the derivative takes for a constant."""
+        return TracedNamespace.mgs_values(array)
 
     @staticmethod
     def mgs_values(array: Any) -> Any:

@@ -68,20 +68,26 @@ class TorchNamespace:
         return torch.as_tensor(value, dtype=dtype, device=self._device)
 
     @staticmethod
-    def mgs_log_determinant(kernel: torch.Tensor, rounding: float) -> torch.Tensor:
-        """Return log det(I + K); the ridge in place of I, where rounding asks for one, is a constant.
+    def mgs_log_determinant(kernel: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return log det(I + K), as `penalty.py` says.
 
         Of a K without a factor it is NaN on a device: to raise there would wait for it.
         """
-        ridge = (kernel.detach().diagonal().mean() * rounding).clamp_min(1.0)
-        matrix = kernel + torch.diag(ridge.expand(len(kernel)))
+        n, dtype = len(kernel), kernel.dtype
+        kernel = kernel if kernel.device.type == "mps" else kernel.double()
+        known = kernel.detach()
+        small, large = ((4.0 * eps * size).clamp_min(1.0) for size in (known.trace() / n**0.5, known.square().sum().sqrt()))
+        _, failed = torch.linalg.cholesky_ex(known + torch.diag(small.expand(n)))
+        ridge = torch.where(failed == 0, small, large)
+        matrix = kernel + torch.diag(ridge.expand(n))
         if on_host(kernel):
             factor = torch.linalg.cholesky(matrix)
         else:
             factor, failed = torch.linalg.cholesky_ex(matrix)
             factor = factor + torch.where(failed == 0, 0.0, torch.nan)  # added, so that the gradient is NaN too
+        excess = ridge.log() * ridge * torch.cholesky_inverse(factor.detach()).trace()
         value: torch.Tensor = 2.0 * factor.diagonal().log().sum()
-        return value
+        return (value - torch.minimum(excess, value.detach())).to(dtype)
 
     @staticmethod
     def mgs_convolution(

@@ -24,7 +24,7 @@ from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
 from mgs_core.summary import _cosine, as_numpy
-from mgs_core.suspicion import Suspicion, by_chance, by_heart, judge, predictable
+from mgs_core.suspicion import Suspicion, by_heart, judge, predictable, warn_of_chance
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
 BLOCK = 2048
@@ -184,9 +184,10 @@ def audit(
     met = sum(own.counts for own in trained)
     class_cosine = np.where(met > 0, sum(own.sums for own in trained) / np.maximum(met, 1), np.nan)
     seen, unseen = np.average([(one.predictable, right) for one, right in judged], axis=0, weights=list(map(len, parts)))
-    memorised = float((seen - unseen) / (1 - unseen)) if unseen < 1 else 0.0
+    chance = 2 * (unseen * (1 - unseen) / len(given)) ** 0.5
+    memorised = float((seen - unseen) / (1 - unseen)) if seen - unseen > chance and unseen < 1 else 0.0
     _warn_of_memory(memorised, float(seen), float(unseen))
-    _warn_of_chance(float(unseen), given)
+    warn_of_chance(float(unseen), given, "`inputs`")
     return Audit(
         given=given, class_cosine=class_cosine, blocks=len(parts), predictable=float(unseen), memorised=memorised, **fields
     )
@@ -304,17 +305,6 @@ def _warn_of_memory(memorised: float, seen: float, unseen: float) -> None:
             f"The networks have learnt labels by heart, as where samples have many columns: they predict {seen:.0%} of the "
             f"labels, but {unseen:.0%} of those that they were not trained on. Pass apart=True (--apart), so that each sample is "
             "judged by networks that were not trained on it.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _warn_of_chance(predictable: float, given: Array) -> None:
-    """Warn where the samples predict each other's labels no better than the most frequent one does, by two standard errors."""
-    if by_chance(predictable, given):
-        warnings.warn(
-            f"The samples predict {predictable:.0%} of each other's labels, which naming the most frequent one could: `inputs` "
-            "do not tell the classes apart, or about as many `labels` are wrong as right. Do not drop samples by `contradicted`.",
             UserWarning,
             stacklevel=3,
         )

@@ -112,8 +112,8 @@ def headline(audit: Any) -> str:
     Example:
         >>> import numpy as np
         >>> import mgs_core as mgs
-        >>> headline(mgs.suspicion(np.eye(4), np.array([0, 1, 0, 1])))
-        'Another label fits 0 of 4 samples better; 0 labels are surely contradicted'
+        >>> headline(mgs.suspicion(np.kron(np.eye(2), np.ones((4, 4))), np.repeat([0, 1], 4)))
+        'Another label fits 0 of 8 samples better; 0 labels are surely contradicted'
     """
     better, sure = int(np.sum(audit.scores > 0)), int(np.sum(audit.contradicted))
     return (

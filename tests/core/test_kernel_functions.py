@@ -58,10 +58,65 @@ def test_log_determinant_of_large_kernels_of_low_rank_is_right_in_float32(rank, 
     assert float(mgs.Penalty("log_determinant", strength=1.0)(rows @ rows.T)) == pytest.approx(expected, rel=tolerance)
 
 
+def value_and_gradient(framework, penalty, kernel):
+    """Return a penalty of a kernel and its gradient there, as numbers of NumPy."""
+    if framework == "numpy":
+        return float(penalty(kernel)), autograd.grad(penalty)(kernel)
+    pytest.importorskip(framework)
+    backend = mgs.get_backend(framework)
+    value, gradient = backend.value_and_gradient(penalty)(backend.asarray(kernel))
+    return float(backend.to_numpy(value)), backend.to_numpy(gradient)
+
+
+FRAMEWORKS = ["numpy", "torch", "jax", "tensorflow"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(("n", "rank", "mean_trace"), [(64, 3, 9e5), (256, 1, 1e6), (512, 1, 1e6), (64, 3, 1e9)])
+def test_log_determinant_is_right_where_rounding_exceeds_one(framework, n, rank, mean_trace):
+    """By value to what rounding leaves, and by gradient along K, `Σ λ/(1 + λ) / n`, of which a ridge that moves made 1."""
+    rows = np.random.default_rng(0).uniform(size=(n, rank)).astype(np.float32)
+    rows *= np.float32(np.sqrt(mean_trace / np.mean(np.sum(rows**2, axis=1))))
+    exact, kernel = rows.astype(np.float64), rows @ rows.T
+    expected = np.linalg.slogdet(np.eye(rank) + exact.T @ exact)[1] / n
+    value, gradient = value_and_gradient(framework, mgs.Penalty("log_determinant", 1.0), kernel)
+    assert value == pytest.approx(expected, rel=0.5)
+    assert n * np.sum(kernel.astype(np.float64) * gradient) == pytest.approx(rank, abs=2.0)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("name", ["cosine", "log_determinant_cosine"])
+@pytest.mark.parametrize("size", [1e-36, 1e-39, 1e-42, 1e-45])
+def test_gradients_that_all_but_vanish_have_a_cosine_with_a_finite_derivative(framework, name, size):
+    rows = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    kernel = rows @ rows.T
+    kernel[0] *= np.float32(size**0.5)
+    kernel[:, 0] *= np.float32(size**0.5)
+    value, gradient = value_and_gradient(framework, mgs.Penalty(name, 1.0), kernel)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("mean_trace", [1e6, 1e9])
 def test_log_determinant_survives_what_rounding_leaves_of_a_kernel(mean_trace):
     rows = np.random.default_rng(0).normal(size=(256, 1)).astype(np.float32) * np.float32(np.sqrt(mean_trace))
-    assert np.isfinite(mgs.Penalty("log_determinant")(rows @ rows.T))
+    assert 0 <= mgs.Penalty("log_determinant")(rows @ rows.T) < np.inf
+
+
+@pytest.mark.parametrize("name", ["log_trace", "log_determinant"])
+def test_small_kernels_count(name):
+    kernel = np.float32(1e-6) * np.eye(3, dtype=np.float32)
+    assert float(mgs.Penalty(name, 1.0)(kernel)) == pytest.approx(1e-6, rel=1e-4)
+
+
+def test_agreement_is_not_lost_beside_large_gradients():
+    kernel = np.array([[1e8, 1, 1], [1, 1e8, -3], [1, -3, 1e8]], dtype=np.float32)
+    np.testing.assert_allclose(mgs.agreement(kernel), [2e-4, -2e-4, -2e-4], rtol=1e-6)
+    np.testing.assert_allclose(mgs.agreement_weights(kernel), [3, 0, 0])
+    half = np.full((64, 64), 3e4, dtype=np.float16)
+    np.testing.assert_allclose(mgs.agreement_weights(half), 1.0, rtol=1e-6)
+    kernel[0, 1] = kernel[1, 0] = np.nan
+    assert np.isnan(mgs.agreement_weights(kernel)).all(), "a kernel that is not finite hides nothing"
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -193,6 +248,42 @@ def test_summary_leaves_out_what_it_cannot_know():
 def test_bad_kernels_are_refused(kernel, options, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         mgs.summarize(kernel, **options)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (
+            [[1.0, 100.0], [100.0, 1.0]],
+            r"`kernel` must have \|K_ab\| of at most √\(K_aa K_bb\).*got 100 for 0 and 1 with 1 and 1",
+        ),
+        ([[0.0, 1.0], [1.0, 1.0]], r"`kernel` must have \|K_ab\| of at most"),
+        ([[1.0 + 0j, 0.0], [0.0, 1.0]], "`kernel` must be real; got dtype complex128"),
+    ],
+)
+def test_matrices_that_are_no_kernels_are_refused(kernel, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        mgs.summarize(np.array(kernel))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_alignment_is_that_of_any_size(size):
+    labels = np.arange(6) % 2
+    assert mgs.summarize(size * KERNEL, labels).alignment == pytest.approx(mgs.summarize(KERNEL, labels).alignment)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mgs.Penalty("trace")(np.eye(2, dtype=int)), "`kernel` must hold real floating-point numbers; got dtype int64"),
+        (lambda: mgs.Penalty(["trace"]), r"`name` must be one of trace, .*; got \['trace'\]"),
+        (lambda: mgs.Penalty("trace", 10**400), "`strength` must be a finite number at least 0"),
+    ],
+)
+def test_penalties_refuse_what_does_not_fit(call, message):
+    with pytest.raises(mgs.ArgumentError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("name", ["trace", "log_trace", "log_determinant", "cosine", "log_determinant_cosine"])

@@ -103,7 +103,7 @@ def test_integers_may_be_those_of_numpy(tmp_path):
     assert np.allclose(mgs.kernel(MODEL, PROBE, **options), expected)
     recorder = mgs.Recorder(PROBE, schedule=two, **options)
     assert recorder(MODEL, 0).trace == pytest.approx(np.trace(expected))
-    assert mgs.suspicion(np.eye(4), np.array([0, 1, 0, 1]), classes=two, rounds=two).scores.shape == (4,)
+    assert mgs.suspicion(np.kron(np.eye(2), np.ones((4, 4))), np.repeat([0, 1], 4), classes=two, rounds=two).scores.shape == (8,)
     for wrong in (np.bool_(True), 2.0, "2"):
         with pytest.raises(mgs.ArgumentError, match="`chunk_size` must be an integer of at least 1"):
             mgs.kernel(MODEL, PROBE, chunk_size=wrong)

@@ -114,6 +114,16 @@ def test_wrong_labels_stand_out():
     np.testing.assert_array_equal(found.suggested, LABELS)
 
 
+def test_kernels_that_say_nothing_of_the_labels_are_told():
+    for kernel in (np.ones((60, 60)), np.eye(60)):
+        with pytest.warns(
+            UserWarning, match="predict 0% of each other's labels, .*: the gradients in `kernel` do not tell the classes"
+        ):
+            found = mgs.suspicion(kernel, np.arange(60) % 3)
+        assert found.predictable == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:The samples predict")
 @pytest.mark.parametrize("copies", [2, 10])
 def test_equal_samples_with_labels_that_differ_weigh_the_same(copies):
     found = mgs.suspicion(np.ones((2 * copies, 2 * copies)), np.arange(2 * copies) % 2)
@@ -121,6 +131,7 @@ def test_equal_samples_with_labels_that_differ_weigh_the_same(copies):
     np.testing.assert_allclose(found.scores, found.scores[0])
 
 
+@pytest.mark.filterwarnings("ignore:The samples predict")
 def test_weights_stay_defined_where_all_labels_are_about_as_suspicious():
     rows = 1.0 + 1e-3 * np.random.default_rng(0).normal(size=(40, 3))
     weights = mgs.suspicion(rows @ rows.T, np.arange(40) % 2).weights

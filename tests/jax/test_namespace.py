@@ -79,9 +79,13 @@ def test_log_determinant_has_the_derivatives_of_the_determinant():
     np.testing.assert_allclose(jax.grad(ours)(rows), jax.grad(plain)(rows), rtol=1e-10)
     np.testing.assert_allclose(jax.hessian(ours)(rows), jax.hessian(plain)(rows), rtol=1e-8, atol=1e-10)
     assert jnp.isnan(XP.mgs_log_determinant(-2.0 * jnp.eye(3), 1e-15))
-    for rounding, ridge in ((0.1, 1.0), (2.0, 4.0)):
-        value = XP.mgs_log_determinant(2.0 * jnp.eye(3), rounding)
-        np.testing.assert_allclose(value, 3.0 * np.log(2.0 + ridge), rtol=1e-12)
+    for eps, ridge in ((0.01, 1.0), (0.5, 4.0 * 3.0**0.5)):
+        for of in (
+            XP.mgs_log_determinant,
+            jax.jit(lambda kernel, eps: jax.value_and_grad(XP.mgs_log_determinant)(kernel, eps)[0], static_argnums=1),
+        ):
+            expected = 3.0 * (np.log(2.0 + ridge) - np.log(ridge) * ridge / (ridge + 2.0))
+            np.testing.assert_allclose(of(2.0 * jnp.eye(3), eps), expected, rtol=1e-12)
     rows = 100.0 * jnp.asarray(np.random.default_rng(0).normal(size=(256, 1)), dtype=jnp.float32)
     expected = np.log1p(float(np.sum(np.asarray(rows, dtype=np.float64) ** 2))) / 256
     # how much rounding leaves depends on the threads of the library that factors

@@ -324,7 +324,14 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": draw(3, 2)})
         (lambda: mgs.kernel(GOOD, INPUTS, chunk_size=0), "`chunk_size` must be an integer"),
         (lambda: mgs.kernel(GOOD, INPUTS, parameters=["v"]), r"`parameters` must name parameters of the model; got \['v'\]"),
         (lambda: mgs.kernel(GOOD, INPUTS, parameters=lambda name: False), "`parameters` must pick at least one"),
-        (lambda: mgs.kernel(GOOD, INPUTS, np.zeros(4, int), output=lambda o, t: o), "`loss` must return one value"),
+        (lambda: mgs.kernel(GOOD, INPUTS, np.zeros(4, int), output=lambda o, t: o), "`output` must return one value"),
+        (lambda: mgs.kernel(GOOD, INPUTS, np.zeros(4, int), output="loss", loss="mse"), "`loss` must be a function .* got 'mse'"),
+        (lambda: mgs.kernel(GOOD, INPUTS, parameters=3), "`parameters` must be names or a function of one; got 3"),
+        (lambda: mgs.kernel(GOOD, INPUTS, parameters=[INPUTS]), "`parameters` must be names or a function of one"),
+        (
+            lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: 1j * x @ p["w"], GOOD.parameters), INPUTS),
+            "must return real outputs",
+        ),
         (lambda: mgs.kernel(object(), INPUTS), "`model` must be a FunctionalModel or a model"),
         (lambda: mgs.kernel(np.zeros(3), INPUTS), "`model` must be a FunctionalModel for the NumPy backend"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x, {"w": np.arange(3)}), INPUTS), "`parameters` must be floating"),
@@ -335,10 +342,14 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": draw(3, 2)})
         ),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: x[:, 0] * p["w"], {"w": draw(1)}), INPUTS), "outputs of shape"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: (x, x[0]), {"w": draw(1)}), INPUTS), "`model` must .*got tuple"),
-        (lambda: mgs.kernel(GOOD, INPUTS, output=lambda o, t: (o, t)), "`loss` must return one value .*got tuple"),
+        (lambda: mgs.kernel(GOOD, INPUTS, output=lambda o, t: (o, t)), "`output` must return one value .*got tuple"),
         (lambda: mgs.FunctionalModel(3, {}), "`function` must be callable"),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.dot(x, p["w"]), GOOD.parameters), INPUTS), FOREIGN),
         (lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.dot(x, p["w"]) @ p["w"].T, GOOD.parameters), INPUTS), FOREIGN),
+        *(
+            (lambda change=change: mgs.kernel(GOOD, INPUTS, transform=change), "`transform` must be written with autograd.numpy")
+            for change in (np.asarray, lambda o: np.where(o > 0, o, 0.0), lambda o: np.einsum("nc,cd->nd", o, np.eye(2)))
+        ),
         (
             lambda: mgs.kernel(mgs.FunctionalModel(lambda p, x: np.linalg.det(p["w"].T @ p["w"]), GOOD.parameters), INPUTS),
             FOREIGN,
@@ -349,3 +360,11 @@ GOOD = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": draw(3, 2)})
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "bool", "int64"])
+@pytest.mark.parametrize("function", [lambda p, x: anp.tanh(x @ p["w"]), lambda p, x: x * p["scale"]], ids=["outer", "scale"])
+def test_integers_count_as_the_numbers_that_they_are(dtype, function):
+    inputs = np.random.default_rng(0).integers(0, 120, size=(6, 40)).astype(dtype)
+    model = mgs.FunctionalModel(function, {"w": 0.01 * draw(40, 3), "scale": draw(40)})
+    np.testing.assert_allclose(mgs.kernel(model, inputs), mgs.kernel(model, inputs.astype(float)))
