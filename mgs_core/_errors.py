@@ -55,10 +55,11 @@ def renamed(**names: str) -> Iterator[None]:
     except ArgumentError as error:
         message = str(error)
         found = re.match(r"`(\w+)`", message)
-        if found and found[1] in names:
-            old, new = found[1], names[found[1]]
-            message = re.sub(rf"^`{old}`|\b{old}(?=\.\w+\()|(?<=\(){old}(?=[,)])", lambda hit: hit[0].replace(old, new), message)
-        raise ArgumentError(message) from error
+        if not found or found[1] not in names:
+            raise
+        old, new = found[1], names[found[1]]
+        message = re.sub(rf"^`{old}`|\b{old}(?=\.\w+\()|(?<=\(){old}(?=[,)])", lambda hit: hit[0].replace(old, new), message)
+        raise type(error)(message) from error
 
 
 @contextmanager
@@ -72,6 +73,11 @@ def writing(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
+def installing(extra: str) -> str:
+    """Return the command that installs an extra, from the checkout, for no index has this package yet."""
+    return f'pip install ".[{extra}]" -c constraints.txt'
+
+
 @contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
     """Say which extra to install where an import fails; `what` needs it."""
@@ -81,5 +87,5 @@ def extra(name: str, what: str) -> Iterator[None]:
         if error.name is None or error.name.startswith("mgs_core"):
             raise
         raise BackendError(
-            f'{what} needs the package {error.name!r}, which is not installed. Run: pip install "mgs-core[{name}]".'
+            f"{what} needs the package {error.name!r}, which is not installed. Run in the checkout: {installing(name)}"
         ) from error

@@ -159,8 +159,13 @@ def compare_rows(parameter: str, rows: Array, whole: Array, weights: Array, eps:
         raise interaction(parameter)
 
 
-def interaction(parameter: str) -> SamplesInteractError:
-    """Return the refusal of a model whose samples interact in front of a parameter."""
+def interaction(parameter: str, error: Exception | None = None) -> SamplesInteractError:
+    """Return the refusal of a model whose samples interact in front of a parameter, or that fails for one sample."""
+    if error is not None:
+        return SamplesInteractError(
+            f"`model` must treat each sample by itself, and take one alone; got the error {error} for one sample. Use fixed "
+            f"statistics (inference mode), keep the batch's axis, or leave {parameter!r} and the like out by `parameters=`."
+        )
     return SamplesInteractError(
         f"`model` must treat each sample by itself; got samples that interact in front of parameter {parameter!r} "
         "(batch statistics, or attention across the batch). Use fixed statistics (inference mode), or leave these "

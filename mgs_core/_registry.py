@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from typing import Any, cast
 
-from mgs_core._errors import ArgumentError, BackendError
+from mgs_core._errors import ArgumentError, BackendError, installing
 from mgs_core._protocol import Backend
 from mgs_core._tree import flatten
 from mgs_core.functional import FunctionalModel
@@ -34,7 +34,14 @@ def available_backends() -> dict[str, bool]:
         >>> mgs.available_backends()["numpy"]
         True
     """
-    return {name: importlib.util.find_spec(module) is not None for name, (module, _) in _BACKENDS.items()}
+    return {name: _is_installed(module) for name, (module, _) in _BACKENDS.items()}
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # of a module that was made by hand
+        return False
 
 
 def get_backend(source: Any) -> Backend:
@@ -62,7 +69,7 @@ def get_backend(source: Any) -> Backend:
         if not available_backends()[name]:
             raise BackendError(
                 f"`backend` must be installed; got {name!r}, whose package {_BACKENDS[name][0]!r} is missing. "
-                f'Run: pip install "mgs-core[{name}]".'
+                f"Run in the checkout: {installing(name)}"
             )
         module = importlib.import_module(f"mgs_core.backends.{name}")
         _loaded[name] = cast(Backend, module.backend)

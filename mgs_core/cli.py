@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 
 import mgs_core as mgs
-from mgs_core._errors import ArgumentError, MgsError, renamed
+from mgs_core._errors import ArgumentError, MgsError, installing, renamed
 from mgs_core.experiments.audit import BLOCK, usual_epochs
 from mgs_core.experiments.compare import best_model, load_records, load_settings
 from mgs_core.experiments.compare import compare as run_comparison
@@ -280,7 +280,7 @@ def backends() -> None:
     """List the backends and whether each is installed."""
     shown = _table("backend", "installed", "install with")
     for name, installed in mgs.available_backends().items():
-        shown.add_row(name, "yes" if installed else "no", "" if installed else escape(f'pip install "mgs-core[{name}]"'))
+        shown.add_row(name, "yes" if installed else "no", "" if installed else escape(installing(name)))
     console.print(shown)
 
 

@@ -68,11 +68,17 @@ def _pairs(left: Sequence[LayerStatistics], right: Sequence[LayerStatistics]) ->
         if len(own) == len(other) and all(map(alike, own, other)):
             pairs += zip(own, other, strict=True)
         elif other:
-            pairs.append((whole(own), whole(other)))
+            pairs.append(_of_one_precision(whole(own), whole(other)))
     if not pairs:
         a, b = (Rows(side[0].parameter, as_rows(side[0])[:, :, :1] * 0) for side in (left, right))
         return [(a, b)]
     return pairs
+
+
+def _of_one_precision(left: Rows, right: Rows) -> tuple[Rows, Rows]:
+    xp = array_namespace(left.gradients, right.gradients)
+    finer = min((left.gradients.dtype, right.gradients.dtype), key=lambda dtype: float(xp.finfo(dtype).eps))
+    return replace(left, gradients=xp.astype(left.gradients, finer)), replace(right, gradients=xp.astype(right.gradients, finer))
 
 
 def _with_biases(

@@ -254,7 +254,11 @@ def _plain(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    number = value if isinstance(value, (dict, list, tuple)) else _plain(value)
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    number = _plain(value)
     return None if isinstance(number, float) and not math.isfinite(number) else number
 
 

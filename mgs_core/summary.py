@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
@@ -103,6 +104,8 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
     if not isinstance(ridge, Real) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise ArgumentError(f"`ridge` must be a finite number above 0; got {ridge!r}. The default is 1e-6.")
     matrix = _checked(kernel)
+    size = 2.0 ** math.frexp(float(np.max(np.linalg.diagonal(matrix))))[1]
+    matrix = matrix / size  # so that no square overflows
     diagonal = np.linalg.diagonal(matrix)
     trace = float(np.sum(diagonal))
     eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2)
@@ -115,17 +118,17 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
     off = ~np.eye(n, dtype=np.bool)
     values: dict[str, float | None] = {}
     if labels is not None:
-        same, scaled = _same(labels, n), matrix / np.max(np.abs(matrix))  # so that no square overflows
+        same = _same(labels, n)
         values = {
             "same_class_cosine": _mean(cosine, same & off),
             "other_class_cosine": _mean(cosine, ~same),
-            "alignment": float(np.sum(scaled * same) / (np.linalg.norm(scaled) * np.sqrt(np.sum(same)))),
+            "alignment": float(np.sum(matrix * same) / (np.linalg.norm(matrix) * np.sqrt(np.sum(same)))),
         }
     return Summary(
-        trace=trace,
-        mean_trace=trace / n,
-        log_determinant=log_determinant,
-        magnitude=magnitude,
+        trace=trace * size,
+        mean_trace=trace / n * size,
+        log_determinant=log_determinant + n * math.log(size),
+        magnitude=magnitude + n * math.log(size),
         similarity=log_determinant - magnitude,
         effective_rank=float(np.exp(entropy)),
         top_share=float(np.max(shares)),
@@ -186,7 +189,7 @@ def _mean(values: Array, chosen: Array) -> float | None:
 
 
 def _same(labels: Any, n: int) -> Array:
-    labels = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
+    labels = as_numpy(labels)
     labels = labels[:, 0] if labels.shape == (n, 1) else labels  # a column, as Keras' data sets have them
     if labels.shape != (n,) or labels.dtype.kind in "fc":
         raise ArgumentError(

@@ -11,7 +11,7 @@ from mgs_core._errors import ArgumentError
 from mgs_core._namespace import host as np
 from mgs_core._types import Array, Shaped
 from mgs_core.penalty import _square
-from mgs_core.summary import _checked, _cosine, _to_numpy
+from mgs_core.summary import _checked, _cosine, as_numpy
 
 _RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 _STEEPNESS = 3.0
@@ -173,7 +173,8 @@ def by_heart(memorised: float) -> bool:
 
 
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
-    given = np.asarray(_to_numpy(labels) if hasattr(labels, "shape") else labels)
+    given = as_numpy(labels)
+    given = given[:, 0] if given.shape == (n, 1) else given
     if given.shape != (n,) or not np.isdtype(given.dtype, "integral"):
         raise ArgumentError(f"`labels` must be integers of shape ({n},); got dtype {given.dtype}, shape {given.shape}.")
     c = int(np.max(given)) + 1 if classes is None else integer("classes", classes, 0)

@@ -283,7 +283,7 @@ main()
     found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert found.returncode == 2
     assert f"error: {message}" in found.stderr
-    assert 'pip install "mgs-core[' in found.stderr
+    assert 'pip install ".[' in found.stderr
     assert found.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "records.jsonl").exists()
 
@@ -399,7 +399,7 @@ def test_a_missing_framework_says_which_extra_to_install(mgs_command, monkeypatc
     from mgs_core import _registry
 
     monkeypatch.setitem(_registry._BACKENDS, "absent", ("no_such_package", frozenset()))
-    assert 'pip install "mgs-core[absent]"' in mgs_command("compare", "--backend", "absent", status=2)
+    assert 'pip install ".[absent]" -c constraints.txt' in mgs_command("compare", "--backend", "absent", status=2)
 
 
 def test_an_interrupt_names_what_was_not_begun(tmp_path, mgs_command, monkeypatch, capsys):

@@ -49,7 +49,7 @@ def test_what_needs_an_extra_names_it(wanted: str) -> None:
     found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert found.stderr.splitlines()[-1] == (
         "mgs_core._errors.BackendError: mgs_core.onnx needs the package 'onnx', which is not installed. "
-        'Run: pip install "mgs-core[onnx]".'
+        'Run in the checkout: pip install ".[onnx]" -c constraints.txt'
     )
 
 

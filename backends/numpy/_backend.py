@@ -274,7 +274,7 @@ def _rows(scalars: _Scalars, leaves: dict[str, Array], n: int, k: int) -> list[L
                 roots = {node.name: node for node in tape.nodes if node.name}
                 found = _gradients(tape, list(roots.values()), lambda node, parent: False)
         except (IndexError, ValueError) as error:  # it does run on the whole batch
-            raise interaction(next(iter(leaves))) from error
+            raise interaction(next(iter(leaves)), error) from error
         for name, value in leaves.items():
             zero = np.zeros(value.shape, dtype=plain(value).dtype)
             of_heads = [gradients.get(roots[name], zero) if name in roots else zero for gradients in found]

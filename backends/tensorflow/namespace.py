@@ -25,7 +25,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "integral": lambda dtype: bool(dtype.is_integer),
     "real floating": lambda dtype: bool(dtype.is_floating),
     "complex floating": lambda dtype: bool(dtype.is_complex),
-    "numeric": lambda dtype: not dtype.is_bool,
+    "numeric": lambda dtype: bool(dtype.is_integer or dtype.is_floating or dtype.is_complex),
 }
 
 

@@ -78,7 +78,7 @@ def record(scalars: Scalars, parameters: Mapping[str, Array], chosen: list[str],
     terms = {marked[name].name: [Term(name, tuple(marked[name].shape))] for name in chosen}
     _refuse_python(ops, set(terms))
     dtypes = {tensor.dtype for op in ops for tensor in op.outputs if tensor.dtype.is_floating} | {value.dtype}
-    return Record(value, _uses(ops, terms), key, max(float(namespace.finfo(dtype).eps) for dtype in dtypes))
+    return Record(value, _uses(ops, terms, value.op.name), key, max(float(namespace.finfo(dtype).eps) for dtype in dtypes))
 
 
 def _needed(value: Array, ops: list[Any]) -> list[Any]:
@@ -104,13 +104,14 @@ def _refuse_python(ops: list[Any], reached: set[str]) -> None:
             reached.update(tensor.name for tensor in op.outputs)
 
 
-def _uses(ops: list[Any], terms: dict[str, list[Term]]) -> list[Use]:
+def _uses(ops: list[Any], terms: dict[str, list[Term]], last: str) -> list[Use]:
     uses = []
     for op in ops:
         positions = [place for place, tensor in enumerate(op.inputs) if terms.get(tensor.name)]
         if not positions:
             continue
-        followed = follow(op, terms)
+        # of one sample, data may have joined a parameter of its shape: what nothing comes after is a use in any case
+        followed = None if op.name == last else follow(op, terms)
         if followed is not None:
             terms.update((tensor.name, found) for tensor, found in zip(op.outputs, followed, strict=True))
             continue

@@ -19,7 +19,8 @@ from mgs_core._errors import ArgumentError
 
 from .contraction import contribution, weighted_gradient
 from .convolutions import patches
-from .products import full_precision, on_host, symmetric_product
+from .determinant import log_determinant
+from .products import full_precision, symmetric_product
 
 Sizes: TypeAlias = Sequence[int]
 Pairs: TypeAlias = Sequence[tuple[int, int]]
@@ -67,27 +68,7 @@ class TorchNamespace:
             return value if dtype is None else value.to(dtype)
         return torch.as_tensor(value, dtype=dtype, device=self._device)
 
-    @staticmethod
-    def mgs_log_determinant(kernel: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return log det(I + K), as `penalty.py` says.
-
-        Of a K without a factor it is NaN on a device: to raise there would wait for it.
-        """
-        n, dtype = len(kernel), kernel.dtype
-        kernel = kernel if kernel.device.type == "mps" else kernel.double()
-        known = kernel.detach()
-        small, large = ((4.0 * eps * size).clamp_min(1.0) for size in (known.trace() / n**0.5, known.square().sum().sqrt()))
-        _, failed = torch.linalg.cholesky_ex(known + torch.diag(small.expand(n)))
-        ridge = torch.where(failed == 0, small, large)
-        matrix = kernel + torch.diag(ridge.expand(n))
-        if on_host(kernel):
-            factor = torch.linalg.cholesky(matrix)
-        else:
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            factor = factor + torch.where(failed == 0, 0.0, torch.nan)  # added, so that the gradient is NaN too
-        excess = ridge.log() * ridge * torch.cholesky_inverse(factor.detach()).trace()
-        value: torch.Tensor = 2.0 * factor.diagonal().log().sum()
-        return (value - torch.minimum(excess, value.detach())).to(dtype)
+    mgs_log_determinant = staticmethod(log_determinant)
 
     @staticmethod
     def mgs_convolution(

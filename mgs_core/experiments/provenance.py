@@ -28,7 +28,10 @@ def definition(recipe: Recipe) -> dict[str, Any]:
 def versions(backend: str) -> dict[str, str]:
     """Return the versions of this library, NumPy and the packages of a backend."""
     found = {"mgs_core": importlib.import_module("mgs_core").__version__}
-    return found | {name: _version(name) for name in _PACKAGES.get(backend, ("numpy", backend))}
+    packages = _PACKAGES.get(backend, ("numpy", backend))
+    if backend == "keras":
+        packages = (*packages, importlib.import_module("keras").backend.backend())
+    return found | {name: _version(name) for name in packages}
 
 
 def other_versions(records: Iterable[Mapping[str, Any]], backend: str) -> dict[str, list[str]]:

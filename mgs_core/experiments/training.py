@@ -170,6 +170,11 @@ class Trainer:
         # the order is drawn apart, so that what a recipe draws does not change it
         self._order, self._random = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
         self._held = held_out(recipe, len(data.train_labels))
+        if len(data.train_labels) - self._held < 2:
+            raise ArgumentError(
+                f"`samples` must leave at least 2 to train on; got {len(data.train_labels)}, of which {recipe.name} holds out "
+                f"{self._held}. Take more."
+            )
         network = make_network(settings.model, data, backend=settings.backend, seed=seed)
         self._model = network.plain
         self._inputs, self._targets = taught(recipe, data, settings, seed, self._model)

@@ -106,9 +106,11 @@ class Program:
                         values[slot] = value
                 for slot in dead:
                     values[slot] = None
-        except MgsError:
+        except (MgsError, MemoryError):
             raise
         except Exception as error:  # whatever the framework raises where shapes or types do not fit
+            if type(error).__name__ in ("OutOfMemoryError", "ResourceExhaustedError"):
+                raise
             raise ArgumentError(f"`inputs` must fit the model; {node} failed: {type(error).__name__}: {error}") from error
         return [values[slot] for slot in self._outputs]
 

@@ -118,9 +118,9 @@ def read(records: Sequence[Mapping[str, Any]]) -> Comparison:
         run = runs.setdefault(key, Run(*key))
         numbers = {name: number for name, value in record.items() if (number := finite(value)) is not None}
         if event == "failed":
-            run.failure = _name(record.get("error"), "unknown error")
+            run.failure = "" if run.finished else _name(record.get("error"), "unknown error")
         elif event == "run":
-            run.finished = True
+            run.finished, run.failure = True, ""  # a run that failed and was tried again
             closing[key] = numbers
         else:
             epoch = int(numbers.get("epoch", max(run.epochs, default=0) + 1))

@@ -130,3 +130,28 @@ def test_bad_others_are_refused(arguments, message):
 def test_a_monitor_has_one_batch():
     with pytest.raises(mgs.ArgumentError, match=r"`kernel_options` must be among .*; got others"):
         mgs.Recorder(TRAIN, others=TEST)
+
+
+SHAPED_AS_ONE_SAMPLE = {
+    "shift": (lambda p, x: x @ p["w"] + p["b"], {"w": (3, 2), "b": (1, 2)}),
+    "shift alone": (lambda p, x: x + p["b"], {"b": (1, 3)}),
+    "scale": (lambda p, x: x * p["s"], {"s": (1, 3)}),
+    "positions": (
+        lambda p, x: array_namespace(x).reshape(array_namespace(x).reshape(x, (-1, 3, 1)) + p["p"], (x.shape[0], 6)),
+        {"p": (1, 3, 2)},
+    ),
+}
+
+
+@FRAMEWORKS
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+@pytest.mark.parametrize("name", SHAPED_AS_ONE_SAMPLE)
+def test_parameters_of_the_shape_of_one_sample_count_for_one_sample_too(framework, chunk_size, name):
+    pytest.importorskip(framework)
+    backend, (function, shapes) = mgs.get_backend(framework), SHAPED_AS_ONE_SAMPLE[name]
+    values = {key: np.ones(shape) for key, shape in shapes.items()}
+    rows = [autograd.jacobian(lambda v, key=key: function({**values, key: v}, TEST))(values[key]) for key in values]
+    flat = np.concatenate([part.reshape(5, part.shape[1], -1) for part in rows], axis=-1)
+    model = mgs.FunctionalModel(function, {key: backend.asarray(value) for key, value in values.items()})
+    found = mgs.kernel(model, backend.asarray(TEST), chunk_size=chunk_size)
+    np.testing.assert_allclose(backend.to_numpy(found), np.einsum("akp,bkp->ab", flat, flat), rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import mgs_core as mgs
+from mgs_core import _registry
 
 MODEL = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": np.ones((3, 2))})
 PROBE = np.random.default_rng(0).normal(size=(5, 3))
@@ -171,13 +173,53 @@ def test_trackers_that_are_missing_or_unknown(monkeypatch):
         mgs.tracker_sink("wandb", project="mine")
 
 
+def test_numbers_within_lists_are_valid_json(tmp_path):
+    with mgs.JSONLinesSink(tmp_path / "run.jsonl") as sink:
+        sink.write({"step": 0, "list": [math.nan, 1.0], "dict": {"a": math.inf, "b": [2]}})
+    written = json.loads((tmp_path / "run.jsonl").read_text(), parse_constant=pytest.fail)
+    assert written == {"step": 0, "list": [None, 1.0], "dict": {"a": None, "b": [2]}}
+
+
+@pytest.mark.parametrize("size", [1e-290, 1e290])
+def test_figures_of_any_size_are_recorded(size):
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": np.zeros((2, 1))})
+    x = np.array([[1.0, 0.5], [0.0, 1.0], [1.0, 1.0]])
+    recorder = mgs.Recorder(x * size**0.5, labels=[0, 1, 1])
+    large, plain = recorder(model, 0), mgs.summarize(x @ x.T, [0, 1, 1])
+    assert large.trace == pytest.approx(plain.trace * size)
+    assert large.magnitude == pytest.approx(plain.magnitude + 3 * np.log(size))
+    for name in ("similarity", "effective_rank", "mean_cosine", "same_class_cosine", "alignment"):
+        assert getattr(large, name) == pytest.approx(getattr(plain, name), rel=1e-6)
+
+
+class Series:
+    """Be labels as those of pandas: with a shape, and made an array of by NumPy alone."""
+
+    shape, dtype = (4,), "int64"
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array([0, 1, 0, 1], dtype=dtype)
+
+
+@pytest.mark.wrong_types
+def test_labels_may_be_what_numpy_makes_an_array_of():
+    rows = np.array([[1.0, 0.1], [0.1, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    for labels in (Series(), [[0], [1], [0], [1]]):
+        assert mgs.summarize(rows @ rows.T, labels).same_class_cosine == pytest.approx(
+            mgs.summarize(rows @ rows.T, [0, 1, 0, 1]).same_class_cosine
+        )
+        with pytest.warns(UserWarning, match="of each other's labels"):  # four samples are few
+            assert mgs.suspicion(rows @ rows.T, labels).suggested.tolist() == [0, 1, 0, 1]
+
+
 def test_backends_are_found_or_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "autograd_by_hand", types.ModuleType("autograd_by_hand"))
+    monkeypatch.setitem(_registry._BACKENDS, "by_hand", ("autograd_by_hand", frozenset()))
+    assert mgs.available_backends()["by_hand"] is False
     assert mgs.get_backend(np.zeros(2)) is mgs.get_backend("numpy") is mgs.get_backend(MODEL)
     assert mgs.available_backends()["numpy"]
     with pytest.raises(mgs.BackendError, match="`backend` must be one of numpy"):
         mgs.get_backend("theano")
-    from mgs_core import _registry
-
     monkeypatch.setitem(_registry._BACKENDS, "absent", ("no_such_package", frozenset()))
     with pytest.raises(mgs.BackendError, match=r'pip install "mgs-core\[absent\]"'):
         mgs.get_backend("absent")

@@ -12,6 +12,8 @@ import pytest
 from mgs_oracles import check_kernels, check_symmetries, close, directions, slope
 
 import mgs_core as mgs
+from mgs_core._protocol import Rows, Scale
+from mgs_core.contraction import contract
 
 RANDOM = np.random.default_rng(0)
 
@@ -368,3 +370,15 @@ def test_integers_count_as_the_numbers_that_they_are(dtype, function):
     inputs = np.random.default_rng(0).integers(0, 120, size=(6, 40)).astype(dtype)
     model = mgs.FunctionalModel(function, {"w": 0.01 * draw(40, 3), "scale": draw(40)})
     np.testing.assert_allclose(mgs.kernel(model, inputs), mgs.kernel(model, inputs.astype(float)))
+
+
+def test_what_fails_for_one_sample_is_told_with_its_cause():
+    model = mgs.FunctionalModel(lambda p, x: anp.einsum("ni,ic->nc", x, p["w"]) ** 3, {"w": draw(3, 1)})
+    with pytest.raises(mgs.SamplesInteractError, match=r"take one alone; got the error `loss` must return one value"):
+        mgs.kernel(model, INPUTS, np.zeros((4, 1)), output="loss", loss=lambda o, t: anp.squeeze((o - t) ** 2))
+
+
+def test_the_blocks_of_two_precisions_are_of_the_finer():
+    left = [Rows("w", draw(2, 1, 3).astype(np.float32))]
+    right = [Scale("w", draw(2, 1, 1, 3), inputs=np.ones((2, 1, 3)))]
+    assert contract(left, right).dtype == np.float64

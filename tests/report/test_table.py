@@ -111,6 +111,13 @@ def test_failed_runs_do_not_count_and_are_named():
     assert rows["b"]["test % ± s.e."] == "–"
 
 
+def test_a_run_that_failed_and_was_tried_again_counts():
+    failed = {"event": "failed", "of": "run", "regularizer": "a", "error": "why", "seed": 0}
+    for records in ([failed, run("a", 0, last_test_accuracy=0.5)], [run("a", 0, last_test_accuracy=0.5), failed]):
+        (row,) = table(records)
+        assert (row["runs"], row["test % ± s.e."]) == ("1", "50.0")
+
+
 def test_missing_figures_come_from_the_epoch_whose_weights_were_kept():
     records = [epoch("a", 0, at, mgs_magnitude=float(at), mgs_trace=10.0 * at) for at in (1, 2, 3)] + [
         run("a", 0, epochs=2, mgs_trace=5.0)
