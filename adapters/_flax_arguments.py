@@ -53,7 +53,7 @@ def refuse(
     unused = sorted(set(options) - ({"parameters"} if output == "loss" else set(_FITTING)))
     if unused:
         which = "`parameters` alone for the losses' own kernel" if output == "loss" else f"among {', '.join(_FITTING)}"
-        raise ArgumentError(f"`kernel_options` must be {which}; got {', '.join(unused)}. Mind the spelling.")
+        raise ArgumentError(f"`kernel_options` must be {which}; got {', '.join(unused)}. Check the spelling.")
     checked = check_options(options if output == "loss" else {**options, "output": output}, given["targets"])
     return {name: checked[name] for name in options}
 

@@ -42,7 +42,7 @@ def count(inputs: Any, targets: Any = None, names: tuple[str, str] = ("inputs", 
     if not sizes:
         raise ArgumentError(f"`{names[0]}` must hold at least one array; got {inputs!r}. Pass the batch.")
     if len(set(sizes.values())) != 1:
-        raise ArgumentError(f"`{names[0]}` and `{names[1]}` must have the same number of samples; got {sizes}. Slice them alike.")
+        raise ArgumentError(f"`{names[0]}` and `{names[1]}` must have the same number of samples; got {sizes}. Slice them.")
     n = next(iter(sizes.values()))
     if n == 0:
         raise ArgumentError(f"`{names[0]}` must hold at least one sample; got 0. Check the batch or the selection that made it.")

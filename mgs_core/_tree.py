@@ -114,4 +114,6 @@ def check_parameters(parameters: Mapping[str, Array], is_real: Callable[[Any], b
         dtype = getattr(value, "dtype", None)
         if dtype is None or not is_real(dtype):
             kind = type(value).__name__ if dtype is None else f"dtype {getattr(dtype, 'name', dtype)}"
-            raise ArgumentError(f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Close over constants.")
+            raise ArgumentError(
+                f"`parameters` must be floating-point arrays; got {kind} for {name!r}. Keep constants out of `parameters`."
+            )

@@ -42,7 +42,7 @@ _BackendOption = Annotated[str, typer.Option(help="numpy, torch, jax, tensorflow
 @renamed(names="regularizers", folder="out")
 def compare(
     data: Annotated[str, typer.Option(help="digits, mnist, or an .npz file with x_train, y_train, x_test, y_test.")] = "digits",
-    noise: Annotated[float, typer.Option(help="Probability of a training label to be redrawn.")] = 0.4,
+    noise: Annotated[float, typer.Option(help="Probability that a training label is redrawn.")] = 0.4,
     noise_kind: Annotated[str, typer.Option(help="symmetric or pair.")] = "symmetric",
     samples: Annotated[int | None, typer.Option(help="Training samples; all by default.")] = None,
     regularizers: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(RECIPES)}.")] = ",".join(DEFAULT),
@@ -50,7 +50,7 @@ def compare(
     backend: _BackendOption = "numpy",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples.")] = Settings.epochs,
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = Settings.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, at the start.")] = Settings.learning_rate,
+    learning_rate: Annotated[float, typer.Option(help="Initial learning rate of Adam.")] = Settings.learning_rate,
     seeds: Annotated[int, typer.Option(help="Runs of each regulariser.")] = Settings.seeds,
     probe_samples: Annotated[int, typer.Option(help="Samples on which the kernel is measured.")] = Settings.probe_samples,
     tuning: Annotated[int, typer.Option(help="Strengths to try for each regulariser first, on noisy validation; 0 to 4.")] = 0,
@@ -120,7 +120,7 @@ def measure(
     if labelled and len(arrays["y"]) != len(arrays[parts[0]]):
         raise ArgumentError(
             f"`y` must hold a label for each of the {len(arrays[parts[0]])} samples of `{parts[0]}`; got {len(arrays['y'])}. "
-            "Slice them alike."
+            "Give both the same number of samples."
         )
     labels = arrays["y"][:samples] if labelled else None
     # other heads take labels of any kind, which only the summary reads
@@ -209,7 +209,7 @@ def audit(
     epochs: Annotated[
         int | None,
         typer.Option(
-            help="Steps of each network, as passes over all samples; 4 by default, more where samples are few. Longer training "
+            help="Passes over all samples, for each network; 4 by default, more where samples are few. Longer training "
             "learns wrong labels."
         ),
     ] = None,

@@ -70,6 +70,8 @@ def kernel(
     Raises:
         ArgumentError: when an argument does not fit.
         SamplesInteractError: when one sample's output depends on another sample.
+        UnsupportedModelError: when an operation of the model cannot be treated exactly.
+        BackendError: when the framework of the model is not installed.
 
     Cost:
         One forward pass and k backward passes (k = c for "trace" and "full", `probes` for "random", else 1), plus the
@@ -223,7 +225,9 @@ def check_options(options: Mapping[str, Any], targets: Any) -> dict[str, Any]:
     defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and "other" not in name}
     unknown = [name for name in options if name not in defaults]
     if unknown:
-        raise ArgumentError(f"`kernel_options` must be among {', '.join(defaults)}; got {', '.join(unknown)}. Mind the spelling.")
+        raise ArgumentError(
+            f"`kernel_options` must be among {', '.join(defaults)}; got {', '.join(unknown)}. Check the spelling."
+        )
     given = {**defaults, **options}
     make_head(given["output"], given["transform"], given["loss"], given["probes"], given["seed"], targets)
     if given["chunk_size"] is not None:

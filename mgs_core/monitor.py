@@ -137,7 +137,8 @@ class Recorder:
         self._sinks = tuple(sinks) if several else ()
         if not several or not all(isinstance(sink, Sink) for sink in self._sinks):
             raise ArgumentError(
-                f"`sinks` must be a list of objects with `write` and `close`; got {sinks!r}. As [mgs_core.JSONLinesSink(path)]."
+                f"`sinks` must be a list of objects with `write` and `close`; got {sinks!r}. "
+                "For example [mgs_core.JSONLinesSink(path)]."
             )
         self._prefix = prefix
         self._options = check_options(kernel_options, targets)

@@ -181,7 +181,7 @@ def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:
     if classes is None and c > max(1000, 10 * n):  # memory grows with their number
         raise ArgumentError(
             f"`labels` must number the classes from 0 without large gaps; got labels up to {c - 1} for {n} samples. "
-            "Number them anew: numpy.unique(labels, return_inverse=True)[1]."
+            "Renumber them: numpy.unique(labels, return_inverse=True)[1]."
         )
     if int(np.min(given)) < 0 or int(np.max(given)) >= c or c < 2:
         raise ArgumentError(

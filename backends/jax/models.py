@@ -108,7 +108,7 @@ def leaves_of(batch: Any, *, finite: bool = True) -> list[Array]:
     for leaf in leaves if finite else ():
         known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if known and not np.all(np.isfinite(np.asarray(leaf))):  # on the host, for jax.numpy would trace it under jit
-            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
+            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Remove or replace these values.")
     return leaves
 
 

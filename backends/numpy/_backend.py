@@ -114,7 +114,7 @@ class _Scalars:
                     "parameters to arrays of the same library, for instance by tf.Variable."
                 )
             if np.issubdtype(values.dtype, np.inexact) and not np.all(np.isfinite(values)):
-                raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Clean the data first.")
+                raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Remove or replace these values.")
             if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
                 raise ArgumentError(f"`{name}` must hold real numbers; got dtype {values.dtype}. Convert it.")
 

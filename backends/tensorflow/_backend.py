@@ -162,7 +162,7 @@ def _refuse_infinite(inputs: Any) -> None:
     """Look at the values, where there are some."""
     for leaf in tf.nest.flatten(inputs):
         if leaf.dtype.is_floating and not tf.is_symbolic_tensor(leaf) and not bool(tf.reduce_all(tf.math.is_finite(leaf))):
-            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
+            raise ArgumentError("`inputs` must be finite; got NaN or infinity. Remove or replace these values.")
 
 
 def _statistics(

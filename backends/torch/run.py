@@ -85,7 +85,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     for name, leaf in leaves.items():
         # on the host only, for elsewhere a look at the values would wait for the device
         if on_host(leaf) and leaf.is_floating_point() and not _finite(leaf):
-            raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Clean the data first.")
+            raise ArgumentError(f"`{name}` must be finite; got NaN or infinity. Remove or replace these values.")
     inputs = unflatten(inputs, leaves, "inputs")
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     keywords = inputs if isinstance(inputs, dict) else {}

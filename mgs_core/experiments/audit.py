@@ -326,7 +326,7 @@ def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
             f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}. {remedy}."
         )
     if not np.all(np.isfinite(x)):
-        raise ArgumentError("`inputs` must be finite; got NaN or infinity. Clean the data first.")
+        raise ArgumentError("`inputs` must be finite; got NaN or infinity. Remove or replace these values.")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
         raise ArgumentError(
             f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}"

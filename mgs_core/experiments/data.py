@@ -245,7 +245,7 @@ def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: n
                 f"{f'Give each sample an axis: x_{part}[:, None]' if x.ndim == 1 else 'Convert them to numbers'}."
             )
         if not np.all(np.isfinite(x)):
-            raise ArgumentError(f"`x_{part}` must be finite; got NaN or infinity. Clean the data first.")
+            raise ArgumentError(f"`x_{part}` must be finite; got NaN or infinity. Remove or replace these values.")
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
             raise ArgumentError(
                 f"`y_{part}` must be integers of at least 0, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
@@ -321,7 +321,7 @@ def count_classes(labels: Array, name: str) -> int:
     if classes > max(1000, 10 * distinct):
         raise ArgumentError(
             f"`{name}` must number its classes from 0 without large gaps; got {distinct} classes and labels up to {classes - 1}. "
-            f"Number them anew: numpy.unique({name}, return_inverse=True)[1]."
+            f"Renumber them: numpy.unique({name}, return_inverse=True)[1]."
         )
     return classes
 
