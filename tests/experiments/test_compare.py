@@ -195,7 +195,7 @@ def test_what_would_fail_every_run_is_refused_at_once(tmp_path, monkeypatch):
     with pytest.raises(mgs.ArgumentError, match="`model` must be mlp for samples that are no images"):
         compare(dataclasses.replace(SETTINGS, data=str(tmp_path / "d.npz"), model="cnn"), TWO, tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(mgs.BackendError, match=r"'digits' needs the package 'sklearn.datasets'.*mgs-core\[app\]"):
+    with pytest.raises(mgs.BackendError, match=r"'digits' needs the package 'sklearn.datasets'.*pip install .\.\[app\]"):
         compare(SETTINGS, TWO, tmp_path)
     assert not (tmp_path / "records.jsonl").exists()
 

@@ -6,14 +6,14 @@ import mgs_core as mgs
 
 torch = pytest.importorskip("torch")
 from mgs_core.adapters import _torch_criterion  # noqa: E402  # after the skip
-from mgs_core.backends.torch import _backend, contraction, convolutions, graph, namespace, products, run  # noqa: E402  # after the skip
+from mgs_core.backends.torch import _backend, contraction, convolutions, determinant, graph, products, run  # noqa: E402  # after the skip
 from torch import nn  # noqa: E402  # after the skip
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Take every array for one of a device."""
-    for module in (_backend, contraction, convolutions, graph, namespace, products):
+    for module in (_backend, contraction, convolutions, determinant, graph, products):
         monkeypatch.setattr(module, "on_host", lambda array: False)
 
 
