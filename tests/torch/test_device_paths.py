@@ -113,3 +113,13 @@ def test_criteria_do_not_look_at_values_while_captured(criterion, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__bool__", look)
     found = _torch_criterion.Parts().evaluate(criterion, outputs, (targets,), {}, each=True, whole=True)
     assert found.losses.shape == (6,)
+
+
+@pytest.mark.parametrize("device", ["host", "elsewhere"])
+def test_the_log_determinant_can_be_differentiated_twice(device, request):
+    if device == "elsewhere":
+        request.getfixturevalue("elsewhere")
+    rows = torch.rand(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    penalty = mgs.Penalty("log_determinant", 1.0)
+    assert torch.autograd.gradcheck(lambda rows: penalty(rows @ rows.T), rows)
+    assert torch.autograd.gradgradcheck(lambda rows: penalty(rows @ rows.T), rows)
