@@ -101,7 +101,9 @@ class Parts:
         if not each:
             return Evaluation(value, None, torch.mean)
         losses = _by_sample(elements, n)
-        if _is_one_of(criterion, _OF_ALL) and elements.shape != outputs.shape:
+        targets = arguments[0] if arguments else None
+        of_samples = isinstance(targets, torch.Tensor) and targets.shape[:1] == (n,) and targets.ndim != outputs.ndim
+        if of_samples and _is_one_of(criterion, _OF_ALL) and elements.shape != outputs.shape:
             name = getattr(criterion, "__name__", type(criterion).__name__)
             raise mgs.ArgumentError(
                 f"`outputs` must have the shape of the targets for {name}; got {tuple(outputs.shape)}, and losses of "

@@ -128,6 +128,7 @@ class MGSTrainerMixin:
         """Return the loss, and the outputs if asked for."""
         trainer: Any = self
         names = trainer.args.label_names or ["labels"]
+        names = ["labels"] if "labels" in names and "labels" in inputs else names
         if len(names) != 1 or names[0] not in inputs:
             raise mgs.ArgumentError(
                 f"`inputs` must have one column of labels for `mgs_loss`; got {sorted(inputs)}. Name it by label_names=[…] in "

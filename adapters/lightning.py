@@ -73,5 +73,7 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
         self.monitor.step(number)
         found = figures(self.monitor.history[-1])
         module.log_dict(found, logger=False)
-        for logger in trainer.loggers:  # at once, whatever `log_every_n_steps`, and by Lightning's own number of the row
-            logger.log_metrics(found, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        # at once, whatever `log_every_n_steps`, and by Lightning's own number of the row: that of the last batch
+        row = trainer.fit_loop.epoch_loop._batches_that_stepped - (self._counter.unit == "epoch")
+        for logger in trainer.loggers:
+            logger.log_metrics({**found, "epoch": trainer.current_epoch}, step=row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mgs_core._errors import ArgumentError
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array, Shaped
 from mgs_core.penalty import _square
@@ -18,7 +19,7 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
         over steps, low values rank suspicious labels.
 
     Raises:
-        ArgumentError: when the kernel is not square.
+        ArgumentError: when the kernel is not square, or no real floating-point numbers.
 
     References:
         This library's own; it is not in the paper.
@@ -31,6 +32,8 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
     """
     n = _square(kernel)
     xp = array_namespace(kernel)
+    if not xp.isdtype(kernel.dtype, "real floating"):
+        raise ArgumentError(f"`kernel` must hold real floating-point numbers; got dtype {kernel.dtype}. Convert it.")
     if float(xp.finfo(kernel.dtype).eps) > float(xp.finfo(xp.float32).eps):
         kernel = xp.astype(kernel, xp.float32)  # sums of half precision overflow
     identity = xp.eye(n, dtype=kernel.dtype)

@@ -140,7 +140,7 @@ def _trace(kernel: Array, identity: Array) -> Array:
 
 
 def _log_determinant(kernel: Array, identity: Array) -> Array:
-    """Return log det(I + K) by Cholesky, in double precision.
+    """Return log det(I + K) by Cholesky, in double precision where there is one.
 
     Rounding may cost K its definiteness, by about `√n · eps · tr K / n` where errors are as good as random, and by `eps · ‖K‖` in
     the Frobenius norm where they are not, as of many samples with nearly collinear gradients. The identity makes up for less
@@ -153,25 +153,24 @@ def _log_determinant(kernel: Array, identity: Array) -> Array:
     if native is not None:
         return native(kernel, eps)
     kernel, identity = xp.astype(kernel, xp.float64), xp.astype(identity, xp.float64)
-    constant = getattr(xp, "mgs_constant", None)
-    known = kernel if constant is None else constant(kernel)
-    ridge = _at_least_one(xp, 4.0 * eps / math.sqrt(n) * xp.sum(known * identity))
-    ridge = xp.where(_is_definite(xp, known + ridge * identity), ridge, _at_least_one(xp, 4.0 * eps * xp.sqrt(xp.sum(known**2))))
+    constant = getattr(xp, "mgs_constant", lambda array: array)
+    known = constant(kernel)
+    small, large = 4.0 * eps / math.sqrt(n) * xp.sum(known * identity), 4.0 * eps * xp.sqrt(xp.sum(known**2))
+    ridge = float(small) if small > 1.0 else 1.0
+    if large > 1.0 and not _is_definite(xp, known + ridge * identity):
+        ridge = float(large)
     value = 2.0 * xp.sum(xp.log(xp.sum(xp.linalg.cholesky(kernel + ridge * identity) * identity, axis=1)))
-    excess = xp.log(ridge) * ridge * xp.sum(xp.linalg.inv(known + ridge * identity) * identity)
-    most = value if constant is None else constant(value)
-    return xp.astype(value - xp.where(excess > most, most, excess), dtype)
+    if ridge > 1.0:
+        excess = math.log(ridge) * ridge * float(xp.sum(xp.linalg.inv(known + ridge * identity) * identity))
+        value = value - min(excess, float(constant(value)))
+    return xp.astype(value, dtype)
 
 
-def _at_least_one(xp: Namespace, value: Array) -> Array:
-    return xp.where(value > 1.0, value, xp.ones_like(value))
-
-
-def _is_definite(xp: Namespace, matrix: Array) -> Array:
+def _is_definite(xp: Namespace, matrix: Array) -> bool:
     try:
-        return xp.all(xp.isfinite(xp.linalg.cholesky(matrix)))
-    except ValueError:  # of NumPy; other frameworks return NaN
-        return xp.asarray(False)
+        return bool(xp.all(xp.isfinite(xp.linalg.cholesky(matrix))))
+    except ValueError:  # as NumPy's LinAlgError is
+        return False
 
 
 def _square(kernel: Array) -> int:

@@ -104,7 +104,7 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
     if not isinstance(ridge, Real) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise ArgumentError(f"`ridge` must be a finite number above 0; got {ridge!r}. The default is 1e-6.")
     matrix = _checked(kernel)
-    size = 2.0 ** math.frexp(float(np.max(np.linalg.diagonal(matrix))))[1]
+    size = 2.0 ** (math.frexp(float(np.max(np.linalg.diagonal(matrix))))[1] - 1)
     matrix = matrix / size  # so that no square overflows
     diagonal = np.linalg.diagonal(matrix)
     trace = float(np.sum(diagonal))
@@ -157,6 +157,7 @@ def _checked(kernel: Array) -> Array:
     matrix = _to_numpy(kernel)
     if matrix.dtype.kind == "c":
         raise ArgumentError(f"`kernel` must be real; got dtype {matrix.dtype}. Take that of the real outputs.")
+    least = float(np.finfo(matrix.dtype if matrix.dtype.kind == "f" else np.float32).smallest_normal)
     matrix = np.asarray(matrix, dtype=np.float64)
     if not bool(np.all(np.isfinite(matrix))):
         raise NotFiniteError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
@@ -164,11 +165,12 @@ def _checked(kernel: Array) -> Array:
         raise ArgumentError("`kernel` must be symmetric; got one that is not. Pass the kernel of one batch with itself.")
     diagonal = np.linalg.diagonal(matrix)
     if float(np.min(diagonal)) < 0:
-        least = float(np.min(diagonal))
-        raise ArgumentError(f"`kernel` must have squared norms on its diagonal; got {least}. Pass one of `mgs_core.kernel`.")
+        raise ArgumentError(
+            f"`kernel` must have squared norms on its diagonal; got {float(np.min(diagonal))}. Pass one of `mgs_core.kernel`."
+        )
     if float(np.max(diagonal)) == 0:
         raise NotFiniteError("`kernel` must have a positive trace; got 0.0. No chosen parameter moves the head on this batch.")
-    root = np.sqrt(diagonal)
+    root = np.sqrt(np.maximum(diagonal, least))  # below, squares have lost their digits
     beyond = np.abs(matrix) - _COSINE * root[:, None] * root[None, :]
     if float(np.max(beyond)) > 1e-6 * float(np.max(diagonal)):
         a, b = divmod(int(np.argmax(beyond)), len(root))

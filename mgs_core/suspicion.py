@@ -164,7 +164,7 @@ def warn_of_chance(predictable: float, given: Array, what: str) -> None:
 def by_chance(share: float, given: Array) -> bool:
     """Say whether naming the most frequent label would predict as large a share of the labels, within two standard errors."""
     most = float(np.max(np.unique_counts(given).counts)) / len(given)
-    return bool(share <= most + 2 * (most * (1 - most) / len(given)) ** 0.5)
+    return share < 1 and bool(share <= most + 2 * (most * (1 - most) / len(given)) ** 0.5)
 
 
 def by_heart(memorised: float) -> bool:

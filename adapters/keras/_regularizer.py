@@ -64,7 +64,7 @@ class MGSRegularizer:
             raise ArgumentError("`penalty` must be the name of a penalty unless `weighting` is given; got None for both.")
         strength = 0.0 if penalty is None and strength is None else strength
         with renamed(name="penalty"):
-            checked = Penalty(penalty or "trace", strength, scale)  # type: ignore[arg-type]  # refuses what it does not know
+            checked = Penalty("trace" if penalty is None else penalty, strength, scale)  # type: ignore[arg-type]  # refuses what it does not know
         for name, value, choices in (
             ("output", output, get_args(OutputName)),
             ("transform", transform, get_args(TransformName)),

@@ -15,6 +15,8 @@ import tensorflow as tf
 
 from mgs_core._types import Array
 
+from .determinant import log_determinant
+
 Axis: TypeAlias = int | Sequence[int] | None
 Pairs: TypeAlias = Sequence[tuple[int, int]]
 
@@ -52,7 +54,7 @@ class TensorFlowNamespace:
     int8, int16, int32, int64 = tf.int8, tf.int16, tf.int32, tf.int64
     uint8, uint16, uint32, uint64, bool = tf.uint8, tf.uint16, tf.uint32, tf.uint64, tf.bool
     inf, nan, pi = float("inf"), float("nan"), np.pi
-    linalg = SimpleNamespace(cholesky=tf.linalg.cholesky, det=tf.linalg.det, inv=tf.linalg.inv, matmul=tf.matmul)
+    linalg = SimpleNamespace(cholesky=tf.linalg.cholesky, det=tf.linalg.det, matmul=tf.matmul)
 
     abs, ceil, floor, round, sign = map(staticmethod, (tf.abs, tf.math.ceil, tf.floor, tf.round, tf.sign))
     exp, expm1, log, log1p = map(staticmethod, (tf.exp, tf.math.expm1, tf.math.log, tf.math.log1p))
@@ -202,10 +204,7 @@ class TensorFlowNamespace:
         tf.debugging.Assert(least >= 0, [message, least])
         return targets
 
-    @staticmethod
-    def mgs_constant(array: Array) -> Array:
-        """Return the array as one that the derivative takes for a constant."""
-        return tf.stop_gradient(array)
+    mgs_log_determinant = staticmethod(log_determinant)
 
     def mgs_values(self, array: Array) -> Any:
         """Return the values as an array of NumPy; None where they are not known yet, or would have to be waited for."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, Literal, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,6 +20,8 @@ from .products import is_capturing, on_host
 BatchNorm = Literal["refuse", "frozen"]
 _RECURRENT = (torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU)
 _lock = RLock()
+#: One for each module, for threads that evaluate others may wait for one another.
+_locks: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,8 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     with _kept_random_state(devices), _recurrent_gradients(module) if devices else nullcontext():
         if not buffers:  # only they need the detour, which takes 0.1 ms
             return module(*arguments, **keywords)
-        with _lock:  # it puts others in their place meanwhile, which another thread would take for the module's own
+        # it puts others in their place meanwhile, which another thread would take for the module's own
+        with _locks.setdefault(module, RLock()):
             return torch.func.functional_call(module, buffers, arguments, keywords)
 
 

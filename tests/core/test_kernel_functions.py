@@ -97,6 +97,31 @@ def test_gradients_that_all_but_vanish_have_a_cosine_with_a_finite_derivative(fr
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("framework", ["jax", "tensorflow"])
+@pytest.mark.parametrize("name", ["log_determinant", "log_determinant_cosine"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_kernels_that_are_not_finite_have_penalties_that_are_none(framework, name, number):
+    """As mixed precision counts on, which skips such steps."""
+    kernel = KERNEL.astype(np.float32)
+    kernel[0, 1] = kernel[1, 0] = number
+    assert np.isnan(value_and_gradient(framework, mgs.Penalty(name, 1.0), kernel)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own derivative of its factorisation
+def test_determinants_of_pytorch_go_through_its_transforms():
+    torch = pytest.importorskip("torch")
+    penalty, kernel = mgs.Penalty("log_determinant", 1.0), torch.tensor(KERNEL)
+    exact = torch.linalg.inv(torch.eye(6) + kernel) / 6
+    torch.testing.assert_close(torch.func.grad(penalty)(kernel), exact)
+    torch.testing.assert_close(torch.func.vmap(penalty)(torch.stack([kernel, 2 * kernel]))[1], penalty(2 * kernel))
+    torch.testing.assert_close(torch.func.jvp(penalty, (kernel,), (kernel,))[1], (exact * kernel).sum())
+    direction = (kernel @ kernel).flatten()  # symmetric, as kernels are moved
+    first, second = (hessian.reshape(36, 36) @ direction @ direction for hessian in (
+        torch.func.hessian(penalty)(kernel), torch.autograd.functional.hessian(penalty, kernel),
+    ))  # fmt: skip
+    torch.testing.assert_close(first, second)
+
+
 @pytest.mark.parametrize("mean_trace", [1e6, 1e9])
 def test_log_determinant_survives_what_rounding_leaves_of_a_kernel(mean_trace):
     rows = np.random.default_rng(0).normal(size=(256, 1)).astype(np.float32) * np.float32(np.sqrt(mean_trace))
@@ -264,6 +289,14 @@ def test_bad_kernels_are_refused(kernel, options, message):
 def test_matrices_that_are_no_kernels_are_refused(kernel, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         mgs.summarize(np.array(kernel))
+
+
+@pytest.mark.parametrize(("dtype", "small"), [(np.float32, 1e-23), (np.float16, 1e-4)])
+def test_kernels_of_which_small_squares_are_lost_have_a_summary(dtype, small):
+    rows = np.array([[1.0, 0.0], [0.1, 0.0], [small, 0.0]])
+    kernel = (rows @ rows.T).astype(dtype)
+    assert kernel[2, 2] == 0 < kernel[0, 2]
+    assert np.isfinite(mgs.summarize(kernel).similarity)
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e200])

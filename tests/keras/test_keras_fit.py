@@ -510,6 +510,7 @@ def test_clones_have_no_regularizer():
     ("call", "message"),
     [
         (lambda: MGSRegularizer("nonsense"), "`penalty` must be one of trace"),
+        (lambda: MGSRegularizer(""), "`penalty` must be one of trace"),
         (lambda: MGSRegularizer(strength=-1.0), "`strength` must be a finite number at least 0; got -1.0"),
         (lambda: MGSRegularizer(scale=0.0), "`scale` must be a finite number above 0"),
         (lambda: MGSRegularizer(None), "`penalty` must be the name of a penalty unless"),

@@ -64,6 +64,16 @@ def test_targets_that_are_compared_with_all_outputs_are_refused(criterion):
         MGSLoss(criterion, penalty=TRACE)(linear()(X)[:, :1], torch.zeros(6).double())
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_outputs_may_be_compared_with_several_targets_each():
+    outputs, targets = linear()(X)[:, :1], torch.arange(18.0).reshape(6, 3).double()
+    criterion = MGSLoss(nn.MSELoss(), penalty=TRACE)
+    criterion(outputs, targets)
+    same = MGSLoss(lambda outputs, targets: (outputs - targets).square().mean(1), penalty=TRACE)
+    same(outputs, targets)
+    torch.testing.assert_close(criterion.last.kernel, same.last.kernel)
+
+
 def test_a_criterion_shows_its_options():
     assert "penalty=Penalty(name='trace'" in repr(MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, every=4))
     assert "every=4" in repr(MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE, every=4))

@@ -180,6 +180,8 @@ def test_the_labels_may_have_another_name(tmp_path):
             return {**given, "kind": given.pop("labels")}
 
     criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 0.01))
+    several = arguments(tmp_path, max_steps=1, label_names=["labels", "token_type_ids"])
+    PenalisedTrainer(bert(), several, train_dataset=Data(torch.arange(8) % 3), mgs_loss=criterion).train()
     options = arguments(tmp_path, max_steps=1, label_names=["kind"])
     PenalisedTrainer(bert(), options, train_dataset=Renamed(torch.arange(8) % 3), mgs_loss=criterion).train()
     assert criterion.last.penalty > 0

@@ -117,14 +117,14 @@ def test_steps_that_are_left_out_are_made_up_for(tmp_path, every, steps):
 
 def test_each_measurement_reaches_the_logger_and_a_second_fit_goes_on(tmp_path):
     logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
-    callbacks, module = [MGSCallback(X, every=2), MGSCallback(X[:4], every=3, prefix="few_")], Module()
+    callbacks, module = [MGSCallback(X, every=2), MGSCallback(X[:4], unit="epoch", prefix="few_")], Module()
     fitted(tmp_path, module, callbacks, logger=logger)
     logger.save()
     table = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
     rows = [dict(zip(table[0].split(","), row.split(","), strict=True)) for row in table[1:]]
     for callback, steps in zip(callbacks, ([1], [2]), strict=True):  # Lightning counts batches from 0
         name = "few_trace" if callback is callbacks[1] else "mgs_trace"
-        assert [int(row["step"]) for row in rows if row.get(name)] == steps
+        assert [(int(row["step"]), int(row["epoch"])) for row in rows if row.get(name)] == [(step, 0) for step in steps]
         found = [float(row[name]) for row in rows if row.get(name)]
         assert found == pytest.approx([record[name] for record in callback.monitor.history])
     fitted(tmp_path, module, callbacks)

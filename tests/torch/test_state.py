@@ -92,6 +92,17 @@ def test_threads_leave_a_module_its_buffers():
     assert model.mean is mean
 
 
+def test_threads_that_wait_for_one_another_do():
+    first, second = Meeting(), Meeting()
+    second.both = first.both
+    threads = [threading.Thread(target=mgs.kernel, args=(model, torch.ones(3, 4))) for model in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not first.both.broken
+
+
 class Indexed(nn.Module):
     def __init__(self):
         super().__init__()
