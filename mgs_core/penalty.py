@@ -140,7 +140,7 @@ def _trace(kernel: Array, identity: Array) -> Array:
 
 
 def _log_determinant(kernel: Array, identity: Array) -> Array:
-    """Return log det(I + K) by Cholesky, in double precision where there is one.
+    """Return log det(I + K) by Cholesky; in double precision, but for JAX and TensorFlow.
 
     Rounding may cost K its definiteness, by about `√n · eps · tr K / n` where errors are as good as random, and by `eps · ‖K‖` in
     the Frobenius norm where they are not, as of many samples with nearly collinear gradients. The identity makes up for less
