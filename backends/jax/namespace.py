@@ -185,7 +185,8 @@ def _factor(kernel: Array, eps: float) -> tuple[Array, Array]:
     known = lax.stop_gradient(kernel)
     size = 4.0 * eps * jnp.trace(known) / kernel.shape[0] ** 0.5
     small, large = (jnp.maximum(1.0, noise) for noise in (size, 4.0 * eps * jnp.sqrt(jnp.sum(known**2))))
-    ridge = jnp.where(jnp.isfinite(_cholesky(known, small)[-1, -1]), small, large)
+    least = jnp.min(jnp.diagonal(_cholesky(known, small)))  # exactly at least the root of `small`, without rounding
+    ridge = jnp.where(least**2 > 0.95 * small, small, large)
     return _cholesky(kernel, ridge), ridge
 
 

@@ -22,8 +22,8 @@ def log_determinant(kernel: Array, eps: float) -> Array:
     large = tf.maximum(4.0 * eps * tf.sqrt(tf.reduce_sum(tf.square(known))), 1.0)
 
     def tried() -> Array:
-        finite = tf.reduce_all(tf.math.is_finite(tf.linalg.cholesky(known + small * identity)))
-        return tf.where(finite, small, large)
+        least = tf.reduce_min(tf.linalg.diag_part(tf.linalg.cholesky(known + small * identity)))
+        return tf.where(tf.square(least) > 0.95 * small, small, large)  # exactly at least `small`, without rounding
 
     ridge = tf.cond(large > 1.0, tried, lambda: small)
     factor = tf.linalg.cholesky(kernel + ridge * identity)
