@@ -13,7 +13,6 @@ class Counter:
 
     Attributes:
         unit: "step" or "epoch".
-        options: those of `MGSMonitor`, which measures whenever it is asked to.
     """
 
     def __init__(self, unit: Any, options: Mapping[str, Any]) -> None:
@@ -29,9 +28,13 @@ class Counter:
         if unit not in ("step", "epoch"):
             raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
         every = options.get("every", 100 if unit == "step" else 1)
-        self.unit, self.options = unit, {**options, "every": 1}
+        self.unit, self._options = unit, options
         self._schedule = every if isinstance(every, mgs.Schedule) else mgs.Schedule(every)
         self._last = -1
+
+    def options(self, *, first: bool) -> dict[str, Any]:
+        """Return the options of `MGSMonitor`, which measures whenever it is asked to; of several processes the first writes."""
+        return {**self._options, "every": 1, **({} if first else {"sinks": ()})}
 
     def begin(self, number: int) -> None:
         """Count on from a number, as a resumed run does."""

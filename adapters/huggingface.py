@@ -60,7 +60,7 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
             ArgumentError: when the unit is neither, or the schedule is none.
         """
         self._trainer, self._counter = trainer, Counter(unit, options)
-        options = self._counter.options if trainer.is_world_process_zero() else {**self._counter.options, "sinks": ()}
+        options = self._counter.options(first=trainer.is_world_process_zero())
         inputs, targets = (_to_device(part, trainer.args.device) for part in (inputs, targets))
         self.monitor = MGSMonitor(trainer.model, inputs, targets, **options)
 

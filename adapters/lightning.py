@@ -48,7 +48,7 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
         """Move the probe batch to the module's device and precision; keep the records of an earlier fit."""
         # not by the module's own hook, which knows its batches
         inputs, targets = (move_data_to_device(part, pl_module.device) for part in self._batch)
-        options = self._counter.options if trainer.is_global_zero else {**self._counter.options, "sinks": ()}
+        options = self._counter.options(first=trainer.is_global_zero)
         monitor = MGSMonitor(pl_module, trainer.precision_plugin.convert_input(inputs), targets, **options)
         monitor.history.extend([] if self.monitor is None else self.monitor.history)
         self.monitor = monitor

@@ -55,16 +55,13 @@ class TracedNamespace:
         return function
 
     @staticmethod
-    def mgs_constant(array: Any) -> Any:
-        """Return the array as one that the derivative takes for a constant."""
-        return TracedNamespace.mgs_values(array)
-
-    @staticmethod
     def mgs_values(array: Any) -> Any:
         """Return the values behind what is traced, however deep."""
         while isbox(array):
             array = getval(array)
         return array
+
+    mgs_constant = mgs_values  # what is not traced is a constant of the derivative
 
     @staticmethod
     def isdtype(dtype: Any, kind: Any) -> bool:
