@@ -48,7 +48,7 @@ class UnsupportedModelError(MgsError, NotImplementedError):
 def renamed(**names: str) -> Iterator[None]:
     """Let an `ArgumentError` call its argument as the caller does, who passes it on: `renamed(source="data")`.
 
-    The name changes at the beginning and in the code of the remedy: `labels.ravel()`, `unique(labels)`.
+    The name changes at the beginning and in the code of the remedy: `labels.ravel()`, `labels[:, None]`, `unique(labels)`.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def renamed(**names: str) -> Iterator[None]:
         if not found or found[1] not in names:
             raise
         old, new = found[1], names[found[1]]
-        message = re.sub(rf"^`{old}`|\b{old}(?=\.\w+\()|(?<=\(){old}(?=[,)])", lambda hit: hit[0].replace(old, new), message)
+        message = re.sub(rf"^`{old}`|\b{old}(?=\.\w+\(|\[)|(?<=\(){old}(?=[,)])", lambda hit: hit[0].replace(old, new), message)
         raise type(error)(message) from error
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from mgs_core._errors import ArgumentError
+from mgs_core._matrix import in_single, side
 from mgs_core._namespace import array_namespace
 from mgs_core._types import Array, Shaped
-from mgs_core.penalty import _square
 
 
 def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
@@ -30,12 +29,8 @@ def agreement(kernel: Shaped[Array, "n n"]) -> Shaped[Array, " n"]:
         >>> mgs.agreement(np.array([[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]]))
         array([ 0.,  0., -2.])
     """
-    n = _square(kernel)
-    xp = array_namespace(kernel)
-    if not xp.isdtype(kernel.dtype, "real floating"):
-        raise ArgumentError(f"`kernel` must hold real floating-point numbers; got dtype {kernel.dtype}. Convert it.")
-    if float(xp.finfo(kernel.dtype).eps) > float(xp.finfo(xp.float32).eps):
-        kernel = xp.astype(kernel, xp.float32)  # sums of half precision overflow
+    n, xp = side(kernel), array_namespace(kernel)
+    kernel = in_single(kernel)
     identity = xp.eye(n, dtype=kernel.dtype)
     diagonal = xp.sum(kernel * identity, axis=1)
     none = diagonal <= 0

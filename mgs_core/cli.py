@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 import os
 import sys
@@ -13,14 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import mgs_core as mgs
 from mgs_core._errors import ArgumentError, MgsError, installing, renamed
+from mgs_core._terminal import Display, console, plainly, table
 from mgs_core.experiments.audit import BLOCK, usual_epochs
 from mgs_core.experiments.compare import best_model, load_records, load_settings
 from mgs_core.experiments.compare import compare as run_comparison
@@ -34,7 +31,6 @@ from mgs_core.heads import Output
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Model Gradient Similarity: does a network learn, or memorise?"
 )
-console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 _BackendOption = Annotated[str, typer.Option(help="numpy, torch, jax, tensorflow or keras; the default needs no framework.")]
 
 
@@ -71,7 +67,7 @@ def compare(
 
     processes = jobs or (os.cpu_count() or 1)
     try:
-        with _Display(settings, [recipe.name for recipe in recipes]) as on_record:
+        with Display([recipe.name for recipe in recipes], settings.epochs * settings.seeds) as on_record:
             run_comparison(settings, recipes, out, jobs=processes, on_record=on_record)
     except KeyboardInterrupt:
         console.print("\nInterrupted. Finished runs are kept; the same command goes on from here.")
@@ -142,7 +138,7 @@ def measure(
         print(json.dumps(summary.to_dict()))
         return
     title = f"{model.name} on {len(kernel)} samples of {data.name}, output={output}"
-    shown = _table("summary", "value", title=title)
+    shown = table("summary", "value", title=title)
     for name, value in summary.to_dict().items():
         shown.add_row(name, f"{value:.6g}")
     console.print(shown)
@@ -178,12 +174,12 @@ def check(
     """Say, for each parameter of a model, how it enters the kernel: statistics, rows or refused."""
     loaded = mgs.onnx.load(model, backend=backend)
     found = mgs.check(loaded, loaded.example_inputs(samples))
-    shown = _table("parameter", "kind", "route", "size", "remedy")
+    shown = table("parameter", "kind", "route", "size", "remedy")
     for layer in found.layers:
         shown.add_row(escape(layer.parameter), layer.kind, layer.route, str(layer.size), escape(layer.remedy))
     console.print(shown)
     if loaded.uncounted:
-        others = _table("no parameter", "why")
+        others = table("no parameter", "why")
         for name, why in loaded.uncounted.items():
             others.add_row(escape(name), escape(why))
         console.print(others)
@@ -265,7 +261,7 @@ def audit(
             soft_wrap=True,
         )
     console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
-    listed = _table("sample", "given", "suggested", "score")
+    listed = table("sample", "given", "suggested", "score")
     for a in found.order[:10]:
         given, suggested = (escape(called[label]) for label in (found.given[a], found.suggested[a]))
         listed.add_row(str(a), given, suggested, f"{found.scores[a]:+.2f}")
@@ -278,7 +274,7 @@ def audit(
 @app.command()
 def backends() -> None:
     """List the backends and whether each is installed."""
-    shown = _table("backend", "installed", "install with")
+    shown = table("backend", "installed", "install with")
     for name, installed in mgs.available_backends().items():
         shown.add_row(name, "yes" if installed else "no", "" if installed else escape(installing(name)))
     console.print(shown)
@@ -286,75 +282,12 @@ def backends() -> None:
 
 def main() -> None:
     """Run the command; errors of this library end it with one line and status 2, and warnings are one line too."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        codecs.register_error("mgs", _plainer)
-        sys.stdout.reconfigure(errors="mgs")  # what was trained must not be lost for a character that a terminal lacks
+    plainly()
     try:
         app()
     except MgsError as error:
         Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _plainer(error: UnicodeError) -> tuple[str, int]:
-    """Return what stands for a character that the terminal cannot show: a number keeps its sign."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "-" if error.object[error.start] == "−" else "?", error.start + 1
-
-
-def _table(*columns: str, **options: Any) -> Table:
-    """Return a table that goes on in the next line where a terminal is narrow: of a number that is cut nobody knows the rest."""
-    return Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD, **options)
-
-
-class _Display:
-    """Show one bar for each regulariser while runs go on; where there is no terminal, a line for each finished run."""
-
-    def __init__(self, settings: Settings, names: list[str]) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        total = settings.epochs * settings.seeds
-        self._tasks: dict[str, TaskID] = {name: self._bars.add_task(name, total=total, start=False, state="") for name in names}
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        if console.is_terminal:
-            self._bars.start()
-        return self._take
-
-    def __exit__(self, *ending: object) -> None:
-        self._bars.stop()
-
-    def _take(self, record: dict[str, Any]) -> None:
-        name = record["regularizer"]
-        if record["event"] == "failed":
-            what = f"strength {record['strength']:g}" if record["of"] == "tuning" else f"seed {record['seed']}"
-            console.print(f"[red]{name}, {what}: failed.[/] {escape(record['error'])}", soft_wrap=True)
-            return
-        if record["event"] == "tuning":
-            tried = f"strength {record['strength']:g}: {record['validation_accuracy']:.1%} of the noisy validation labels"
-            if console.is_terminal:
-                self._bars.update(self._tasks[name], state=tried)
-            else:
-                console.print(f"{name}, {tried}, {record['seconds']:.1f} s")
-            return
-        if record["event"] == "run":
-            if not console.is_terminal:
-                console.print(
-                    f"{name}, seed {record['seed']}: test {record['last_test_accuracy']:.1%}, {record['seconds']:.1f} s"
-                )
-            return
-        self._bars.start_task(self._tasks[name])
-        state = f"test {record['test_accuracy']:6.1%}  trace {record['mgs_trace']:.3g}"
-        if record["memorisation"] is not None:
-            state = f"memorised {record['memorisation']:6.1%}  {state}"
-        self._bars.update(self._tasks[name], advance=1, state=state)
 
 
 def _show(folder: Path) -> bool:
@@ -364,14 +297,14 @@ def _show(folder: Path) -> bool:
     if not records:
         raise ArgumentError(f"`folder` must be a folder with records; {str(folder)!r} holds none. Run mgs compare first.")
     settings = load_settings(folder)
-    from mgs_core.report import table, write_report  # as in `audit`
+    from mgs_core import report as pages  # as in `audit`
     from mgs_core.report.runs import read
     from mgs_core.report.words import failures
 
-    rows = table(records)
-    page = write_report(records, settings, folder)
+    rows = pages.table(records)
+    page = pages.write_report(records, settings, folder)
     title = f"{settings['data']}, {settings['noise']:.0%} of the labels redrawn"
-    shown = _table(*rows[0], title=title, padding=0, pad_edge=False, show_edge=False)
+    shown = table(*rows[0], title=title, padding=0, pad_edge=False, show_edge=False)
     for column in shown.columns:  # as wide as its cells and the longest word of its title, which fits 80 columns
         name = str(column.header)
         column.width = max(len(text) for text in (*name.split(), *(row[name] for row in rows)))

@@ -7,14 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
-from mgs_core._errors import ArgumentError, NotFiniteError
+from mgs_core._errors import ArgumentError
+from mgs_core._matrix import as_numpy, cosine_kernel, on_host, side
 from mgs_core._namespace import host as np
-from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.penalty import _square
-
-#: Cosine of two gradients that rounding is allowed to make; above that, the matrix is no kernel.
-_COSINE = 1.1
 
 
 @dataclass(frozen=True)
@@ -98,12 +94,12 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
         >>> summary.trace, round(summary.effective_rank, 6), summary.mean_cosine
         (4.0, 2.0, 0.0)
     """
-    n = _square(kernel)
+    n = side(kernel)
     if n < 2:
         raise ArgumentError("`kernel` must have at least 2 samples to be summarised; got 1. Use a larger probe batch.")
     if not isinstance(ridge, Real) or isinstance(ridge, bool) or not 0 < ridge < float("inf"):
         raise ArgumentError(f"`ridge` must be a finite number above 0; got {ridge!r}. The default is 1e-6.")
-    matrix = _checked(kernel)
+    matrix = on_host(kernel)
     size = 2.0 ** (math.frexp(float(np.max(np.linalg.diagonal(matrix))))[1] - 1)
     matrix = matrix / size  # so that no square overflows
     diagonal = np.linalg.diagonal(matrix)
@@ -114,7 +110,7 @@ def summarize(kernel: Array, labels: Any = None, *, ridge: float = 1e-6) -> Summ
     shift = ridge * trace / n
     log_determinant = float(np.sum(np.log(np.maximum(eigenvalues, 0.0) + shift)))
     magnitude = float(np.sum(np.log(diagonal + shift)))
-    cosine = _cosine(matrix, diagonal)
+    cosine = cosine_kernel(matrix)
     off = ~np.eye(n, dtype=np.bool)
     values: dict[str, float | None] = {}
     if labels is not None:
@@ -147,43 +143,9 @@ def undefined(kernel: Array | None, *, labelled: bool) -> Summary:
     absent = () if labelled else ("same_class_cosine", "other_class_cosine", "alignment")
     values: dict[str, Any] = {field.name: None if field.name in absent else float("nan") for field in fields(Summary)}
     if kernel is not None:
-        values["trace"] = float(np.sum(np.linalg.diagonal(np.asarray(_to_numpy(kernel), dtype=np.float64))))
+        values["trace"] = float(np.sum(np.linalg.diagonal(np.asarray(as_numpy(kernel), dtype=np.float64))))
         values["mean_trace"] = values["trace"] / kernel.shape[0]
     return Summary(**values)
-
-
-def _checked(kernel: Array) -> Array:
-    """Return a kernel as a float64 matrix on the host, or refuse what is none."""
-    matrix = _to_numpy(kernel)
-    if matrix.dtype.kind == "c":
-        raise ArgumentError(f"`kernel` must be real; got dtype {matrix.dtype}. Take that of the real outputs.")
-    least = float(np.finfo(matrix.dtype if matrix.dtype.kind == "f" else np.float32).smallest_normal)
-    matrix = np.asarray(matrix, dtype=np.float64)
-    if not bool(np.all(np.isfinite(matrix))):
-        raise NotFiniteError("`kernel` must be finite; got NaN or infinity. Look for NaN in the inputs or the parameters.")
-    if float(np.max(np.abs(matrix - matrix.T))) > 1e-3 * float(np.max(np.abs(matrix))):
-        raise ArgumentError("`kernel` must be symmetric; got one that is not. Pass the kernel of one batch with itself.")
-    diagonal = np.linalg.diagonal(matrix)
-    if float(np.min(diagonal)) < 0:
-        raise ArgumentError(
-            f"`kernel` must have squared norms on its diagonal; got {float(np.min(diagonal))}. Pass one of `mgs_core.kernel`."
-        )
-    if float(np.max(diagonal)) == 0:
-        raise NotFiniteError("`kernel` must have a positive trace; got 0.0. No chosen parameter moves the head on this batch.")
-    root = np.sqrt(np.maximum(diagonal, least))  # below, squares have lost their digits
-    beyond = np.abs(matrix) - _COSINE * root[:, None] * root[None, :]
-    if float(np.max(beyond)) > 1e-6 * float(np.max(diagonal)):
-        a, b = divmod(int(np.argmax(beyond)), len(root))
-        raise ArgumentError(
-            f"`kernel` must have |K_ab| of at most √(K_aa K_bb), as inner products have; got {matrix[a, b]:.3g} for {a} and {b} "
-            f"with {diagonal[a]:.3g} and {diagonal[b]:.3g} on the diagonal. Pass one of `mgs_core.kernel`."
-        )
-    return matrix
-
-
-def _cosine(matrix: Array, diagonal: Array) -> Array:
-    root = np.sqrt(np.where(diagonal > 0, diagonal, np.inf))
-    return matrix / root[:, None] / root[None, :]
 
 
 def _mean(values: Array, chosen: Array) -> float | None:
@@ -199,19 +161,3 @@ def _same(labels: Any, n: int) -> Array:
             f"{labels.shape}. Leave them out for targets of a regression."
         )
     return labels[:, None] == labels[None, :]
-
-
-def as_numpy(values: Any) -> Array:
-    """Return an array of any framework, off its device and without its graph, as NumPy's; and what NumPy makes an array of.
-
-    Args:
-        values: an array, or numbers in lists.
-    """
-    return np.asarray(_to_numpy(values) if hasattr(values, "__dlpack__") else values)
-
-
-def _to_numpy(array: Array) -> Array:
-    try:
-        return get_backend(array).to_numpy(array)
-    except ArgumentError:  # an array-API array of a library that has no backend
-        return np.from_dlpack(array)

@@ -8,10 +8,9 @@ from typing import Any
 
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
+from mgs_core._matrix import as_numpy, cosine_kernel, on_host, side
 from mgs_core._namespace import host as np
 from mgs_core._types import Array, Shaped
-from mgs_core.penalty import _square
-from mgs_core.summary import _checked, _cosine, as_numpy
 
 _RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 _STEEPNESS = 3.0
@@ -106,13 +105,13 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
         >>> int(found.scores.argmax()), found.suggested.tolist()
         (3, [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
     """
-    n = _square(kernel)
+    n = side(kernel)
     if n < 2:
         raise ArgumentError("`kernel` must have at least 2 samples, for labels are judged by others; got 1. Use more samples.")
     rounds = integer("rounds", rounds, 0, "The default is 6.")
-    matrix = _checked(kernel)
+    matrix = on_host(kernel)
     given, c = _labels(labels, n, classes)
-    found = judge([_cosine(matrix, np.linalg.diagonal(matrix))], [np.ones(n, dtype=bool)], given, c, rounds)
+    found = judge([cosine_kernel(matrix)], [np.ones(n, dtype=bool)], given, c, rounds)
     warn_of_chance(found.predictable, given, "the gradients in `kernel`")
     return found
 

@@ -14,16 +14,17 @@ import numpy as np
 from mgs_core import onnx
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError
+from mgs_core._matrix import as_numpy, cosine_kernel
 from mgs_core._registry import get_backend
 from mgs_core._types import Array
-from mgs_core.experiments.data import Dataset, count_classes, label_remedy, scale, warn_of_units
+from mgs_core.experiments.checks import check_inputs, check_labels, count_classes, warn_of_units
+from mgs_core.experiments.data import Dataset, scale
 from mgs_core.experiments.models import MODELS, build
 from mgs_core.experiments.networks import own_network
 from mgs_core.experiments.optimizer import adam, check_learning_rate, schedule, start
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
-from mgs_core.summary import _cosine, as_numpy
 from mgs_core.suspicion import Suspicion, by_heart, judge, predictable, warn_of_chance
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
@@ -283,7 +284,7 @@ class _Training:
         model = FunctionalModel(self._function, self._parameters)
         matrix = kernel(model, self._backend.asarray(self._x[samples]), chunk_size=min(256, len(samples)))
         matrix = np.asarray(self._backend.to_numpy(matrix), dtype=np.float64)
-        return _cosine(matrix, np.diagonal(matrix))
+        return cosine_kernel(matrix)
 
     def _loss(self, parameters: Any, inputs: Array, targets: Array) -> Array:
         losses = cross_entropy(self._function(parameters, inputs), targets)
@@ -310,29 +311,12 @@ def _warn_of_memory(memorised: float, seen: float, unseen: float) -> None:
         )
 
 
-def _remedy(x: Array, y: Array) -> str:
-    """Say what to do about labels that do not fit."""
-    if y.shape == (len(x),) and len(np.unique(y)) < 2:
-        return "An audit needs samples of several classes."
-    return label_remedy("labels", y, len(x), "numpy.unique(labels, return_inverse=True)[1]")
-
-
 def _checked(inputs: Array, labels: Array) -> tuple[Array, Array, int]:
     x, y = as_numpy(inputs), as_numpy(labels)
-    real = (np.issubdtype(x.dtype, np.number) or x.dtype == bool) and not np.iscomplexobj(x)
-    if x.ndim < 2 or len(x) < 2 or x.size == 0 or not real:
-        remedy = "Convert them to numbers" if not real else "Give each sample an axis: x[:, None]" if x.ndim == 1 else "Pass more"
-        raise ArgumentError(
-            f"`inputs` must be real numbers of shape (n, …), n ≥ 2; got dtype {x.dtype}, shape {x.shape}. {remedy}."
-        )
-    if not np.all(np.isfinite(x)):
-        raise ArgumentError("`inputs` must be finite; got NaN or infinity. Remove or replace these values.")
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.min() == y.max():
-        raise ArgumentError(
-            f"`labels` must be integers from 0, of at least 2 classes, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}"
-            f"{', ' + str(np.unique(y)[:5].tolist()) if y.size else ''}. "
-            f"{_remedy(x, y)}"
-        )
+    check_inputs("inputs", x)
+    check_labels("labels", y, len(x), "numpy.unique(labels, return_inverse=True)[1]")
+    if y.min() == y.max():
+        raise ArgumentError(f"`labels` must be of at least 2 classes; got {y[0]} for all. Pass samples of several classes.")
     if np.all(x == x[:1]):
         raise ArgumentError(f"`inputs` must differ between samples; got {len(x)} equal ones, which say nothing about labels.")
     return x, y.astype(np.int64), count_classes(y, "labels")

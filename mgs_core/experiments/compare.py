@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, MgsError, writing
 from mgs_core._registry import get_backend
-from mgs_core.experiments.data import warn_of_units
+from mgs_core.experiments.checks import warn_of_units
 from mgs_core.experiments.networks import check_fit, is_file
 from mgs_core.experiments.provenance import definition, other_versions, versions
 from mgs_core.experiments.recipes import RECIPES, Recipe

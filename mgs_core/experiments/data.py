@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 
 from mgs_core._errors import ArgumentError, extra, renamed
 from mgs_core._types import Array
+from mgs_core.experiments.checks import check_inputs, check_labels, count_classes
 
 NOISE_KINDS = ("symmetric", "pair")
 
@@ -216,43 +216,11 @@ def named_labels(labels: Any, names: Any, called: str) -> tuple[Any, list[str] |
     return labels, [str(name) for name in names]
 
 
-def label_remedy(name: str, labels: Array, samples: int, numbered: str) -> str:
-    """Say what to do about labels that do not fit.
-
-    Args:
-        name: what the user calls them.
-        labels: what was given.
-        samples: how many there are.
-        numbered: what numbers the classes from 0.
-    """
-    if labels.shape == (samples, 1):
-        return f"Drop the second axis: {name}.ravel()."
-    if labels.ndim == 2 and len(labels) == samples and labels.size:
-        return f"Take the class of each row: {name}.argmax(axis=1)."
-    if labels.shape != (samples,):
-        return "Give each sample one label."
-    if np.issubdtype(labels.dtype, np.floating) and not np.all(labels == np.floor(labels)):
-        return "Classes are numbered; what is measured has none: this is for classifiers."
-    return f"Number the classes from 0: {numbered}."
-
-
 def _prepare(name: str, arrays: dict[str, Array], samples: int | None, random: np.random.Generator) -> Dataset:
     for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.ndim < 2 or not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or np.iscomplexobj(x):
-            raise ArgumentError(
-                f"`x_{part}` must be real numbers of shape (n, …); got dtype {x.dtype}, shape {x.shape}. "
-                f"{f'Give each sample an axis: x_{part}[:, None]' if x.ndim == 1 else 'Convert them to numbers'}."
-            )
-        if not np.all(np.isfinite(x)):
-            raise ArgumentError(f"`x_{part}` must be finite; got NaN or infinity. Remove or replace these values.")
-        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
-            raise ArgumentError(
-                f"`y_{part}` must be integers of at least 0, shape ({len(x)},); got dtype {y.dtype}, shape {y.shape}. "
-                f"{label_remedy(f'y_{part}', y, len(x), f'numpy.searchsorted(numpy.unique(y_train), y_{part})')}"
-            )
-        if len(x) < 2:
-            raise ArgumentError(f"`x_{part}` must hold at least 2 samples; got {len(x)}.")
+        x, y = f"x_{part}", f"y_{part}"
+        check_inputs(x, arrays[x])
+        check_labels(y, arrays[y], len(arrays[x]), f"numpy.searchsorted(numpy.unique(y_train), {y})")
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
         raise ArgumentError(f"`x_train` and `x_test` must have samples of one shape; got {shapes[0]} and {shapes[1]}.")
@@ -282,48 +250,6 @@ def scale(inputs: Array) -> tuple[Array, float, float]:
     mean, deviation = float(np.mean(values / top)), float(np.std(values / top))
     mean, deviation = mean * top, (deviation if deviation > 1e-15 else 1.0) * top  # all are equal but for rounding
     return ((values - mean) / deviation).astype(np.float32), mean, deviation
-
-
-def warn_of_units(x: Array) -> None:
-    """Warn of a table that half of the columns have next to no part in, as where others are in much larger units.
-
-    Both their variance and their range must be small: pixels at an edge and rare categories vary little, but range like others.
-
-    Args:
-        x: (n, …), real numbers; only tables (n, d) are looked at. What calls this is called by the user.
-    """
-    if x.ndim != 2:
-        return
-    ranges, variances = np.ptp(x, axis=0), np.var(x, axis=0, dtype=np.float64)
-    half = np.count_nonzero(ranges) // 2  # constant columns say nothing in any unit
-    squares = np.sort([variances[ranges > 0], np.square(ranges[ranges > 0], dtype=np.float64)])
-    if half and np.all(squares[:, :half].sum(axis=1) < 0.01 * squares.sum(axis=1)):
-        warnings.warn(
-            f"Column {variances.argmax()} of `inputs` has {variances.max() / variances.sum():.0%} of their variance and half of "
-            "the columns together less than 1%, so that the networks see little of these, for inputs are scaled as a whole. "
-            "Bring the columns to one scale: (x - x.mean(0)) / x.std(0).",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def count_classes(labels: Array, name: str) -> int:
-    """Return the largest label + 1, the number of outputs that a network for them has.
-
-    Args:
-        labels: integers of at least 0.
-        name: what the user calls them.
-
-    Raises:
-        ArgumentError: when nearly all of many classes are without samples, for memory grows with their number.
-    """
-    classes, distinct = int(labels.max()) + 1, len(np.unique(labels))
-    if classes > max(1000, 10 * distinct):
-        raise ArgumentError(
-            f"`{name}` must number its classes from 0 without large gaps; got {distinct} classes and labels up to {classes - 1}. "
-            f"Renumber them: numpy.unique({name}, return_inverse=True)[1]."
-        )
-    return classes
 
 
 def _draw(labels: Array, samples: int | None, random: np.random.Generator) -> Any:

@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.image import imsave
 
 from mgs_core._errors import ArgumentError
+from mgs_core._matrix import as_numpy
 from mgs_core._types import Array
 from mgs_core.report.files import write_files
 from mgs_core.report.numbers import written_correlation
 from mgs_core.report.page import render
-from mgs_core.summary import as_numpy
 from mgs_core.suspicion import by_chance, by_heart
 
 _SIDE = 128  # pixels of a picture at most, about as many as it is shown at

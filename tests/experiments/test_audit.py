@@ -313,7 +313,7 @@ def test_the_unit_and_the_origin_of_the_inputs_do_not_matter(factor, shift):
     [
         (
             lambda: mgs.audit(np.zeros(5), np.arange(5)),
-            r"`inputs` must be real numbers of shape.*Give each sample an axis: x\[:, None",
+            r"`inputs` must be real numbers of shape.*Give each sample an axis: inputs\[:, None",
         ),
         (lambda: mgs.audit(np.ones((5, 2), "<U1"), np.arange(5)), "got dtype <U1.*Convert them to numbers"),
         (lambda: mgs.audit(np.ones((9, 1)) * [1, 2], np.arange(9) % 2), "`inputs` must differ between samples; got 9 equal ones"),
