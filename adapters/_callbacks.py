@@ -1,4 +1,4 @@
-"""What the callbacks of PyTorch's trainers share: the unit of their schedule, and what they log of a record."""
+"""What the callbacks of PyTorch's trainers share: the unit of their schedule, their targets, and what they log of a record."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mgs_core as mgs
+from mgs_core.monitor import targets_of
 
 
 class Counter:
@@ -13,13 +14,15 @@ class Counter:
 
     Attributes:
         unit: "step" or "epoch".
+        targets: of the probe batch, still where the user has them.
     """
 
-    def __init__(self, unit: Any, options: Mapping[str, Any]) -> None:
+    def __init__(self, unit: Any, targets: Any, options: Mapping[str, Any]) -> None:
         """Take the schedule out of the options; by default each hundredth step, or each epoch.
 
         Args:
             unit: what is counted.
+            targets: of the probe batch, or None.
             options: the user's.
 
         Raises:
@@ -28,7 +31,7 @@ class Counter:
         if unit not in ("step", "epoch"):
             raise mgs.ArgumentError(f'`unit` must be "step" or "epoch"; got {unit!r}.')
         every = options.get("every", 100 if unit == "step" else 1)
-        self.unit, self._options = unit, options
+        self.unit, self.targets, self._options = unit, targets_of(targets, options.get("labels"), options), options
         self._schedule = every if isinstance(every, mgs.Schedule) else mgs.Schedule(every)
         self._last = -1
 

@@ -51,7 +51,7 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
         Args:
             trainer: the `transformers.Trainer`, whose `log` is used.
             inputs: probe batch for `model(**inputs)`, without labels.
-            targets: its targets, if the head needs them.
+            targets: its targets; a head that needs some takes the labels where there are none.
             unit: what the schedule counts: optimizer steps, or epochs from 0.
             **options: passed to `MGSMonitor`: `every`, by default 100 steps or each epoch, `labels`, `sinks`, to which the first
                 process writes, `select`, `output`, …, and `prefix`, by which two callbacks are told apart.
@@ -59,9 +59,9 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
         Raises:
             ArgumentError: when the unit is neither, or the schedule is none.
         """
-        self._trainer, self._counter = trainer, Counter(unit, options)
+        self._trainer, self._counter = trainer, Counter(unit, targets, options)
         options = self._counter.options(first=trainer.is_world_process_zero())
-        inputs, targets = (_to_device(part, trainer.args.device) for part in (inputs, targets))
+        inputs, targets = (_to_device(part, trainer.args.device) for part in (inputs, self._counter.targets))
         self.monitor = MGSMonitor(trainer.model, inputs, targets, **options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:

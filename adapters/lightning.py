@@ -33,7 +33,7 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
 
         Args:
             inputs: probe batch, as for `MGSMonitor`; hooks of the module that change batches do not see it.
-            targets: its targets, if the head needs them.
+            targets: its targets; a head that needs some takes the labels where there are none.
             unit: what the schedule counts: optimizer steps, or epochs from 0.
             **options: passed to `MGSMonitor`: `every`, by default 100 steps or each epoch, `labels`, `sinks`, to which the first
                 process writes, `select`, `output`, …, and `prefix`, by which two callbacks are told apart.
@@ -42,12 +42,12 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
             ArgumentError: when the unit is neither, or the schedule is none.
         """
         self.monitor: MGSMonitor | None = None
-        self._batch, self._counter = (inputs, targets), Counter(unit, options)
+        self._inputs, self._counter = inputs, Counter(unit, targets, options)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Move the probe batch to the module's device and precision; keep the records of an earlier fit."""
         # not by the module's own hook, which knows its batches
-        inputs, targets = (move_data_to_device(part, pl_module.device) for part in self._batch)
+        inputs, targets = (move_data_to_device(part, pl_module.device) for part in (self._inputs, self._counter.targets))
         options = self._counter.options(first=trainer.is_global_zero)
         monitor = MGSMonitor(pl_module, trainer.precision_plugin.convert_input(inputs), targets, **options)
         monitor.history.extend([] if self.monitor is None else self.monitor.history)

@@ -11,6 +11,7 @@ version = release = mgs_core.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3  # links to headings of other pages
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "mgs_core"

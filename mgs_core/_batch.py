@@ -34,11 +34,13 @@ def count(inputs: Any, targets: Any = None, names: tuple[str, str] = ("inputs", 
             )
         if len(leaf.shape) == 0:  # a shape of TensorFlow is true without axes too
             raise ArgumentError(f"`{name}` must have samples along its first axis; got a scalar. Add the axis: value[None].")
-        if leaf.shape[0] is None:
+        try:
+            sizes[name] = int(leaf.shape[0])
+        except Exception as error:  # None, or a symbol of an export, which has an error of its own
             raise ArgumentError(
-                f"`{name}` must have a known number of samples; got None. Fix it, for instance by drop_remainder=True."
-            )
-        sizes[name] = int(leaf.shape[0])
+                f"`{name}` must have a known number of samples; got {leaf.shape[0]}. Fix it: by drop_remainder=True for data of "
+                "TensorFlow, by a number in place of a symbol for jax.export."
+            ) from error
     if not sizes:
         raise ArgumentError(f"`{names[0]}` must hold at least one array; got {inputs!r}. Pass the batch.")
     if len(set(sizes.values())) != 1:

@@ -260,7 +260,8 @@ def audit(
             f"Judged in {found.blocks} random blocks, each sample by the others of its own: --block sets their size.",
             soft_wrap=True,
         )
-    console.print(f"{headline(found)}. The most suspicious:", soft_wrap=True)
+    trust = f"The others predict {found.predictable:.0%} of the labels as given"
+    console.print(f"{headline(found)}. {trust}. The most suspicious:", soft_wrap=True)
     listed = table("sample", "given", "suggested", "score")
     for a in found.order[:10]:
         given, suggested = (escape(called[label]) for label in (found.given[a], found.suggested[a]))

@@ -85,6 +85,17 @@ class Summarizer:
             return undefined(matrix, labelled=self._labels is not None)
 
 
+def targets_of(targets: Any, labels: Any, options: Mapping[str, Any]) -> Any:
+    """Return the targets of a probe batch; for a head that needs some where none are given, its labels.
+
+    Args:
+        targets: what the user gave as targets, or None.
+        labels: what he gave for the class-wise summaries, or None.
+        options: those of the kernel.
+    """
+    return labels if targets is None and options.get("output") in ("target", "loss") else targets
+
+
 class Recorder:
     """Measure the kernel of one probe batch on schedule, keep the history and pass it on.
 
@@ -119,7 +130,7 @@ class Recorder:
 
         Args:
             inputs: probe batch, as for `kernel`; 64 to 256 samples are usual.
-            targets: its targets, if the head needs them.
+            targets: its targets; a head that needs some takes the labels where there are none.
             labels: integers (n,) for the class-wise summaries.
             schedule: a `Schedule`, or the number of steps between measurements.
             sinks: where records go besides `history`.
@@ -130,6 +141,7 @@ class Recorder:
             ArgumentError: when an option is unknown or does not fit.
         """
         self.history: list[dict[str, Any]] = []
+        targets = targets_of(targets, labels, kernel_options)
         self._batch = (inputs, targets)
         self._summarize = Summarizer(labels)
         self._schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)

@@ -54,6 +54,15 @@ class Suspicion:
     predictable: float
     ridge: float
 
+    @property
+    def order(self) -> Array:
+        """Return the samples, the most suspicious first."""
+        return np.argsort(-self.scores, stable=True)
+
+    def __str__(self) -> str:
+        """Return the figures, and the most suspicious samples."""
+        return described(self, {"ridge": self.ridge})
+
 
 def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None = None, rounds: int = 6) -> Suspicion:
     """Rank labels by leave-one-out kernel regression, which trusts a label the less the more the others contradict it.
@@ -166,9 +175,32 @@ def by_chance(share: float, given: Array) -> bool:
     return share < 1 and bool(share <= most + 2 * (most * (1 - most) / len(given)) ** 0.5)
 
 
-def by_heart(memorised: float) -> bool:
+def much_by_heart(share: float) -> bool:
     """Say whether networks agree with so many labels only because they were trained on them that this cannot be relied on."""
-    return memorised > _MEMORY
+    return share > _MEMORY
+
+
+def described(found: Any, figures: dict[str, float], given: Array | None = None) -> str:
+    """Return a line for each figure, and the ten most suspicious samples.
+
+    Args:
+        found: a `Suspicion` or an audit.
+        figures: what is shown beside the counts, by name.
+        given: the labels, or None.
+    """
+    counts = {
+        "samples": len(found.scores),
+        "another fits better": int(np.sum(found.scores > 0)),
+        "contradicted": int(np.sum(found.contradicted)),
+        "predictable": found.predictable,
+        **figures,
+    }
+    lines = [f"{name:<19}  {value:.6g}" for name, value in counts.items()]
+    lines += ["", "sample" + ("" if given is None else "  given") + "  suggested   score"]
+    for a in found.order[:10]:
+        label = "" if given is None else f"  {int(given[a]):>5}"
+        lines.append(f"{int(a):>6}{label}  {int(found.suggested[a]):>9}  {float(found.scores[a]):+.3f}")
+    return "\n".join(lines)
 
 
 def _labels(labels: Any, n: int, classes: int | None) -> tuple[Array, int]:

@@ -16,11 +16,22 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs(capsys):
+    torch = pytest.importorskip("torch")
     code, _ = _code(README)
-    names: dict[str, object] = {}
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    x, y = torch.randn(256, 4), torch.arange(256) % 3
+    data = torch.utils.data.TensorDataset(x, y)
+    names = {
+        "model": model,
+        "x": x,
+        "y": y,
+        "loader": torch.utils.data.DataLoader(data, batch_size=32),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
     exec(code, names)
-    assert names["kernel"].shape == (100, 100)
-    assert names["penalty"] == pytest.approx(0.01 * np.trace(names["kernel"]) / 100)
+    assert names["criterion"].last.penalty > 0
+    assert len(names["monitor"].history) == 1
+    assert names["kernel"].shape == (128, 128)
     assert "effective_rank" in capsys.readouterr().out
 
 

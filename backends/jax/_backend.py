@@ -27,7 +27,7 @@ from .models import functional, leaves_of, named, noting, pure, scalars
 from .namespace import JaxNamespace, known
 from .program import program_for
 from .squeeze import squeezed
-from .versions import ClosedJaxpr
+from .versions import ClosedJaxpr, has_values
 
 _namespace = JaxNamespace()
 register_namespace(lambda array: isinstance(array, jax.Array), _namespace)
@@ -53,8 +53,11 @@ class JaxBackend:
 
     def to_numpy(self, array: Array) -> Any:
         """Return the array as a NumPy array on the host."""
-        if isinstance(array, jax.core.Tracer):
-            raise ArgumentError("`array` must have values; got a traced array. Return it from the function that is compiled.")
+        if not has_values(array):
+            raise ArgumentError(
+                "`array` must have values in this process; got one that is traced, or of which other processes hold a part. "
+                "Return it from the function that is compiled, or replicate it."
+            )
         return np.asarray(array)
 
     def parameters(self, model: Any) -> dict[str, Array]:
@@ -66,7 +69,7 @@ class JaxBackend:
     ) -> list[LayerStatistics]:
         """Return the layer statistics, as `Backend.statistics` says."""
         heads, _, statistics = self.one_pass(model, inputs, targets, head, parameters, differentiable=differentiable)
-        if not isinstance(heads, jax.core.Tracer):
+        if has_values(heads):
             refuse_infinite(bool(np.all(np.isfinite(np.asarray(heads, np.float64)))))
         return statistics
 
@@ -121,20 +124,18 @@ class JaxBackend:
             if not differentiable:  # the heads still move with the samples and with what the function closes over
                 leaves = jax.tree.map(jax.lax.stop_gradient, leaves)
             values, found = program.run(leaves, samples, jaxpr.consts)
-        except NotImplementedError as error:
-            if "vmap" not in str(error) and "atching" not in str(error):
-                raise
-            raise UnsupportedModelError(
-                f"`model` must be made of operations that jax.vmap maps over samples; got one that it does not: {error}. "
-                "Rewrite it."
-            ) from error
-        except ValueError as error:
-            if "Reverse-mode differentiation" not in str(error):
-                raise
-            raise UnsupportedModelError(
-                "`model` must be differentiable in reverse mode; got a while loop between a parameter and the outputs. "
-                "Use jax.lax.scan, or jax.lax.fori_loop with a fixed number of steps."
-            ) from error
+        except (NotImplementedError, ValueError) as error:
+            if "Reverse-mode differentiation" in str(error):
+                raise UnsupportedModelError(
+                    "`model` must be differentiable in reverse mode; got a while loop between a parameter and the outputs. "
+                    "Use jax.lax.scan, or jax.lax.fori_loop with a fixed number of steps."
+                ) from error
+            if "vmap" in str(error) or (isinstance(error, NotImplementedError) and "atching" in str(error)):
+                raise UnsupportedModelError(
+                    f"`model` must be made of operations that jax.vmap maps over samples; got one that it does not: {error}. "
+                    "Rewrite it."
+                ) from error
+            raise
         if not differentiable:
             found = jax.tree.map(jax.lax.stop_gradient, found)
         heads, *rest = jax.tree.unflatten(jax.tree.structure(returned), values)

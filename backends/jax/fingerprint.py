@@ -21,7 +21,7 @@ from jax.extend.core import Jaxpr, Literal
 from mgs_core._types import Array
 
 from .equations import bind, shapes
-from .versions import ClosedJaxpr, parts
+from .versions import ClosedJaxpr, has_values, parts
 
 #: Objects of JAX that say where and when a function was traced, not what it does.
 _BOOKKEEPING = {"Store", "EqualStore", "DynamicJaxprTrace"}
@@ -95,7 +95,7 @@ def _key(value: Any, seen: _Seen) -> Hashable:
 
 
 def _of_array(value: Array) -> Hashable:
-    plain = not isinstance(value, jax.core.Tracer) and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+    plain = has_values(value) and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
     if not plain or value.size > _FEW or value.is_deleted() or any(device.platform != "cpu" for device in value.devices()):
         return _Same(value)
     return ("array", str(jax.typeof(value)), value.sharding, np.asarray(value).tobytes())

@@ -19,22 +19,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
+from jax.experimental import checkify, multihost_utils
 
 from mgs_core._errors import SamplesInteractError
 from mgs_core._known import Known, Recent
 from mgs_core._types import Array
 
+from .bounded import bounded, has_loops
 from .fingerprint import fingerprint
 from .marks import marks_of
 from .squeeze import squeezed
-from .versions import ClosedJaxpr, as_function, opened, parts
+from .versions import ClosedJaxpr, as_function, has_values, opened, parts
 
 _MOVE = 0.05
 #: Roundings of the largest scalar that two programs of the same may differ by (those of the tests' networks: 1.3).
 _ROUNDINGS = 100
 #: Samples that are compared.
 _FEW = 4
+#: Sizes of made-up weights, tried until loops that wait for convergence end.
+_GAINS = (1.0, 0.1, 0.01)
 #: The comparison runs seldom, so that optimising its machine code would take longer than it saves; the older emitter of XLA for
 #: CPU (up to jaxlib 0.10) writes it in a third of the time, and one module of it is compiled sooner than many.
 _QUICKLY = {
@@ -113,23 +116,30 @@ def _interact(
     every: bool = False,
 ) -> bool:
     """Return whether samples interact: a few by the values at hand or by none of them, or every one."""
-    with jax.ensure_compile_time_eval():
-        draw = np.random.default_rng(0)
-        known: dict[int, Array] = {}
-        theta = [_made_up(value, draw) if made_up else _moved(value, draw) for value in parameters]
-        constants = [
-            [known.setdefault(id(c), _made_up(c, draw) if made_up else _value(c, draw)) for c in jaxpr.consts]
-            for jaxpr in (single, batch)
-        ]
-        batches = list(_every(samples, batch) if every else _few(samples, batch, draw, made_up))
     eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
-    for data in batches:
-        given = (theta, data, constants)
-        compare = _compare(key, batch, single, *given)
-        with jax.ensure_compile_time_eval():  # a model may call back to the host
-            alone, together = (np.asarray(value, np.float64) for value in compare(*given))
-        if not _agree(alone, together, eps):
-            return True
+    guessed = made_up or any(map(_traced, parameters))
+    gains = _GAINS if guessed and has_loops(batch) else _GAINS[:1]
+    for gain in gains:
+        with jax.ensure_compile_time_eval():
+            draw = np.random.default_rng(0)
+            known: dict[int, Array] = {}
+            theta = [_made_up(value, draw, gain) if made_up else _moved(value, draw, gain) for value in parameters]
+            constants = [
+                [known.setdefault(id(c), _made_up(c, draw, gain) if made_up or _traced(c) else _on_host(c)) for c in jaxpr.consts]
+                for jaxpr in (single, batch)
+            ]
+            batches = list(_every(samples, batch) if every else _few(samples, batch, draw, made_up))
+        ended = True
+        for data in batches:
+            given = (theta, data, constants)
+            compare = _compare(key, batch, single, *given)
+            with jax.ensure_compile_time_eval():  # a model may call back to the host
+                alone, together = map(_fetched, compare(*given))
+            ended &= bool(np.all(np.isfinite(alone)))
+            if (ended or gain == gains[-1]) and not _agree(alone, together, eps):
+                return True
+        if ended:
+            break
     return False
 
 
@@ -163,6 +173,13 @@ def _every(samples: Sequence[Array], batch: ClosedJaxpr) -> Iterator[list[Array]
         yield [value[start :: n // few][:few] for value in held]
 
 
+def _fetched(value: Array) -> Any:
+    """Return the value as NumPy's; of several processes each has a part where the model says how outputs are sharded."""
+    if not has_values(value):
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value, np.float64)
+
+
 def _agree(alone: Any, together: Any, eps: float) -> bool:
     """Return whether the scalars (m, k) of each of m samples alone are those of all together, or (1, k) their means.
 
@@ -185,9 +202,9 @@ def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, *given: Any
     """Return the compiled comparison, an earlier one of the same programs where there is one."""
 
     def compare(theta: list[Array], data: list[Array], constants: list[list[Array]]) -> tuple[Array, Array]:
-        one = as_function(opened(single))
+        one = as_function(bounded(opened(single)))
         alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)
-        together, *_ = as_function(opened(batch))(*constants[1], *theta, *data)
+        together, *_ = as_function(bounded(opened(batch)))(*constants[1], *theta, *data)
         return alone, together
 
     effects = (*single.effects, *batch.effects)
@@ -211,21 +228,17 @@ def _compiled(lowered: Any) -> Any:
     return lowered.compile()
 
 
-def _moved(value: Array, draw: np.random.Generator) -> Array:
+def _moved(value: Array, draw: np.random.Generator, gain: float) -> Array:
     if _traced(value):
-        return _made_up(value, draw)
+        return _made_up(value, draw, gain)
     known = np.asarray(value, np.float64)
     with np.errstate(all="ignore"):  # a model that has diverged
         scale = _MOVE * (float(np.std(known) if known.size else 0.0) or 1.0)
         return _array(known + scale * draw.normal(size=value.shape), value.dtype)
 
 
-def _value(value: Array, draw: np.random.Generator) -> Array:
-    return _made_up(value, draw) if _traced(value) else _on_host(value)
-
-
 def _traced(value: Array) -> bool:
-    return isinstance(value, jax.core.Tracer)
+    return not has_values(value)
 
 
 def _on_host(value: Array) -> Array:
@@ -233,15 +246,15 @@ def _on_host(value: Array) -> Array:
     return value if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else np.asarray(value)
 
 
-def _made_up(like: Array | jax.ShapeDtypeStruct, draw: np.random.Generator, *, sample: bool = False) -> Array:
-    """Return a value made up in place of a traced one."""
+def _made_up(like: Array | jax.ShapeDtypeStruct, draw: np.random.Generator, gain: float = 1.0, *, sample: bool = False) -> Array:
+    """Return a value made up in place of a traced one; weights are multiplied by the gain."""
     shape, dtype = like.shape, like.dtype
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0, impl=dtype._impl.name), shape)
     if jnp.issubdtype(dtype, jnp.inexact):
         if len(shape) >= 2 or sample:
             width = 1 if sample else np.prod(shape[:-1])
-            return _array(draw.normal(size=shape) / np.sqrt(max(width, 1)), dtype)
+            return _array(gain * draw.normal(size=shape) / np.sqrt(max(width, 1)), dtype)
         return _array(draw.uniform(0.5, 1.5, size=shape), dtype)  # gains, variances
     if sample and (length := prod(shape[1:])):  # perhaps a mask: samples must not have alike numbers of ones by chance
         few = shape[0]

@@ -189,7 +189,9 @@ def _bodies(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _of_constant(value: Any) -> _Origin:
-    if getattr(value, "size", 1) > _FEW or not jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.number):
+    dtype = getattr(value, "dtype", type(value))
+    real = jnp.issubdtype(dtype, jnp.number) and not jnp.issubdtype(dtype, jnp.complexfloating)
+    if getattr(value, "size", 1) > _FEW or not real:
         return _UNKNOWN
     try:
         numbers = np.ravel(np.asarray(value, dtype=np.float64))

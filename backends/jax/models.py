@@ -17,6 +17,8 @@ from mgs_core._tree import check_parameters
 from mgs_core._types import Array, Tree
 from mgs_core.functional import FunctionalModel
 
+from .versions import has_values
+
 
 def functional(model: Any) -> FunctionalModel:
     """Return a functional model, of an nnx module too, and an `flax.nnx` module as the function that applies it.
@@ -106,7 +108,7 @@ def leaves_of(batch: Any, *, finite: bool = True) -> list[Array]:
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     for leaf in leaves if finite else ():
-        known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        known = has_values(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if known and not np.all(np.isfinite(np.asarray(leaf))):  # on the host, for jax.numpy would trace it under jit
             raise ArgumentError("`inputs` must be finite; got NaN or infinity. Remove or replace these values.")
     return leaves

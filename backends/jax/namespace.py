@@ -20,6 +20,8 @@ from mgs_core._types import Array
 from mgs_core.contraction import MEMORY_BUDGET, prefers_pairwise
 from mgs_core.statistics import as_rows
 
+from .versions import has_values
+
 Pairs: TypeAlias = Sequence[tuple[int, int]]
 
 
@@ -35,7 +37,7 @@ def known(traced: Sequence[Array], values: Sequence[Array]) -> Iterator[None]:
         traced: arrays.
         values: what stands for each; those that are traced themselves are not known.
     """
-    token = _known.set({id(a): b for a, b in zip(traced, values, strict=True) if not isinstance(b, jax.core.Tracer)})
+    token = _known.set({id(a): b for a, b in zip(traced, values, strict=True) if has_values(b)})
     try:
         yield
     finally:
@@ -87,7 +89,7 @@ class JaxNamespace:
         """Return labels as NumPy's, whole numbers as integers; None where they have no values, or on a device that would wait."""
         if isinstance(labels, jax.core.Tracer):
             labels = _known.get().get(id(labels))
-        if labels is None or any(device.platform != "cpu" for device in labels.devices()):
+        if labels is None or not has_values(labels) or any(device.platform != "cpu" for device in labels.devices()):
             return None
         values = np.asarray(labels)
         whole = values.astype(np.int64)
@@ -96,7 +98,7 @@ class JaxNamespace:
     @staticmethod
     def mgs_values(array: Array) -> Any:
         """Return the values as an array of NumPy; None where there are none yet, or that would wait for a device."""
-        if isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices()):
+        if not has_values(array) or any(device.platform != "cpu" for device in array.devices()):
             return None
         return np.asarray(array)
 

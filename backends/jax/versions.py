@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax.extend.core import Jaxpr, Primitive, jaxpr_as_fun
 
 from mgs_core._types import Array
@@ -45,8 +46,8 @@ def opened(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
     return jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
 
 
-def as_function(jaxpr: Jaxpr) -> Callable[..., list[Array]]:
-    """Return the function that a jaxpr without constants computes.
+def as_function(jaxpr: Jaxpr | ClosedJaxpr) -> Callable[..., list[Array]]:
+    """Return the function that a jaxpr without constants, or a closed one, computes.
 
     Args:
         jaxpr: the jaxpr.
@@ -56,6 +57,17 @@ def as_function(jaxpr: Jaxpr) -> Callable[..., list[Array]]:
     """
     function: Callable[..., list[Array]] = jaxpr_as_fun(jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ()))
     return function
+
+
+def has_values(array: Array) -> bool:
+    """Return whether an array's values can be read: it is not traced, and no other process holds a part of it.
+
+    Args:
+        array: of JAX or NumPy.
+    """
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return bool(getattr(array, "is_fully_addressable", True) or array.is_fully_replicated)
 
 
 def counts_of_scan(equation: Any) -> tuple[int, int]:

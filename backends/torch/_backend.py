@@ -13,7 +13,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mgs_core import _batch
-from mgs_core._errors import ArgumentError
+from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._known import Known, KnownByOwner
 from mgs_core._namespace import register_namespace
 from mgs_core._protocol import Convolution, HeadFunction, LayerStatistics, ParameterChoice, Rows
@@ -38,7 +38,7 @@ from .plan import Plan, make_plan
 from .products import differentiated_once, is_capturing, on_host
 from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
-from .run import Configured, as_tensor, is_sharded, recordable, refuse_sharded, unwrap
+from .run import Configured, as_tensor, is_distributed, is_freed, is_sharded, recordable, refuse_sharded, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
 note_observed()
@@ -87,6 +87,11 @@ class TorchBackend:
             )
         check_parameters(leaves, lambda dtype: isinstance(dtype, torch.dtype) and dtype.is_floating_point)
         for name, value in leaves.items():
+            if is_distributed(value):
+                raise UnsupportedModelError(
+                    f"`model` must hold its parameters whole; got {name!r}, a DTensor, of which each process has a part. Use "
+                    "DistributedDataParallel, or choose other parameters and freeze this one."
+                )
             if value.is_meta:
                 raise ArgumentError(
                     f"`model` must have values; got the parameter {name!r} on the device meta. "
@@ -104,7 +109,10 @@ class TorchBackend:
     ) -> list[LayerStatistics]:
         """Return the layer statistics, as `Backend.statistics` says."""
         with self._reading(model, inputs, targets, head, parameters, differentiable) as reading:
-            return reading.statistics(range(reading.graph.heads.shape[1]))
+            found = reading.statistics(range(reading.graph.heads.shape[1]))
+        if differentiable and isinstance(model, Evaluated) and any(map(is_freed, model.parameters.values())):
+            refuse_sharded()  # the penalty's own backward pass would miss them
+        return found
 
     def summed_kernel(self, model: Any, inputs: Any, targets: Any, head: HeadFunction, parameters: ParameterChoice) -> Array:
         """Return the kernel, summed over the heads, as `Backend` says: of as many at a time as the cache has room for."""

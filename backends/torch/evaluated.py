@@ -21,6 +21,9 @@ from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
 from .run import BatchNorm, is_sharded, refuse_sharded, unwrap
 
+#: Functions written in Python for which a gradient is only its value: that of DistributedDataParallel.
+_BY_VALUE = ("Python _DDPSink",)
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
@@ -127,9 +130,9 @@ def evaluated(
 def covers(model: Evaluated, losses: torch.Tensor) -> bool:
     """Return whether statistics of the model's parameters give the gradient of the losses that a backward pass would give.
 
-    Not so where other leaves need gradients, where tensors retain theirs or have hooks, or modules, where a table wants a sparse
-    gradient, where batch normalisation is frozen for the kernel but not for training, and in low precision, in which a
-    scaled loss keeps small gradients that the statistics lose.
+    Not so where other leaves need gradients, where tensors retain theirs or have hooks, or modules, where functions written in
+    Python see gradients, where a table wants a sparse gradient, where batch normalisation is frozen for the kernel but not for
+    training, and in low precision, in which a scaled loss keeps small gradients that the statistics lose.
     """
     own, nodes = {id(value) for value in model.parameters.values()}, _nodes(losses)
     if observed(nodes):
@@ -138,7 +141,7 @@ def covers(model: Evaluated, losses: torch.Tensor) -> bool:
         name = operation(node)
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)
-            or name == "Python BackwardHookFunction"
+            or (name.startswith("Python ") and name not in _BY_VALUE)
             or getattr(node, "_saved_sparse", False)
             or (name in BATCH_NORMS and node._saved_training)
             or any(metadata.dtype in (torch.float16, torch.bfloat16) for metadata in node._input_metadata)

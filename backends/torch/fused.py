@@ -26,7 +26,12 @@ _ONCE = {
     "MiopenRnn": ("a fused recurrent layer", _CONTEXT),
     "Python CompiledFunction": (
         "a model compiled by torch.compile",
-        "Use the model as it was before, `model._orig_mod`, and compile no step around it.",
+        "Use the model as it was before, `model._orig_mod`, or run it within `torch.compiler.set_stance('force_eager')`, and "
+        "compile no step around it.",
+    ),
+    **dict.fromkeys(
+        ("Python _ToTorchTensor", "Python _FromTorchTensor", "Python Redistribute"),
+        ("a layer that is split over processes (DTensor)", 'Penalise a whole copy, or use `weighting="agreement"`.'),
     ),
     "EmbeddingBag": ("an embedding bag that takes the maximum", 'Use `mode="sum"` or "mean".'),
     "Cdist": ("torch.cdist", 'Pass `compute_mode="use_mm_for_euclid_dist"`, or take norms of differences.'),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, Literal, NoReturn
@@ -94,12 +95,20 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     keywords = inputs if isinstance(inputs, dict) else {}
     arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)
     devices = {value.device for value in parameters if value.device.type == "cuda"}
-    with _kept_random_state(devices), _recurrent_gradients(module) if devices else nullcontext():
+    with _kept_random_state(devices), _uncompiled(), _recurrent_gradients(module) if devices else nullcontext():
         if not buffers:  # only they need the detour, which takes 0.1 ms
             return module(*arguments, **keywords)
         # it puts others in their place meanwhile, which another thread would take for the module's own
         with _locks.setdefault(module, RLock()):
             return torch.func.functional_call(module, buffers, arguments, keywords)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Let what torch.compile has compiled within a module run as it was written, for a compiled graph hides what it does."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():  # then nothing is compiled; the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager
@@ -164,6 +173,16 @@ def is_sharded(owner: object) -> bool:
     """Return whether this is a module, or what its hooks belong to, of either form of FSDP; told without its import."""
     # not kept by class: a parametrised module has a class of its own, which holds it
     return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(owner).__mro__)
+
+
+def is_distributed(tensor: object) -> bool:
+    """Return whether this is a DTensor, of which each process holds a part; told without its import."""
+    return any(kind.__module__.startswith("torch.distributed.tensor") for kind in type(tensor).__mro__)
+
+
+def is_freed(value: torch.Tensor) -> bool:
+    """Return whether a parameter has lost its memory, as FSDP takes it from one after a backward pass."""
+    return type(value) is torch.nn.Parameter and value.numel() > 0 and value.untyped_storage().size() == 0
 
 
 def refuse_sharded() -> NoReturn:

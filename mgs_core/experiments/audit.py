@@ -25,7 +25,7 @@ from mgs_core.experiments.optimizer import adam, check_learning_rate, schedule, 
 from mgs_core.functional import FunctionalModel
 from mgs_core.heads import cross_entropy
 from mgs_core.kernel import kernel
-from mgs_core.suspicion import Suspicion, by_heart, judge, predictable, warn_of_chance
+from mgs_core.suspicion import Suspicion, described, judge, much_by_heart, predictable, warn_of_chance
 
 #: Samples that are judged together: the regression takes their cube in time and their square in memory.
 BLOCK = 2048
@@ -44,7 +44,7 @@ class Audit:
         scores: (n,), how far another class is predicted ahead of the given one, from the others of its block; high is suspicious.
         given: (n,), the labels as they came.
         suggested: (n,), the labels that the others of its block predict.
-        contradicted: (n,) of bool, labels that these surely contradict; their number estimates how many are wrong.
+        contradicted: (n,) of bool, labels that these contradict, see `suspicion`; their number estimates how many are wrong.
         class_cosine: (n,), mean cosine of the gradient of a sample's loss with those of the same label in its batch, over the
             training; NaN for a sample that never met one, as where a class has no more samples than there are networks.
         neighbours: (n,), share of the ten nearest samples of its block that bear another label.
@@ -53,7 +53,7 @@ class Audit:
         predictable: share of the labels that the others of the block predict as given, before any label is distrusted, by the
             networks that were not trained on them; where there is one network, by that. Where it is low, classes overlap or
             labels are wrong, and the audit cannot tell which.
-        memorised: of the labels that networks which were not trained on them contradict, the share that those do not which were;
+        by_heart: of the labels that networks which were not trained on them contradict, the share that those do not which were;
             above 0.4 there is a warning, for they have learnt labels by heart. 0 where samples are judged apart.
 
     Example:
@@ -74,12 +74,16 @@ class Audit:
     weights: Array
     blocks: int = 1
     predictable: float = float("nan")
-    memorised: float = float("nan")
+    by_heart: float = float("nan")
 
     @property
     def order(self) -> Array:
         """Return the samples, the most suspicious first."""
         return np.argsort(-self.scores, kind="stable")
+
+    def __str__(self) -> str:
+        """Return the figures, and the most suspicious samples."""
+        return described(self, {"by_heart": self.by_heart, "blocks": self.blocks}, given=self.given)
 
 
 def audit(
@@ -186,12 +190,10 @@ def audit(
     class_cosine = np.where(met > 0, sum(own.sums for own in trained) / np.maximum(met, 1), np.nan)
     seen, unseen = np.average([(one.predictable, right) for one, right in judged], axis=0, weights=list(map(len, parts)))
     chance = 2 * (unseen * (1 - unseen) / len(given)) ** 0.5
-    memorised = float((seen - unseen) / (1 - unseen)) if seen - unseen > chance and unseen < 1 else 0.0
-    _warn_of_memory(memorised, float(seen), float(unseen))
+    heart = float((seen - unseen) / (1 - unseen)) if seen - unseen > chance and unseen < 1 else 0.0
+    _warn_of_memory(heart, float(seen), float(unseen))
     warn_of_chance(float(unseen), given, "`inputs`")
-    return Audit(
-        given=given, class_cosine=class_cosine, blocks=len(parts), predictable=float(unseen), memorised=memorised, **fields
-    )
+    return Audit(given=given, class_cosine=class_cosine, blocks=len(parts), predictable=float(unseen), by_heart=heart, **fields)
 
 
 def usual_epochs(samples: int, batch_size: int = 64, model: Any = "mlp") -> int:
@@ -299,9 +301,9 @@ class _Training:
         self.counts[batch] += met > 0
 
 
-def _warn_of_memory(memorised: float, seen: float, unseen: float) -> None:
+def _warn_of_memory(heart: float, seen: float, unseen: float) -> None:
     """Warn where networks agree with labels because they have learnt them by heart."""
-    if by_heart(memorised):
+    if much_by_heart(heart):
         warnings.warn(
             f"The networks have learnt labels by heart, as where samples have many columns: they predict {seen:.0%} of the "
             f"labels, but {unseen:.0%} of those that they were not trained on. Pass apart=True (--apart), so that each sample is "

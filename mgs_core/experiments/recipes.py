@@ -33,7 +33,7 @@ class Recipe:
         transform: applied to the outputs before that head.
         agreement: weight the losses by `agreement_weights` of their kernel.
         relabel: train on the labels that `audit` suggests, which kernel regression predicts for each sample from all others.
-        select: train only on the samples whose label `audit` does not find surely contradicted.
+        select: train only on the samples whose label `audit` does not find contradicted.
         tuned: the field, or "strength" of the penalty, that `tuning` varies; empty where there is nothing to choose.
         tried: values of that field, the most telling first.
 

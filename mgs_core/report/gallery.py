@@ -19,7 +19,7 @@ from mgs_core._types import Array
 from mgs_core.report.files import write_files
 from mgs_core.report.numbers import written_correlation
 from mgs_core.report.page import render
-from mgs_core.suspicion import by_chance, by_heart
+from mgs_core.suspicion import by_chance, much_by_heart
 
 _SIDE = 128  # pixels of a picture at most, about as many as it is shown at
 FILES = ("weights.npy", "suspects.csv", "audit.html")
@@ -81,7 +81,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
         ],
         others="all other samples of its block, which was drawn at random," if audit.blocks > 1 else "all other samples",
         chance=by_chance(audit.predictable, audit.given),
-        memorised=f"{audit.memorised:.0%}" if by_heart(audit.memorised) else "",
+        heart=f"{audit.by_heart:.0%}" if much_by_heart(audit.by_heart) else "",
         suspects=[
             {
                 "sample": int(a),
@@ -113,12 +113,12 @@ def headline(audit: Any) -> str:
         >>> import numpy as np
         >>> import mgs_core as mgs
         >>> headline(mgs.suspicion(np.kron(np.eye(2), np.ones((4, 4))), np.repeat([0, 1], 4)))
-        'Another label fits 0 of 8 samples better; 0 labels are surely contradicted'
+        'Another label fits 0 of 8 samples better; 0 labels are contradicted'
     """
     better, sure = int(np.sum(audit.scores > 0)), int(np.sum(audit.contradicted))
     return (
         f"Another label fits {better} of {len(audit.scores)} samples better; "
-        f"{sure} label{' is' if sure == 1 else 's are'} surely contradicted"
+        f"{sure} label{' is' if sure == 1 else 's are'} contradicted"
     )
 
 

@@ -229,3 +229,13 @@ def test_arrays_without_namespace_are_refused():
 
     with pytest.raises(mgs.ArgumentError, match="`arrays` must be arrays of one framework; got none"):
         array_namespace(None, 1.0)
+
+
+@pytest.mark.parametrize("output", ["target", "loss"])
+def test_a_head_that_needs_targets_takes_the_labels(output):
+    model = mgs.FunctionalModel(lambda p, x: x @ p["w"], {"w": np.eye(3)})
+    labels = np.arange(5) % 3
+    found, given = (mgs.Recorder(PROBE, targets, labels=labels, output=output) for targets in (None, labels))
+    assert found(model, 0) == given(model, 0) is not None
+    with pytest.raises(mgs.ArgumentError, match="`targets` must be given"):
+        mgs.Recorder(PROBE, output=output)

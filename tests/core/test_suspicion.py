@@ -160,3 +160,14 @@ def test_weights_stay_defined_where_all_labels_are_about_as_suspicious():
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(mgs.ArgumentError, match=message):
         call()
+
+
+def test_suspicion_is_printed_as_figures_and_suspects():
+    labels = np.repeat([0, 1, 2], 8)
+    labels[2] = 1
+    found = mgs.suspicion(np.kron(np.eye(3), np.ones((8, 8))), labels)
+    assert found.order[0] == 2
+    lines = str(found).splitlines()
+    assert lines[1].split() == ["another", "fits", "better", "1"]
+    assert lines[7].split() == ["2", "0", f"{found.scores[2]:+.3f}"]
+    assert len(lines) == 17

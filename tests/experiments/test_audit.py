@@ -51,7 +51,7 @@ def test_clean_labels_are_hardly_contradicted():
     clean = mgs.audit(IMAGES, TRUE)
     assert clean.contradicted.sum() <= 1
     assert clean.predictable > 0.95
-    assert clean.memorised < 0.4
+    assert clean.by_heart < 0.4
     assert (clean.scores > 0).sum() > 2  # though others fit better here and there
 
 
@@ -135,7 +135,7 @@ def test_many_columns_are_warned_of_and_judged_apart():
     assert together.contradicted.sum() < 5  # of 60 that are wrong
     assert wrong[apart.contradicted].mean() > 0.9
     assert apart.contradicted[wrong].mean() > 0.6
-    assert together.memorised > 0.4 > apart.memorised == 0.0
+    assert together.by_heart > 0.4 > apart.by_heart == 0.0
     assert abs(together.predictable - apart.predictable) < 0.1  # by networks that were not trained on the samples
 
 
@@ -249,7 +249,7 @@ def test_files_hold_every_sample(found, tmp_path):
     assert f"others predict {found.predictable:.0%} of the labels as given" in text
     assert "&lt;3&gt;" in text
     assert "<3>" not in text
-    assert f"fits {(found.scores > 0).sum()} of 600 samples better; {found.contradicted.sum()} labels are surely" in text
+    assert f"fits {(found.scores > 0).sum()} of 600 samples better; {found.contradicted.sum()} labels are contradicted" in text
     assert "http" not in text
     assert "<li>10 classes</li>" in text
     skipping = dataclasses.replace(found, given=found.given + 2, suggested=found.suggested + 2)  # none is of class 0 or 1
@@ -397,3 +397,13 @@ def test_tables_in_one_unit_are_not_warned_of():
     some = random.normal(size=(60, 5)) * [1, 7, 1, 0, 0]
     for x in (IMAGES.reshape(600, -1), pixels, coins, scaled, datasets.load_iris().data, some, some[:, :1], some[:, 3:]):
         module.warn_of_units(x)  # warnings are errors
+
+
+def test_an_audit_is_printed_as_figures_and_suspects():
+    found = mgs.audit(IMAGES[:120], LABELS[:120], epochs=2)
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["samples", "120"]
+    assert {"predictable", "by_heart", "blocks"} <= {line.split()[0] for line in lines[:6]}
+    a = int(found.order[0])
+    assert lines[-10].split() == [str(a), str(LABELS[a]), str(found.suggested[a]), f"{found.scores[a]:+.3f}"]
+    assert len(lines) == 18

@@ -440,7 +440,7 @@ def kernel_of(function):
         (
             lambda: jax.jit(mgs.get_backend("jax").to_numpy)(EYE),
             mgs.ArgumentError,
-            "`array` must have values; got a traced array",
+            "`array` must have values in this process; got one that is traced",
         ),
         (lambda: jax.jit(lambda p: mgs.summarize(GOOD(p)))(EYE), mgs.ArgumentError, "`kernel` must be square|must have values"),
     ],

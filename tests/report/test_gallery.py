@@ -40,9 +40,9 @@ def test_labels_that_are_predicted_no_better_than_by_chance(predictable, warned,
     assert ("Drop none for being contradicted." in page(tmp_path, audit(predictable))) is warned
 
 
-@pytest.mark.parametrize(("memorised", "warned"), [(0.75, True), (0.4, False), (float("nan"), False)])
-def test_labels_that_were_learnt_by_heart(memorised, warned, tmp_path):
-    assert ("75% of those that they would contradict" in page(tmp_path, audit(memorised=memorised))) is warned
+@pytest.mark.parametrize(("heart", "warned"), [(0.75, True), (0.4, False), (float("nan"), False)])
+def test_labels_that_were_learnt_by_heart(heart, warned, tmp_path):
+    assert ("75% of those that they would contradict" in page(tmp_path, audit(by_heart=heart))) is warned
 
 
 def test_the_table_is_reached_by_keyboard_and_stands_apart_from_the_cards(tmp_path):

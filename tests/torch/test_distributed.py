@@ -72,7 +72,7 @@ def test_a_static_graph_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("form", ["module", "layer", "first", "flat"])
+@pytest.mark.parametrize("form", ["module", "layer", "first", "flat", "sliced"])
 def test_sharded_parameters_are_refused(tmp_path, form):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -86,13 +86,38 @@ def test_sharded_parameters_are_refused(tmp_path, form):
         else:
             mesh = init_device_mesh("cpu", (1,))
             fully_shard(model[2] if form == "layer" else model, mesh=mesh)
-            if form == "flat":  # the outputs bear no hook
+            if form in ("flat", "sliced"):  # the outputs bear no hook
                 change = torch.clone
-        loss = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement", model=model if form == "flat" else None)
+        options = {"model": model} if form == "flat" else {}
+        loss = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace"), weighting="agreement", **options)
         with pytest.raises(mgs.UnsupportedModelError, match=r"FSDP shards.*Use DistributedDataParallel|fully_shard shards"):
             loss(change(model(x)), y)
         with pytest.raises(mgs.UnsupportedModelError, match="`model` must hold its parameters whole"):
             mgs.kernel(model, x)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_layers_split_over_processes_are_refused(tmp_path, trainable):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        (x, y), model = batch(), build()
+        truth = mgs.kernel(model, x, parameters=["0.weight", "0.bias"])
+        model[2].requires_grad_(trainable)
+        parallelize_module(model, init_device_mesh("cpu", (1,)), {"2": ColwiseParallel(output_layouts=Replicate())})
+        if trainable:
+            for call in (lambda: mgs.kernel(model, x), lambda: criterion()(model(x), y)):
+                with pytest.raises(mgs.UnsupportedModelError, match="a DTensor, of which each process has a part"):
+                    call()
+        else:
+            torch.testing.assert_close(mgs.kernel(model, x), truth)
+            with pytest.raises(mgs.UnsupportedModelError, match=r"split over processes \(DTensor\)"):
+                criterion()(model(x), y)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -570,3 +570,41 @@ def test_a_criterion_without_reduction_is_called_once(mlp, options):
 
     MGSLoss(losses, **options)(model(x), y)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("form", ["module", "block"])
+def test_what_is_compiled_within_a_module_is_seen(form):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    model(x)  # in training mode, so that the statistics are not the first ones
+    truth = mgs.kernel(model.eval(), x)
+    if form == "module":
+        model.compile(backend="aot_eager")
+    else:
+        model[1] = torch.compile(model[1], backend="aot_eager")
+    torch.testing.assert_close(mgs.kernel(model, x), truth)
+    with pytest.raises(mgs.SamplesInteractError, match="batch normalisation in training mode"):
+        mgs.kernel(model.train(), x)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2.0 * gradient  # None fails
+
+
+def test_functions_in_python_see_the_gradient_of_a_weighted_step(mlp):
+    model, x, y = mlp
+    own = nn.Sequential(model[0], model[1])
+    gradients = []
+    for reuse in (True, False):
+        model.zero_grad()
+        criterion = MGSLoss(nn.CrossEntropyLoss(), weighting="agreement", reuse=reuse)
+        criterion(model[2](Doubled.apply(own(x))), y).backward()
+        gradients.append([value.grad.clone() for value in (*model[0].parameters(), *model[2].parameters())])
+    torch.testing.assert_close(*gradients)
