@@ -269,6 +269,10 @@ def _of_output(
         raise UnsupportedModelError(
             "`model` must not compute with nested tensors; got one. Pad the sequences and mask the padding."
         )
+    if flat.layout != torch.strided:
+        raise UnsupportedModelError(
+            f"`model` must not make sparse tensors of its parameters; got one ({flat.layout}). Multiply by a mask instead."
+        )
     first, *others = (arrange(gradient) for gradient in (flat, *weighted) if gradient is not None)
     # a weight and its bias see the same gradient, which is looked at once
     view = (flat.data_ptr(), first.shape, first.stride()) if first.data_ptr() == flat.data_ptr() else object()

@@ -135,3 +135,12 @@ def test_a_way_between_any_samples_that_opens_late_is_refused(name, how, n):
         scale[0] = opened
     with pytest.raises(mgs.SamplesInteractError, match="`model` must treat each sample by itself"):
         step(opened)
+
+
+def test_sparse_tensors_of_a_parameter_are_refused():
+    mask, x = torch.eye(3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
+    model = mgs.FunctionalModel(
+        lambda p, x: torch.sparse.mm((p * mask).to_sparse(), x.T).T, torch.ones(3, 3, dtype=torch.float64)
+    )
+    with pytest.raises(mgs.UnsupportedModelError, match=r"sparse tensors of its parameters; got one.*multiply by a mask"):
+        mgs.kernel(model, x)
