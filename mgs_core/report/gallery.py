@@ -85,6 +85,7 @@ def write_audit(audit: Any, inputs: Array, folder: str | Path, *, names: Sequenc
         suspects=[
             {
                 "sample": int(a),
+                "better": bool(audit.scores[a] > 0),
                 "picture": _picture(inputs[a]),
                 "given": called[audit.given[a]],
                 "suggested": called[audit.suggested[a]],

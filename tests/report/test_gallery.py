@@ -35,6 +35,14 @@ def test_contradicted_samples_are_told_from_the_others(tmp_path):
     assert rows == ["yes", "no", "no", "no", "no", "no"]
 
 
+@pytest.mark.parametrize(("shown", "sizes"), [(6, [2, 4]), (2, [2]), (0, [])])
+def test_samples_whose_label_fits_best_stand_apart(shown, sizes, tmp_path):
+    parts = page(tmp_path, shown=shown).split("<section>")[1:]
+    assert [part.count('<li class="card">') for part in parts] == sizes
+    titles = [re.search("<h2>(.*?)</h2>", part)[1] for part in parts]
+    assert titles == ["Another label fits better", "The given label fits best, if by little"][: len(sizes)]
+
+
 @pytest.mark.parametrize(("predictable", "warned"), [(0.5, True), (0.9, True), (0.99, False), (float("nan"), False)])
 def test_labels_that_are_predicted_no_better_than_by_chance(predictable, warned, tmp_path):
     assert ("Drop none for being contradicted." in page(tmp_path, audit(predictable))) is warned
