@@ -34,14 +34,14 @@ class LossRecord:
     """Hold the parts of one value of `MGSLoss`, detached and where they were computed.
 
     Attributes:
-        loss: the total.
+        total: the value.
         criterion: the part of the criterion alone, weighted as it entered.
         penalty: the part of the penalty, the factor `every` included; None on steps without.
         kernel: the kernel that was penalised, or else weighted by; None on steps without.
         weights: the weights of the samples, (n,); None without weighting.
     """
 
-    loss: torch.Tensor
+    total: torch.Tensor
     criterion: torch.Tensor
     penalty: torch.Tensor | None = None
     kernel: torch.Tensor | None = None
@@ -76,7 +76,7 @@ class MGSLoss(torch.nn.Module):
         >>> criterion = MGSLoss(torch.nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace", 5e-3))
         >>> loss = criterion(model(torch.ones(2, 4)), torch.tensor([0, 2]))
         >>> loss.backward()
-        >>> bool(criterion.last.loss == criterion.last.criterion + criterion.last.penalty)
+        >>> bool(criterion.last.total == criterion.last.criterion + criterion.last.penalty)
         True
     """
 

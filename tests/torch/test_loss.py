@@ -106,7 +106,7 @@ def test_agreement_and_penalty_share_one_kernel(mlp):
         MGSLoss(nn.CrossEntropyLoss(), **options) for options in ({"penalty": TRACE}, {"weighting": "agreement"})
     )
     penalised(model(x), y), weighted(model(x), y)
-    torch.testing.assert_close(value, weighted.last.loss + penalised.last.penalty)
+    torch.testing.assert_close(value, weighted.last.total + penalised.last.penalty)
     assert both.last.summary.trace == pytest.approx(float(penalised.last.kernel.trace()))
 
 
