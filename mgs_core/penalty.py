@@ -100,8 +100,7 @@ class Penalty:
             value = _log_determinant(cosine_kernel(kernel) / self.scale, identity) / n
         else:
             raise ArgumentError(f"`name` must be one of {', '.join(_STRENGTHS)}; got {self.name!r}.")
-        value = self.strength * value
-        return value if kernel.dtype == dtype else xp.astype(value, dtype)
+        return _cast(xp, self.strength * value, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as a dict that JSON can hold."""
@@ -148,7 +147,12 @@ def _log_determinant(kernel: Array, identity: Array) -> Array:
     if ridge > 1.0:
         excess = math.log(ridge) * ridge * float(xp.sum(xp.linalg.inv(known + ridge * identity) * identity))
         value = value - min(excess, float(constant(value)))
-    return xp.astype(value, dtype)
+    return _cast(xp, value, dtype)
+
+
+def _cast(xp: Namespace, value: Array, dtype: Any) -> Array:
+    """Return a scalar in a dtype; by way of an axis, for NumPy 2.0 casts no scalars."""
+    return value if value.dtype == dtype else xp.astype(xp.reshape(value, (1,)), dtype)[0]
 
 
 def _is_definite(xp: Namespace, matrix: Array) -> bool:

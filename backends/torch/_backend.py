@@ -38,7 +38,7 @@ from .plan import Plan, make_plan
 from .products import differentiated_once, is_capturing, on_host
 from .rules import Place, site_of
 from .rules.normalisation import frozen_batch_norm
-from .run import Configured, as_tensor, is_distributed, is_freed, is_sharded, recordable, refuse_sharded, unwrap
+from .run import Configured, as_tensor, gradients_kept, is_distributed, is_freed, is_sharded, recordable, refuse_sharded, unwrap
 
 register_namespace(lambda array: isinstance(array, torch.Tensor), namespace)
 note_observed()
@@ -151,7 +151,8 @@ class TorchBackend:
             heads = _heads(heads, outputs, _batch.count(inputs))
             wanted = {name: leaves[name] for name in chosen}
             graph = read_graph(heads, wanted)
-            with frozen_batch_norm(graph.nodes) if evaluated.batch_norm == "frozen" else nullcontext():
+            frozen = frozen_batch_norm(graph.nodes) if evaluated.batch_norm == "frozen" else nullcontext()
+            with frozen, gradients_kept(graph, model):
                 data = {} if isinstance(model, Evaluated) else flatten(inputs)
                 plan = _plan(graph, evaluated, data.values()) if graph.nodes else None
                 if plan and differentiable:

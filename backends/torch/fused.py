@@ -34,6 +34,7 @@ _ONCE = {
         ("a layer that is split over processes (DTensor)", 'Penalise a whole copy, or use `weighting="agreement"`.'),
     ),
     "EmbeddingBag": ("an embedding bag that takes the maximum", 'Use `mode="sum"` or "mean".'),
+    "FakeQuantizeLearnable": ("a learnable quantisation", "Turn it off on penalised steps."),
     "Cdist": ("torch.cdist", 'Pass `compute_mode="use_mm_for_euclid_dist"`, or take norms of differences.'),
     "Pdist": ("torch.pdist", "Take norms of differences."),
     "SegmentReduce": ("torch.segment_reduce", "Use `scatter_reduce`."),
@@ -61,6 +62,11 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
                 raise UnsupportedModelError(
                     f"`model` must be twice differentiable for a penalty; got {what} ({name}), which is not. {remedy}"
                 )
+        if name == "EmbeddingBag" and any(edge is not None for edge in graph.inputs[number][1:]):
+            raise UnsupportedModelError(
+                "`model` must be twice differentiable for a penalty; got an embedding bag with learnt weights of its entries "
+                "(EmbeddingBag), which is not. Use torch.nn.functional.embedding, multiply and sum."
+            )
         if _is_once_differentiable(graph.nodes[number]):
             raise UnsupportedModelError(
                 f"`model` must be twice differentiable for a penalty; got a function marked with once_differentiable ({name}). "

@@ -28,7 +28,9 @@ from .scattered import Scattered, find_scattered
 # of their inputs only the first can be data
 _DATA_FIRST = {*BATCH_NORMS, "Convolution", "NativeLayerNorm", "NativeGroupNorm"}
 # the data are among what the node keeps, not among its inputs
-_DATA_INSIDE = {"Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Expand", "Repeat"}
+_DATA_INSIDE = {
+    "Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Take", "Expand", "Repeat", "Where", "MaskedFill", "IndexFill",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

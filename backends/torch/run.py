@@ -11,10 +11,12 @@ from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._tree import flatten, unflatten
 
+from .graph import Graph
 from .namespace import namespace
 from .products import is_capturing, on_host
 
@@ -109,6 +111,39 @@ def _uncompiled() -> AbstractContextManager[Any]:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextmanager
+def gradients_kept(graph: Graph, model: Any) -> Iterator[None]:
+    """Refuse a module whose backward pass gives its parameters gradients, which no graph shows, and take these back.
+
+    Args:
+        graph: of its outputs.
+        model: the module, or a `Configured` one; others are passed over.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModelError: when a gradient has changed.
+    """
+    module = model.model if isinstance(model, Configured) else model
+    own = any(isinstance(node, BackwardCFunction) for node in graph.nodes)  # which may do as it likes
+    values = list(module.parameters()) if own and isinstance(module, torch.nn.Module) else []
+    before = [(value, value.grad, None if value.grad is None else value.grad.clone()) for value in values]
+    touched = False
+    try:
+        yield
+    finally:
+        for value, gradient, copy in before:
+            now = value.grad
+            if now is not gradient or (now is not None and copy is not None and not torch.equal(now, copy)):
+                value.grad, touched = copy, True
+    if touched:
+        raise UnsupportedModelError(
+            "`model` must show its parameters in the autograd graph; got a torch.autograd.Function that calls `backward` itself, "
+            "as those of reversible networks do. Use the form of the model that keeps what its layers return."
+        )
 
 
 @contextmanager

@@ -148,3 +148,41 @@ def test_what_a_function_keeps_belongs_to_the_structure():
     model.over_batch = True
     with pytest.raises(mgs.SamplesInteractError):
         mgs.kernel(model, X)
+
+
+class Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), gradient)
+        return x.grad, None
+
+
+class WithinReversible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.within, self.after = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.after(Reversible.apply(self.before(x), self.within))
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_functions_that_take_a_backward_pass_of_their_own_are_refused(stepped):
+    model, x = WithinReversible(), torch.randn(5, 4)
+    if stepped:
+        model(x).sum().backward()
+    before = [None if value.grad is None else value.grad.clone() for value in model.parameters()]
+    with pytest.raises(mgs.UnsupportedModelError, match="calls `backward` itself, as those of reversible networks do"):
+        mgs.kernel(model, x)
+    for value, gradient in zip(model.parameters(), before, strict=True):
+        assert (value.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(value.grad, gradient)

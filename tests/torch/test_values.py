@@ -144,3 +144,39 @@ def test_sparse_tensors_of_a_parameter_are_refused():
     )
     with pytest.raises(mgs.UnsupportedModelError, match=r"sparse tensors of its parameters; got one.*Multiply by a mask"):
         mgs.kernel(model, x)
+
+
+@pytest.mark.parametrize("name", ["where", "masked_fill", "take"])
+def test_values_that_choose_among_parameters_do_not_mix_samples(name):
+    p = {
+        "a": torch.randn(4, dtype=torch.float64),
+        "b": torch.randn(4, dtype=torch.float64),
+        "o": torch.randn(4, 2, dtype=torch.float64),
+    }
+    x = torch.randn(_N, 4, dtype=torch.float64)
+    chosen = {
+        "where": lambda p, x: torch.where(x > 0, p["a"], p["b"]),
+        "masked_fill": lambda p, x: torch.masked_fill(p["a"], x > 0, 0.0),
+        "take": lambda p, x: p["a"].take((x > 0).long() + 2 * (x > 1).long()),
+    }[name]
+
+    def function(p, x):
+        return torch.tanh(chosen(p, x)) @ p["o"]
+
+    rows = torch.func.vmap(torch.func.jacrev(lambda p, x: function(p, x[None])[0].sum()), (None, 0))(p, x)
+    flat = torch.cat([row.flatten(1) for row in rows.values()], 1)
+    torch.testing.assert_close(mgs.kernel(mgs.FunctionalModel(function, p), x, output="sum"), flat @ flat.T)
+
+
+@pytest.mark.parametrize("layer", ["bag", "quantised"])
+def test_layers_without_a_second_derivative_are_refused_for_a_penalty(layer):
+    weights, table = nn.Parameter(torch.rand(5)), nn.Embedding(7, 3)
+    x = torch.randint(0, 7, (_N, 5))
+    if layer == "bag":
+        outputs = torch.nn.functional.embedding_bag(x, table.weight, mode="sum", per_sample_weights=weights.expand(_N, 5))
+    else:
+        scale, zero = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+        outputs = torch._fake_quantize_learnable_per_tensor_affine(table(x).sum(1), scale, zero, -128, 127, 1.0)
+    criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace"))
+    with pytest.raises(mgs.UnsupportedModelError, match="an embedding bag with learnt weights|a learnable quantisation"):
+        criterion(outputs, torch.arange(_N) % 3)
