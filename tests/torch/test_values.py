@@ -146,13 +146,10 @@ def test_sparse_tensors_of_a_parameter_are_refused():
         mgs.kernel(model, x)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("name", ["where", "masked_fill", "take"])
 def test_values_that_choose_among_parameters_do_not_mix_samples(name):
-    p = {
-        "a": torch.randn(4, dtype=torch.float64),
-        "b": torch.randn(4, dtype=torch.float64),
-        "o": torch.randn(4, 2, dtype=torch.float64),
-    }
+    p = {name: torch.randn(shape, dtype=torch.float64) for name, shape in (("a", 4), ("b", 4), ("o", (4, 2)))}
     x = torch.randn(_N, 4, dtype=torch.float64)
     chosen = {
         "where": lambda p, x: torch.where(x > 0, p["a"], p["b"]),
@@ -178,5 +175,5 @@ def test_layers_without_a_second_derivative_are_refused_for_a_penalty(layer):
         scale, zero = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
         outputs = torch._fake_quantize_learnable_per_tensor_affine(table(x).sum(1), scale, zero, -128, 127, 1.0)
     criterion = MGSLoss(nn.CrossEntropyLoss(), penalty=mgs.Penalty("trace"))
-    with pytest.raises(mgs.UnsupportedModelError, match="an embedding bag with learnt weights|a learnable quantisation"):
+    with pytest.raises(mgs.UnsupportedModelError, match=r"an embedding bag with learnt weights|a learnable quantisation"):
         criterion(outputs, torch.arange(_N) % 3)
