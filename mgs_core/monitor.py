@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mgs_core._arguments import integer
 from mgs_core._errors import ArgumentError, BackendError, NotFiniteError
+from mgs_core._matrix import as_numpy
 from mgs_core._types import Array
 from mgs_core.kernel import check_options, kernel
 from mgs_core.summary import Summary, summarize, undefined
@@ -85,15 +86,21 @@ class Summarizer:
             return undefined(matrix, labelled=self._labels is not None)
 
 
-def targets_of(targets: Any, labels: Any, options: Mapping[str, Any]) -> Any:
-    """Return the targets of a probe batch; for a head that needs some where none are given, its labels.
+def targets_of(targets: Any, labels: Any, options: Mapping[str, Any], *, usual_loss: bool = True) -> Any:
+    """Return the targets of a probe batch; where none are given for a head that takes labels, those.
 
     Args:
         targets: what the user gave as targets, or None.
-        labels: what he gave for the class-wise summaries, or None.
+        labels: what was given for the class-wise summaries, or None.
         options: those of the kernel.
+        usual_loss: whether a loss that is not named is the cross-entropy, which takes labels.
     """
-    return labels if targets is None and options.get("output") in ("target", "loss") else targets
+    takes_labels = options.get("output") == "target" or (
+        options.get("output") == "loss" and options.get("loss") is None and usual_loss
+    )
+    if targets is not None or labels is None or not takes_labels or as_numpy(labels).dtype.kind not in "iu":
+        return targets
+    return labels if hasattr(labels, "shape") else as_numpy(labels)
 
 
 class Recorder:

@@ -120,7 +120,8 @@ def suspicion(kernel: Shaped[Array, "n n"], labels: Any, *, classes: int | None 
     rounds = integer("rounds", rounds, 0, "The default is 6.")
     matrix = on_host(kernel)
     given, c = _labels(labels, n, classes)
-    found = judge([cosine_kernel(matrix)], [np.ones(n, dtype=bool)], given, c, rounds)
+    cosine = cosine_kernel(matrix / np.max(np.linalg.diagonal(matrix)))  # whatever the unit
+    found = judge([cosine], [np.ones(n, dtype=bool)], given, c, rounds)
     warn_of_chance(found.predictable, given, "the gradients in `kernel`")
     return found
 
@@ -195,7 +196,7 @@ def described(found: Any, figures: dict[str, float], given: Array | None = None)
         "predictable": found.predictable,
         **figures,
     }
-    lines = [f"{name:<19}  {value:.6g}" for name, value in counts.items()]
+    lines = [f"{name:<19}  {value if isinstance(value, int) else format(value, '.6g')}" for name, value in counts.items()]
     lines += ["", "sample" + ("" if given is None else "  given") + "  suggested   score"]
     for a in found.order[:10]:
         label = "" if given is None else f"  {int(given[a]):>5}"

@@ -56,7 +56,7 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
 
         Args:
             inputs: probe batch, as the model takes it; 64 to 256 samples are usual.
-            targets: its targets; a head that needs some takes the labels where there are none.
+            targets: its targets; `output="target"` takes the labels where there are none.
             labels: integers (n,) for the class-wise summaries.
             every: epochs between measurements, or a `Schedule`; the first epoch is measured whatever it says, so that the logs
                 have all columns from the start.
@@ -71,7 +71,7 @@ class MGSMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # keras has n
         """
         super().__init__()
         self.history: list[dict[str, Any]] = []
-        targets = targets_of(targets, labels, kernel_options)
+        targets = targets_of(targets, labels, kernel_options, usual_loss=False)
         self._inputs, self._targets, self._summarize = inputs, targets, Summarizer(labels)
         self._every = _schedule(every)
         self._batches = None if batches is None else _schedule(batches)

@@ -25,7 +25,7 @@ from mgs_core._errors import SamplesInteractError
 from mgs_core._known import Known, Recent
 from mgs_core._types import Array
 
-from .bounded import bounded, has_loops
+from .bounded import Bound, bounded, has_loops
 from .fingerprint import fingerprint
 from .marks import marks_of
 from .squeeze import squeezed
@@ -36,8 +36,12 @@ _MOVE = 0.05
 _ROUNDINGS = 100
 #: Samples that are compared.
 _FEW = 4
-#: Sizes of made-up weights, tried until loops that wait for convergence end.
-_GAINS = (1.0, 0.1, 0.01)
+#: Sizes of made-up weights, tried until loops that wait for convergence end, and how these are ended. One that ends with none of
+#: them, as a loop of many rounds, is compared for what it has come to; so are those on known values, which end by themselves.
+_GUESSES = (
+    *((gain, Bound(1000, lost=True)) for gain in (1.0, 0.1, 0.01)),
+    (0.01, Bound(100_000, lost=False)),
+)
 #: The comparison runs seldom, so that optimising its machine code would take longer than it saves; the older emitter of XLA for
 #: CPU (up to jaxlib 0.10) writes it in a third of the time, and one module of it is compiled sooner than many.
 _QUICKLY = {
@@ -117,9 +121,10 @@ def _interact(
 ) -> bool:
     """Return whether samples interact: a few by the values at hand or by none of them, or every one."""
     eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
-    guessed = made_up or any(map(_traced, parameters))
-    gains = _GAINS if guessed and has_loops(batch) else _GAINS[:1]
-    for gain in gains:
+    values = (*parameters, *samples, *(constant for jaxpr in (single, batch) for constant in jaxpr.consts))
+    guessed = has_loops(batch) and (made_up or any(map(_traced, values)))
+    for gain, bound in _GUESSES if guessed else _GUESSES[-1:]:
+        gain = gain if guessed else 1.0
         with jax.ensure_compile_time_eval():
             draw = np.random.default_rng(0)
             known: dict[int, Array] = {}
@@ -132,11 +137,13 @@ def _interact(
         ended = True
         for data in batches:
             given = (theta, data, constants)
-            compare = _compare(key, batch, single, *given)
+            compare = _compare((key, bound), batch, single, bound, *given)
             with jax.ensure_compile_time_eval():  # a model may call back to the host
                 alone, together = map(_fetched, compare(*given))
-            ended &= bool(np.all(np.isfinite(alone)))
-            if (ended or gain == gains[-1]) and not _agree(alone, together, eps):
+            ended = not bound.lost or bool(np.all(np.isfinite(alone)))
+            if not ended:
+                break
+            if not _agree(alone, together, eps):
                 return True
         if ended:
             break
@@ -198,13 +205,13 @@ def _agree(alone: Any, together: Any, eps: float) -> bool:
     return bool(np.all(difference <= np.broadcast_to(allowed, together.shape)[defined]))
 
 
-def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, *given: Any) -> Comparison:
+def _compare(key: Hashable, batch: ClosedJaxpr, single: ClosedJaxpr, bound: Bound, *given: Any) -> Comparison:
     """Return the compiled comparison, an earlier one of the same programs where there is one."""
 
     def compare(theta: list[Array], data: list[Array], constants: list[list[Array]]) -> tuple[Array, Array]:
-        one = as_function(bounded(opened(single)))
+        one = as_function(bounded(opened(single), bound))
         alone = jax.vmap(lambda *leaves: one(*constants[0], *theta, *leaves)[0])(*data)
-        together, *_ = as_function(bounded(opened(batch)))(*constants[1], *theta, *data)
+        together, *_ = as_function(bounded(opened(batch), bound))(*constants[1], *theta, *data)
         return alone, together
 
     effects = (*single.effects, *batch.effects)

@@ -15,14 +15,11 @@ from mgs_core._errors import ArgumentError, UnsupportedModelError
 from mgs_core._known import Known
 from mgs_core._tree import add_named, flatten
 
-from .graph import operation
+from .graph import operation, written_in
 from .observed import observed
 from .plan import Plan
 from .rules.normalisation import BATCH_NORMS
 from .run import BatchNorm, is_sharded, refuse_sharded, unwrap
-
-#: Functions written in Python for which a gradient is only its value: that of DistributedDataParallel.
-_BY_VALUE = ("Python _DDPSink",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +138,7 @@ def covers(model: Evaluated, losses: torch.Tensor) -> bool:
         name = operation(node)
         if (
             (hasattr(node, "variable") and id(node.variable) not in own)
-            or (name.startswith("Python ") and name not in _BY_VALUE)
+            or (name.startswith("Python ") and not written_in(node).startswith("torch.nn.parallel"))  # DistributedDataParallel's
             or getattr(node, "_saved_sparse", False)
             or (name in BATCH_NORMS and node._saved_training)
             or any(metadata.dtype in (torch.float16, torch.bfloat16) for metadata in node._input_metadata)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mgs_core._errors import UnsupportedModelError
 
 from .attention import FUSED_ATTENTION
-from .graph import Graph
+from .graph import Graph, written_in
 
 _HEAD = 'Penalise another head than the losses, or use `weighting="agreement"`.'
 _CONTEXT = "Run the model within `mgs_core.adapters.torch.twice_differentiable()`."
@@ -28,10 +28,6 @@ _ONCE = {
         "a model compiled by torch.compile",
         "Use the model as it was before, `model._orig_mod`, or run it within `torch.compiler.set_stance('force_eager')`, and "
         "compile no step around it.",
-    ),
-    **dict.fromkeys(
-        ("Python _ToTorchTensor", "Python _FromTorchTensor", "Python Redistribute"),
-        ("a layer that is split over processes (DTensor)", 'Penalise a whole copy, or use `weighting="agreement"`.'),
     ),
     "EmbeddingBag": ("an embedding bag that takes the maximum", 'Use `mode="sum"` or "mean".'),
     "FakeQuantizeLearnable": ("a learnable quantisation", "Turn it off on penalised steps."),
@@ -62,6 +58,11 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
                 raise UnsupportedModelError(
                     f"`model` must be twice differentiable for a penalty; got {what} ({name}), which is not. {remedy}"
                 )
+        if written_in(graph.nodes[number]).startswith("torch.distributed.tensor"):
+            raise UnsupportedModelError(
+                f"`model` must be twice differentiable for a penalty; got a layer split over processes (DTensor, {name}), which "
+                'is not. Penalise a whole copy, or use `weighting="agreement"`.'
+            )
         if name == "EmbeddingBag" and any(edge is not None for edge in graph.inputs[number][1:]):
             raise UnsupportedModelError(
                 "`model` must be twice differentiable for a penalty; got an embedding bag with learnt weights of its entries "

@@ -78,6 +78,11 @@ def operation(node: Any) -> str:
     return f"Python {name}" if isinstance(node, BackwardCFunction) else name
 
 
+def written_in(node: Any) -> str:
+    """Return the module in which a function is written in Python, "" of other operations: its name alone may be anybody's."""
+    return str(getattr(getattr(node, "_forward_cls", None), "__module__", ""))
+
+
 @cache
 def _short(name: str) -> str:
     return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])

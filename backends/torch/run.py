@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, Literal, NoReturn
@@ -97,7 +96,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
     keywords = inputs if isinstance(inputs, dict) else {}
     arguments = tuple(inputs) if isinstance(inputs, list | tuple) else () if keywords else (inputs,)
     devices = {value.device for value in parameters if value.device.type == "cuda"}
-    with _kept_random_state(devices), _uncompiled(), _recurrent_gradients(module) if devices else nullcontext():
+    with _kept_random_state(devices), _uncompiled(module), _recurrent_gradients(module) if devices else nullcontext():
         if not buffers:  # only they need the detour, which takes 0.1 ms
             return module(*arguments, **keywords)
         # it puts others in their place meanwhile, which another thread would take for the module's own
@@ -105,12 +104,15 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
             return torch.func.functional_call(module, buffers, arguments, keywords)
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Let what torch.compile has compiled within a module run as it was written, for a compiled graph hides what it does."""
-    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():  # then nothing is compiled; the import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+@contextmanager
+def _uncompiled(module: torch.nn.Module) -> Iterator[None]:
+    """Let modules that are compiled, within this one, run as they were written: a compiled graph hides what it does."""
+    compiled = any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())
+    if not compiled or torch.compiler.is_compiling():
+        yield
+        return
+    with _lock, torch.compiler.set_stance("force_eager"):  # the stance is the process', and two that overlap would leave it so
+        yield
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def check_labels(name: str, y: Array, samples: int, numbered: str) -> None:
         remedy = "Classes are numbered; what is measured has none: this is for classifiers."
     else:
         remedy = f"Number the classes from 0: {numbered}."
-    some = f", {np.unique(y)[:5].tolist()}" if y.size else ""
+    some = f", {(y if y.dtype == object else np.unique(y)).ravel()[:5].tolist()}" if y.size else ""
     raise ArgumentError(
         f"`{name}` must be integers from 0, shape ({samples},); got dtype {y.dtype}, shape {y.shape}{some}. {remedy}"
     )

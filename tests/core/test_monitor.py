@@ -237,5 +237,9 @@ def test_a_head_that_needs_targets_takes_the_labels(output):
     labels = np.arange(5) % 3
     found, given = (mgs.Recorder(PROBE, targets, labels=labels, output=output) for targets in (None, labels))
     assert found(model, 0) == given(model, 0) is not None
-    with pytest.raises(mgs.ArgumentError, match="`targets` must be given"):
-        mgs.Recorder(PROBE, output=output)
+    listed = mgs.Recorder(PROBE, labels=labels.tolist(), output=output)
+    assert listed(model, 0) == found(model, 0)
+    for options in ({}, {"labels": ["a", "b", "c", "a", "b"]}, {"labels": labels, "loss": lambda y, t: (y - t) ** 2}):
+        if output == "loss" or "loss" not in options:
+            with pytest.raises(mgs.ArgumentError, match="`targets` must be given"):
+                mgs.Recorder(PROBE, output=output, **options)

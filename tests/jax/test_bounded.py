@@ -84,3 +84,33 @@ def test_a_callback_in_order_is_refused():
 
     with pytest.raises(mgs.UnsupportedModelError, match=r"operations that jax\.vmap maps over samples; got one that it does not"):
         mgs.kernel(mgs.FunctionalModel(model, jnp.ones((3, 2))), jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["rounds", "slow", "count"])
+def test_long_loops_hide_nothing(kind, shared, jit):
+    def loop(x):
+        if kind == "slow":  # some 2000 rounds until it converges
+            state = (x, x + 1)
+            return jax.lax.while_loop(
+                lambda s: jnp.max(jnp.abs(s[0] - s[1])) > 1e-5, lambda s: (0.995 * s[0] + 0.005 * x, s[0]), state
+            )[0]
+        most = jnp.int32(3000) + jnp.int32(0 * x[0, 0])
+        if kind == "rounds":
+            return jax.lax.fori_loop(0, most, lambda i, a: 0.999 * a + 0.01, x)
+        return x * (jax.lax.while_loop(lambda i: i < most, lambda i: i + 1, jnp.int32(0)) > 0)
+
+    def function(p, x):
+        outputs = jnp.tanh(jax.lax.stop_gradient(loop(x)) @ p["before"]) @ p["after"]
+        return outputs - jnp.mean(outputs, 0) if shared else outputs
+
+    def kernel(p, x):
+        return mgs.kernel(mgs.FunctionalModel(function, p), x)
+
+    call, weights = jax.jit(kernel) if jit else kernel, jax.tree.map(jnp.asarray, WEIGHTS)
+    if shared:
+        with pytest.raises(mgs.SamplesInteractError):
+            call(weights, jnp.asarray(X))
+    else:
+        assert call(weights, jnp.asarray(X)).shape == (5, 5)

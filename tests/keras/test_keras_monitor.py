@@ -163,3 +163,5 @@ def test_the_losses_are_those_that_the_model_was_compiled_with():
     history = fit(model, [MGSMonitor(X[:6], Y[:6], output="loss")])
     expected = mgs.summarize(mgs.kernel(model, X[:6], Y[:6], output="loss", loss=sample_loss(model)))
     assert history["mgs_trace"][0] == pytest.approx(expected.trace, rel=1e-3)
+    with pytest.raises(mgs.ArgumentError, match="`targets` must be given"):  # the loss of the model may take other targets
+        MGSMonitor(X[:6], labels=Y[:6], output="loss")

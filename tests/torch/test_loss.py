@@ -608,3 +608,47 @@ def test_functions_in_python_see_the_gradient_of_a_weighted_step(mlp):
         criterion(model[2](Doubled.apply(own(x))), y).backward()
         gradients.append([value.grad.clone() for value in (*model[0].parameters(), *model[2].parameters())])
     torch.testing.assert_close(*gradients)
+
+
+class Redistribute(torch.autograd.Function):
+    """Have the name of one of PyTorch's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2.0 * gradient
+
+
+def test_functions_are_not_known_by_their_names(mlp):
+    model, x, y = mlp
+    losses = [
+        MGSLoss(nn.CrossEntropyLoss(), penalty=TRACE)(model[2](double(model[1](model[0](x)))), y)
+        for double in (Redistribute.apply, lambda h: 2.0 * h)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+class Doubling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return 2.0 * self.layer(x)
+
+
+def test_compiled_models_are_compiled_after_a_measurement():
+    model, x, compiled = Doubling(), torch.randn(4, 3), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    mgs.kernel(model, x)
+    assert not compiled
+    model(x)
+    assert len(compiled) == 1
