@@ -58,7 +58,7 @@ def refuse_fused(graph: Graph, rows: set[int]) -> None:
                 raise UnsupportedModelError(
                     f"`model` must be twice differentiable for a penalty; got {what} ({name}), which is not. {remedy}"
                 )
-        if written_in(graph.nodes[number]).startswith("torch.distributed.tensor"):
+        if name.startswith("Python ") and written_in(graph.nodes[number]).startswith("torch.distributed.tensor"):
             raise UnsupportedModelError(
                 f"`model` must be twice differentiable for a penalty; got a layer split over processes (DTensor, {name}), which "
                 'is not. Penalise a whole copy, or use `weighting="agreement"`.'

@@ -107,7 +107,7 @@ def run_module(module: torch.nn.Module, inputs: Any) -> Any:
 @contextmanager
 def _uncompiled(module: torch.nn.Module) -> Iterator[None]:
     """Let modules that are compiled, within this one, run as they were written: a compiled graph hides what it does."""
-    compiled = any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())
+    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in module.modules())
     if not compiled or torch.compiler.is_compiling():
         yield
         return
