@@ -27,7 +27,7 @@ Edge: TypeAlias = tuple[int, int]
 _OPAQUE = {
     "Python CheckpointFunction": "checkpointing with `use_reentrant=True`; set `use_reentrant=False`",
     "Python RegisterPostBackwardFunction": "parameters that fully_shard shards; use DistributedDataParallel",
-    "DifferentiableGraph": "operations fused by torch.jit.script; use the module that was scripted, or trace it",
+    "DifferentiableGraph": "operations fused by torch.jit.script; use the module that was scripted, or PYTORCH_JIT=0",
 }
 
 
