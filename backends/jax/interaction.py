@@ -36,12 +36,12 @@ _MOVE = 0.05
 _ROUNDINGS = 100
 #: Samples that are compared.
 _FEW = 4
-#: Sizes of made-up weights, tried until loops that wait for convergence end, and how these are ended. One that ends with none of
-#: them, as a loop of many rounds, is compared for what it has come to; so are those on known values, which end by themselves.
-_GUESSES = (
-    *((gain, Bound(1000, lost=True)) for gain in (1.0, 0.1, 0.01)),
-    (0.01, Bound(100_000, lost=False)),
-)
+#: How loops end where they should end by themselves: a mistake shall not hang.
+_LONG = Bound(100_000, lost=False)
+_AS_IT_IS = ((1.0, _LONG),)
+#: Sizes of made-up weights, tried until loops that wait for convergence end. One that ends with none of them, as a loop of many
+#: rounds, is compared for what it has come to.
+_GUESSES = (*((gain, Bound(1000, lost=True)) for gain in (1.0, 0.1, 0.01)), (0.01, _LONG))
 #: The comparison runs seldom, so that optimising its machine code would take longer than it saves; the older emitter of XLA for
 #: CPU (up to jaxlib 0.10) writes it in a third of the time, and one module of it is compiled sooner than many.
 _QUICKLY = {
@@ -108,7 +108,6 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-@_undisturbed()
 def _interact(
     key: Hashable,
     batch: ClosedJaxpr,
@@ -120,33 +119,47 @@ def _interact(
     every: bool = False,
 ) -> bool:
     """Return whether samples interact: a few by the values at hand or by none of them, or every one."""
-    eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
     values = (*parameters, *samples, *(constant for jaxpr in (single, batch) for constant in jaxpr.consts))
     guessed = has_loops(batch) and (made_up or any(map(_traced, values)))
-    for gain, bound in _GUESSES if guessed else _GUESSES[-1:]:
-        gain = gain if guessed else 1.0
-        with jax.ensure_compile_time_eval():
-            draw = np.random.default_rng(0)
-            known: dict[int, Array] = {}
-            theta = [_made_up(value, draw, gain) if made_up else _moved(value, draw, gain) for value in parameters]
-            constants = [
-                [known.setdefault(id(c), _made_up(c, draw, gain) if made_up or _traced(c) else _on_host(c)) for c in jaxpr.consts]
-                for jaxpr in (single, batch)
-            ]
-            batches = list(_every(samples, batch) if every else _few(samples, batch, draw, made_up))
-        ended = True
-        for data in batches:
-            given = (theta, data, constants)
-            compare = _compare((key, bound), batch, single, bound, *given)
-            with jax.ensure_compile_time_eval():  # a model may call back to the host
-                alone, together = map(_fetched, compare(*given))
-            ended = not bound.lost or bool(np.all(np.isfinite(alone)))
-            if not ended:
-                break
-            if not _agree(alone, together, eps):
-                return True
-        if ended:
-            break
+    for gain, bound in _GUESSES if guessed else _AS_IT_IS:
+        found = _differ(key, batch, single, parameters, samples, gain, bound, made_up, every)
+        if found is not None:
+            return found
+    return False
+
+
+@_undisturbed()
+def _differ(
+    key: Hashable,
+    batch: ClosedJaxpr,
+    single: ClosedJaxpr,
+    parameters: Sequence[Array],
+    samples: Sequence[Array],
+    gain: float,
+    bound: Bound,
+    made_up: bool,
+    every: bool,
+) -> bool | None:
+    """Return whether scalars of samples alone differ from those of all together; None where a loop has not ended."""
+    with jax.ensure_compile_time_eval():
+        draw = np.random.default_rng(0)
+        known: dict[int, Array] = {}
+        theta = [_made_up(value, draw, gain) if made_up else _moved(value, draw, gain) for value in parameters]
+        constants = [
+            [known.setdefault(id(c), _made_up(c, draw, gain) if made_up or _traced(c) else _on_host(c)) for c in jaxpr.consts]
+            for jaxpr in (single, batch)
+        ]
+        batches = list(_every(samples, batch) if every else _few(samples, batch, draw, made_up))
+    eps = float(jnp.finfo(single.out_avals[0].dtype).eps)
+    for data in batches:
+        given = (theta, data, constants)
+        compare = _compare((key, bound), batch, single, bound, *given)
+        with jax.ensure_compile_time_eval():  # a model may call back to the host
+            alone, together = map(_fetched, compare(*given))
+        if bound.lost and not np.all(np.isfinite(alone)):
+            return None
+        if not _agree(alone, together, eps):
+            return True
     return False
 
 
