@@ -50,7 +50,7 @@ class MGSMonitor:
             model: an `nnx.Module`; a linen module, applied to the variables given at each step; or `(params, inputs) → (n, c)`,
                 of which every array of `params` is differentiated, so that batch statistics have no place there.
             inputs: probe batch.
-            targets: its targets; a head that needs some takes the labels where there are none.
+            targets: its targets; where there are none, the labels are, for "target" and the usual loss.
             every: steps between measurements, or a `Schedule`.
             sinks: where records go besides `history`.
             labels: integers (n,) for the class-wise summaries.

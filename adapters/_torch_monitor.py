@@ -51,7 +51,7 @@ class MGSMonitor:
         Args:
             model: the module that is trained.
             inputs: probe batch: a tensor; a dict for `model(**inputs)`; a list or tuple for `model(*inputs)`, as `(a_dict,)`.
-            targets: its targets; a head that needs some takes the labels where there are none.
+            targets: its targets; where there are none, the labels are, for "target" and the usual loss.
             labels: integers (n,) for the class-wise summaries.
             every: calls of `step` between measurements, or a `mgs_core.Schedule`; a call may stand for a step or an epoch.
             sinks: where records go besides `history`.

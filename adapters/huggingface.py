@@ -51,7 +51,7 @@ class MGSCallback(transformers.TrainerCallback):  # type: ignore[misc]  # no typ
         Args:
             trainer: the `transformers.Trainer`, whose `log` is used.
             inputs: probe batch for `model(**inputs)`, without labels.
-            targets: its targets; a head that needs some takes the labels where there are none.
+            targets: its targets; where there are none, the labels are, for "target" and the usual loss.
             unit: what the schedule counts: optimizer steps, or epochs from 0.
             **options: passed to `MGSMonitor`: `every`, by default 100 steps or each epoch, `labels`, `sinks`, to which the first
                 process writes, `select`, `output`, …, and `prefix`, by which two callbacks are told apart.

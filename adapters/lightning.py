@@ -33,7 +33,7 @@ class MGSCallback(lightning.Callback):  # type: ignore[misc]  # no types where i
 
         Args:
             inputs: probe batch, as for `MGSMonitor`; hooks of the module that change batches do not see it.
-            targets: its targets; a head that needs some takes the labels where there are none.
+            targets: its targets; where there are none, the labels are, for "target" and the usual loss.
             unit: what the schedule counts: optimizer steps, or epochs from 0.
             **options: passed to `MGSMonitor`: `every`, by default 100 steps or each epoch, `labels`, `sinks`, to which the first
                 process writes, `select`, `output`, …, and `prefix`, by which two callbacks are told apart.

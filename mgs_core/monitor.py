@@ -137,7 +137,7 @@ class Recorder:
 
         Args:
             inputs: probe batch, as for `kernel`; 64 to 256 samples are usual.
-            targets: its targets; a head that needs some takes the labels where there are none.
+            targets: its targets; where there are none, the labels are, for "target" and the usual loss.
             labels: integers (n,) for the class-wise summaries.
             schedule: a `Schedule`, or the number of steps between measurements.
             sinks: where records go besides `history`.

@@ -117,7 +117,7 @@ def _uncompiled(module: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_kept(graph: Graph, model: Any) -> Iterator[None]:
-    """Refuse a module whose backward pass gives its parameters gradients, which no graph shows, and take these back.
+    """Refuse a module whose backward pass gives its parameters gradients, which no graph shows; those that they have are kept.
 
     Args:
         graph: of its outputs.
@@ -127,20 +127,19 @@ def gradients_kept(graph: Graph, model: Any) -> Iterator[None]:
         Nothing.
 
     Raises:
-        UnsupportedModelError: when a gradient has changed.
+        UnsupportedModelError: when a parameter has got a gradient.
     """
     module = model.model if isinstance(model, Configured) else model
     own = any(isinstance(node, BackwardCFunction) for node in graph.nodes)  # which may do as it likes
-    values = list(module.parameters()) if own and isinstance(module, torch.nn.Module) else []
-    before = [(value, value.grad, None if value.grad is None else value.grad.clone()) for value in values]
-    touched = False
+    held = [(value, value.grad) for value in module.parameters()] if own and isinstance(module, torch.nn.Module) else []
+    for value, _ in held:
+        value.grad = None
     try:
         yield
     finally:
-        for value, gradient, copy in before:
-            now = value.grad
-            if now is not gradient or (now is not None and copy is not None and not torch.equal(now, copy)):
-                value.grad, touched = copy, True
+        touched = any(value.grad is not None for value, _ in held)
+        for value, gradient in held:
+            value.grad = gradient
     if touched:
         raise UnsupportedModelError(
             "`model` must show its parameters in the autograd graph; got a torch.autograd.Function that calls `backward` itself, "

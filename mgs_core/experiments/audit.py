@@ -53,7 +53,7 @@ class Audit:
         predictable: share of the labels that the others of the block predict as given, before any label is distrusted, by the
             networks that were not trained on them; where there is one network, by that. Where it is low, classes overlap or
             labels are wrong, and the audit cannot tell which.
-        by_heart: of the labels that networks which were not trained on them contradict, the share that those do not which were;
+        by_heart: of the labels that networks which were not trained on them contradict, the share that all together do not;
             above 0.4 there is a warning, for they have learnt labels by heart. 0 where samples are judged apart.
 
     Example:
